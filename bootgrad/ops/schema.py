@@ -1,0 +1,266 @@
+"""Every op of the library: its schema, its meaning, and its fake. The table of contents.
+
+An op is a function of a layer's input ``x`` and of ``gy``, the gradient of the summed losses with respect to the layer's
+output. Together they are the layer's per-sample gradients in factored form,
+
+    G_i = Σ_t gy_{i,t} ⊗ u_{i,t}           u = x for a linear layer, the patch of x under the kernel at t for a convolution
+
+Letters: ``B`` samples, ``T`` positions, ``I`` in, ``O`` out, ``C`` channels in, ``K`` kernel positions, ``S`` space.
+``x`` and ``gy`` share one floating dtype. Results that are reduced over a sample have the *accumulation* dtype: float32 for
+bfloat16 and float16, the input's own otherwise; so have ``center`` and ``v``, the layer-shaped inputs, and layer-shaped sums.
+
+Ops are raw: no autograd, no broadcasting, no choice of path. `ops.linear` and `ops.convolution` add these. The eager
+implementations in `ops.backends.eager` are the defaults for every device; compiled ones take over where they are registered.
+
+``path`` is "direct" (form G_i tile by tile) or "gram" (⟨U Uᵀ, Gy Gyᵀ⟩ over T×T, the "ghost norm" of the literature).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "bootgrad"
+PATHS = ("direct", "gram")
+
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
+
+SCHEMAS = {
+    # Linear layers with one position, T = 1: x (B, I), gy (B, O). G_i = gy_i ⊗ x_i has rank one.
+    # (B,)  ‖x_i‖² ‖gy_i‖²
+    "linear_rank1_sq_norms": "(Tensor x, Tensor gy) -> Tensor",
+    # Linear layers: x (B, T, I), gy (B, T, O).
+    # (B,)  ‖G_i‖²
+    "linear_sq_norms": "(Tensor x, Tensor gy, str path) -> Tensor",
+    # (B,)  ‖G_i − center‖²; center (O, I)
+    "linear_deviation_sq_norms": "(Tensor x, Tensor gy, Tensor center, str path) -> Tensor",
+    # (B,)  ⟨G_i, v⟩; v (O, I)
+    "linear_jvp": "(Tensor x, Tensor gy, Tensor v) -> Tensor",
+    # (O, I)  Σ_i w_i G_i; w (B,) of the accumulation dtype, ones when absent
+    "linear_weighted_sum": "(Tensor x, Tensor gy, Tensor? w) -> Tensor",
+    # One visit for a first-order pass: Σ_i G_i (O, I), ‖G_i‖² (B,), ‖G_i − center‖² (B,) or empty (0,) without a center,
+    # and the bias's per-sample gradients Σ_t gy_{i,t} (B, O)
+    "linear_statistics": "(Tensor x, Tensor gy, Tensor? center, str path) -> (Tensor, Tensor, Tensor, Tensor)",
+    # One visit for a second-order pass: s_i = ‖G_i − center‖² (center 0 when absent) with ∂s_i/∂x_i, shaped and typed as x,
+    # and ∂s_i/∂gy_i, as gy. A derivative that ``mask`` leaves out is empty (0,).
+    "linear_sq_norms_with_grad": "(Tensor x, Tensor gy, Tensor? center, str path, bool[2] mask) -> (Tensor, Tensor, Tensor)",
+    # Convolutions: x (B, C, *S), gy (B, O, *S'), weights (O, C/groups, *K); zero padding, the same on both sides.
+    "conv_sq_norms": f"(Tensor x, Tensor gy, int[] kernel_size, {_GEOMETRY}, str path) -> Tensor",
+    "conv_deviation_sq_norms": f"(Tensor x, Tensor gy, Tensor center, {_GEOMETRY}, str path) -> Tensor",
+    "conv_jvp": f"(Tensor x, Tensor gy, Tensor v, {_GEOMETRY}) -> Tensor",
+    "conv_weighted_sum": f"(Tensor x, Tensor gy, Tensor? w, int[] kernel_size, {_GEOMETRY}) -> Tensor",
+    "conv_statistics": (
+        f"(Tensor x, Tensor gy, Tensor? center, int[] kernel_size, {_GEOMETRY}, str path)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "conv_sq_norms_with_grad": (
+        f"(Tensor x, Tensor gy, Tensor? center, int[] kernel_size, {_GEOMETRY}, str path, bool[2] mask)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+}
+
+library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over inputs of ``dtype`` are kept: float32 for half precisions, else ``dtype``."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def output_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Spatial size of a convolution's output: ⌊(S + 2·padding − dilation·(K − 1) − 1)/stride⌋ + 1 per dimension."""
+    return [
+        (s + 2 * p - d * (k - 1) - 1) // st + 1
+        for s, k, st, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    ]
+
+
+def check_paths(path: str) -> None:
+    """Raise unless ``path`` names one of the ways to a norm."""
+    torch._check(path in PATHS, lambda: f"path must be one of {', '.join(PATHS)}; got {path!r}")
+
+
+def check_pair(x: Tensor, gy: Tensor) -> None:
+    """Raise unless ``x`` and ``gy`` can be a layer's input and output gradient: one dtype, device and batch size."""
+    torch._check(x.is_floating_point(), lambda: f"x must be a floating-point tensor; got {x.dtype}")
+    torch._check(x.dtype == gy.dtype, lambda: f"x and gy must have one dtype; got {x.dtype} and {gy.dtype}")
+    torch._check(x.device == gy.device, lambda: f"x and gy must be on one device; got {x.device} and {gy.device}")
+    torch._check(
+        x.size(0) == gy.size(0), lambda: f"x and gy must have one batch size; got {x.size(0)} and {gy.size(0)}"
+    )
+
+
+def check_layer(name: str, tensor: Tensor | None, shape: Sequence[int], x: Tensor) -> None:
+    """Raise unless ``tensor`` (or None) has ``shape`` and the accumulation dtype of ``x``."""
+    if tensor is None:
+        return
+    torch._check(
+        list(tensor.shape) == list(shape),
+        lambda: f"{name} must have shape {tuple(shape)}; got {tuple(tensor.shape)}",
+    )
+    dtype = accumulation_dtype(x.dtype)
+    torch._check(tensor.dtype == dtype, lambda: f"{name} must have dtype {dtype}; got {tensor.dtype}")
+
+
+def check_linear(x: Tensor, gy: Tensor) -> None:
+    """Raise unless ``x`` is (B, T, I) and ``gy`` (B, T, O)."""
+    torch._check(x.dim() == 3 and gy.dim() == 3, lambda: f"x and gy must be (B, T, ·); got {x.dim()} and {gy.dim()} dims")
+    check_pair(x, gy)
+    torch._check(x.size(1) == gy.size(1), lambda: f"x and gy must share T; got {x.size(1)} and {gy.size(1)}")
+
+
+def check_conv(
+    x: Tensor,
+    gy: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Raise unless ``gy`` is the shape that a convolution of ``x`` with this geometry puts out."""
+    n = x.dim() - 2
+    torch._check(n >= 1, lambda: f"x must be (B, C, *S); got shape {tuple(x.shape)}")
+    for name, value in (("kernel_size", kernel_size), ("stride", stride), ("padding", padding), ("dilation", dilation)):
+        torch._check(len(value) == n, lambda: f"{name} must have {n} numbers, one per dimension; got {list(value)}")
+    check_pair(x, gy)
+    torch._check(
+        groups >= 1 and x.size(1) % groups == 0 and gy.size(1) % groups == 0,
+        lambda: f"groups must divide the channels; got {groups} for {x.size(1)} in and {gy.size(1)} out",
+    )
+    expected = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    torch._check(
+        list(gy.shape[2:]) == expected,
+        lambda: f"gy must have spatial size {tuple(expected)} for this x and geometry; got {tuple(gy.shape[2:])}",
+    )
+
+
+def _per_sample(x: Tensor) -> Tensor:
+    return x.new_empty(x.size(0), dtype=accumulation_dtype(x.dtype))
+
+
+def _layer(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
+
+
+def _statistics(x: Tensor, shape: Sequence[int], center: Tensor | None) -> tuple[Tensor, ...]:
+    deviation = _per_sample(x) if center is not None else _layer(x, (0,))
+    return _layer(x, shape), _per_sample(x), deviation, _layer(x, (x.size(0), shape[0]))
+
+
+def _with_grad(x: Tensor, gy: Tensor, mask: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if mask[0] else x.new_empty(0)
+    dgy = torch.empty(gy.shape, dtype=gy.dtype, device=gy.device) if mask[1] else gy.new_empty(0)
+    return _per_sample(x), dx, dgy
+
+
+def _fake(name):
+    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=library)
+
+
+@_fake("linear_rank1_sq_norms")
+def _(x, gy):
+    torch._check(x.dim() == 2 and gy.dim() == 2, lambda: "x and gy must be (B, I) and (B, O)")
+    check_pair(x, gy)
+    return _per_sample(x)
+
+
+@_fake("linear_sq_norms")
+def _(x, gy, path):
+    check_paths(path)
+    check_linear(x, gy)
+    return _per_sample(x)
+
+
+@_fake("linear_deviation_sq_norms")
+def _(x, gy, center, path):
+    check_paths(path)
+    check_linear(x, gy)
+    check_layer("center", center, (gy.size(2), x.size(2)), x)
+    return _per_sample(x)
+
+
+@_fake("linear_jvp")
+def _(x, gy, v):
+    check_linear(x, gy)
+    check_layer("v", v, (gy.size(2), x.size(2)), x)
+    return _per_sample(x)
+
+
+@_fake("linear_weighted_sum")
+def _(x, gy, w):
+    check_linear(x, gy)
+    check_layer("w", w, (x.size(0),), x)
+    return _layer(x, (gy.size(2), x.size(2)))
+
+
+@_fake("linear_statistics")
+def _(x, gy, center, path):
+    check_paths(path)
+    check_linear(x, gy)
+    shape = (gy.size(2), x.size(2))
+    check_layer("center", center, shape, x)
+    return _statistics(x, shape, center)
+
+
+@_fake("linear_sq_norms_with_grad")
+def _(x, gy, center, path, mask):
+    check_paths(path)
+    check_linear(x, gy)
+    check_layer("center", center, (gy.size(2), x.size(2)), x)
+    return _with_grad(x, gy, mask)
+
+
+def weight_shape(x: Tensor, gy: Tensor, kernel_size: Sequence[int], groups: int) -> tuple[int, ...]:
+    """Shape (O, C/groups, *K) of the weights of a convolution."""
+    return (gy.size(1), x.size(1) // groups, *kernel_size)
+
+
+@_fake("conv_sq_norms")
+def _(x, gy, kernel_size, stride, padding, dilation, groups, path):
+    check_paths(path)
+    check_conv(x, gy, kernel_size, stride, padding, dilation, groups)
+    return _per_sample(x)
+
+
+@_fake("conv_deviation_sq_norms")
+def _(x, gy, center, stride, padding, dilation, groups, path):
+    check_paths(path)
+    check_conv(x, gy, center.shape[2:], stride, padding, dilation, groups)
+    check_layer("center", center, weight_shape(x, gy, center.shape[2:], groups), x)
+    return _per_sample(x)
+
+
+@_fake("conv_jvp")
+def _(x, gy, v, stride, padding, dilation, groups):
+    check_conv(x, gy, v.shape[2:], stride, padding, dilation, groups)
+    check_layer("v", v, weight_shape(x, gy, v.shape[2:], groups), x)
+    return _per_sample(x)
+
+
+@_fake("conv_weighted_sum")
+def _(x, gy, w, kernel_size, stride, padding, dilation, groups):
+    check_conv(x, gy, kernel_size, stride, padding, dilation, groups)
+    check_layer("w", w, (x.size(0),), x)
+    return _layer(x, weight_shape(x, gy, kernel_size, groups))
+
+
+@_fake("conv_statistics")
+def _(x, gy, center, kernel_size, stride, padding, dilation, groups, path):
+    check_paths(path)
+    check_conv(x, gy, kernel_size, stride, padding, dilation, groups)
+    shape = weight_shape(x, gy, kernel_size, groups)
+    check_layer("center", center, shape, x)
+    return _statistics(x, shape, center)
+
+
+@_fake("conv_sq_norms_with_grad")
+def _(x, gy, center, kernel_size, stride, padding, dilation, groups, path, mask):
+    check_paths(path)
+    check_conv(x, gy, kernel_size, stride, padding, dilation, groups)
+    check_layer("center", center, weight_shape(x, gy, kernel_size, groups), x)
+    return _with_grad(x, gy, mask)
