@@ -1,0 +1,28 @@
+"""Per-sample gradient norms, covariance traces and the regularizers built on them, cheap enough to train with."""
+
+from . import centers, ops, planning
+from .errors import BootgradError, BootgradWarning
+from .normalization import replace_batchnorm
+from .per_sample import PerSampleGradients
+from .regularizers import GradientRegularizer, Report, reg1, reg2
+from .statistics import NoiseScale, Statistics, record
+from .verification import verify
+
+__version__ = "0.1.0"
+__all__ = [
+    "BootgradError",
+    "BootgradWarning",
+    "GradientRegularizer",
+    "NoiseScale",
+    "PerSampleGradients",
+    "Report",
+    "Statistics",
+    "centers",
+    "ops",
+    "planning",
+    "record",
+    "reg1",
+    "reg2",
+    "replace_batchnorm",
+    "verify",
+]

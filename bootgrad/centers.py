@@ -1,0 +1,273 @@
+"""Centers c: estimates of the full-data gradient that Reg1 and Reg2 measure deviations from.
+
+A center is known before a step begins, from the gradients of earlier steps, and constant in it: the derivative of a penalty is
+exact for that c. What this drops against the derivative for c = ∇L(θ) is H c-ward noise of zero mean over batches;
+`FullBatchMean` with ``differentiable=True`` keeps it.
+
+Letters: ``ḡ_t`` mini-batch gradient of step t, ``P`` parameter entries.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError, ArgumentTypeError
+from .per_sample import Direction, as_parameter_dict
+from .recording import check_losses
+
+Parameters = Mapping[str, Tensor]
+
+
+class Center(ABC):
+    """One center. ``value`` is asked before a step, ``update`` is told the step's mean gradient after it succeeded."""
+
+    @abstractmethod
+    def value(self, parameters: Parameters) -> dict[str, Tensor] | None:
+        """c by parameter name, or None as long as nothing is known."""
+
+    def update(self, mean: Parameters) -> None:
+        """Take in ḡ of a finished step, {name: tensor}; tensors are not changed."""
+
+    def derivative(self, parameters: Parameters, direction: Parameters) -> dict[str, Tensor] | None:
+        """(∂c/∂θ)ᵀ direction, for centers that are differentiated; None for constant ones."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+
+
+class BatchMean(Center):
+    """c = ḡ of the batch itself: Reg1 is then the covariance trace Γ, and Reg2 identically zero."""
+
+    def value(self, parameters):
+        """None: the batch is not known before the step."""
+        return None
+
+
+class Zero(Center):
+    """c = 0: Reg1 is the mean squared norm of the per-sample gradients, Reg2 the squared norm of their mean."""
+
+    def value(self, parameters):
+        """Zeros."""
+        return {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
+
+
+class Fixed(Center):
+    """c as given: {name: tensor} or flat (P,)."""
+
+    def __init__(self, value: Direction):
+        """Keep ``value``."""
+        self._value = value
+
+    def value(self, parameters):
+        """The given center."""
+        return {name: t.detach() for name, t in as_parameter_dict(self._value, parameters, "center").items()}
+
+
+class EmaMean(Center):
+    """Exponential moving average of the mini-batch gradients, bias-corrected.
+
+        c_t = Σ_{k<t} (1 − β) β^{t−1−k} ḡ_k / (1 − β^t)
+
+    Args:
+        decay: β in [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.9):
+        """Start with no steps."""
+        if not 0 <= decay < 1:
+            raise ArgumentError(f"decay must be in [0, 1); got {decay}")
+        self.decay = decay
+        self.steps = 0
+        self._average: dict[str, Tensor] = {}
+
+    def value(self, parameters):
+        """The corrected average."""
+        if not self.steps:
+            return None
+        averages = list(as_parameter_dict(self._average, parameters, "the stored center").values())
+        return dict(zip(parameters, torch._foreach_div(averages, 1 - self.decay**self.steps), strict=True))
+
+    @torch.no_grad()
+    def update(self, mean):
+        """Average in ḡ."""
+        if not self.steps:
+            self._average = {name: torch.zeros_like(g) for name, g in mean.items()}
+        torch._foreach_lerp_(list(self._average.values()), [mean[n].detach() for n in self._average], 1 - self.decay)
+        self.steps += 1
+
+    def state_dict(self):
+        """Decay, steps and average."""
+        return {"decay": self.decay, "steps": self.steps, "average": {n: t.clone() for n, t in self._average.items()}}
+
+    def load_state_dict(self, state):
+        """Go on from a `state_dict`."""
+        self.decay, self.steps = state["decay"], state["steps"]
+        self._average = {n: t.clone() for n, t in state["average"].items()}
+
+
+class WindowMean(Center):
+    """Mean of the previous k mini-batch gradients, or of as many as there were; holds k·P numbers.
+
+    Args:
+        k: length of the window, at least 1.
+    """
+
+    def __init__(self, k: int = 16):
+        """Start with an empty window."""
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ArgumentError(f"the window's length must be a whole number of at least 1; got {k!r}")
+        self.k = k
+        self._window: list[dict[str, Tensor]] = []
+        self._sum: dict[str, Tensor] = {}
+        self._oldest = 0
+
+    def value(self, parameters):
+        """The mean over the window."""
+        if not self._window:
+            return None
+        sums = list(as_parameter_dict(self._sum, parameters, "the stored center").values())
+        return dict(zip(parameters, torch._foreach_div(sums, len(self._window)), strict=True))
+
+    @torch.no_grad()
+    def update(self, mean):
+        """Put ḡ in the place of the oldest gradient."""
+        new = {name: g.detach().clone() for name, g in mean.items()}
+        if len(self._window) < self.k:
+            self._window.append(new)
+            if len(self._window) == 1:
+                self._sum = {name: g.clone() for name, g in new.items()}
+            else:
+                torch._foreach_add_(list(self._sum.values()), list(new.values()))
+            return
+        old, self._window[self._oldest] = self._window[self._oldest], new
+        self._oldest = (self._oldest + 1) % self.k
+        torch._foreach_add_(list(self._sum.values()), list(new.values()))
+        torch._foreach_sub_(list(self._sum.values()), list(old.values()))
+        if self._oldest == 0:  # once a round from scratch, so that rounding does not pile up
+            for name in self._sum:
+                self._sum[name] = torch.stack([g[name] for g in self._window]).sum(0)
+
+    def state_dict(self):
+        """The window."""
+        return {
+            "k": self.k,
+            "oldest": self._oldest,
+            "window": [{n: t.clone() for n, t in g.items()} for g in self._window],
+            "sum": {n: t.clone() for n, t in self._sum.items()},
+        }
+
+    def load_state_dict(self, state):
+        """Go on from a `state_dict`."""
+        self.k, self._oldest = state["k"], state["oldest"]
+        self._window = [{n: t.clone() for n, t in g.items()} for g in state["window"]]
+        self._sum = {n: t.clone() for n, t in state["sum"].items()}
+
+
+class FullBatchMean(Center):
+    """The gradient of the mean loss over a whole data set, made anew every few steps by one pass over it.
+
+        c = (1/N) Σ_batches Σ_i ∇ℓ_i(θ)
+
+    Args:
+        loader: iterable of batches, gone through anew at every refresh; a batch that is not a tuple or list is one argument.
+        loss_fn: ``loss_fn(*batch)`` gives losses (B,) of the model as it is.
+        refresh_every: steps between passes.
+        differentiable: treat c as the function of θ that it is: a penalty's derivative gains −2 λ H (ḡ − c), H the Hessian
+            of the mean loss, by one more pass per step. Needs ``refresh_every=1``.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable,
+        loss_fn: Callable[..., Tensor],
+        refresh_every: int = 1,
+        differentiable: bool = False,
+    ):
+        """Keep the loader; nothing is computed yet."""
+        if isinstance(refresh_every, bool) or not isinstance(refresh_every, int) or refresh_every < 1:
+            raise ArgumentError(f"refresh_every must be a whole number of at least 1; got {refresh_every!r}")
+        if differentiable and refresh_every != 1:
+            raise ArgumentError(f"a differentiable center is that of the present parameters: refresh_every must be 1; got {refresh_every}")
+        if not callable(loss_fn):
+            raise ArgumentTypeError(f"loss_fn must be callable; got {type(loss_fn).__name__}")
+        self.loader, self.loss_fn = loader, loss_fn
+        self.refresh_every, self.differentiable = refresh_every, differentiable
+        self.steps = 0
+        self._value: dict[str, Tensor] | None = None
+
+    def value(self, parameters):
+        """The full gradient at the present parameters, or at those of the last refresh."""
+        if self._value is None or self.steps % self.refresh_every == 0:
+            self._value = self._sweep(parameters, None)
+        return dict(self._value)
+
+    def update(self, mean):
+        """Count the step."""
+        self.steps += 1
+
+    def derivative(self, parameters, direction):
+        """H direction, H the Hessian of the mean loss over the data set."""
+        return self._sweep(parameters, direction) if self.differentiable else None
+
+    def _sweep(self, parameters: Parameters, direction: Parameters | None) -> dict[str, Tensor]:
+        """The mean gradient, or with a direction the gradient of its inner product with it."""
+        tensors = list(parameters.values())
+        total = [torch.zeros_like(p, requires_grad=False) for p in tensors]
+        count = 0
+        for batch in self.loader:
+            with torch.enable_grad():
+                losses = self.loss_fn(*batch) if isinstance(batch, tuple | list) else self.loss_fn(batch)
+                check_losses(losses)
+                twice = direction is not None
+                grads = torch.autograd.grad(losses.sum(), tensors, create_graph=twice, allow_unused=True)
+                if twice:
+                    pairs = zip(grads, parameters, strict=True)
+                    inner = sum((g * direction[n]).sum() for g, n in pairs if g is not None and g.requires_grad)
+                    grads = [None] * len(tensors)
+                    if isinstance(inner, Tensor):
+                        grads = torch.autograd.grad(inner, tensors, allow_unused=True)
+            for t, g in zip(total, grads, strict=True):
+                if g is not None:
+                    t.add_(g)
+            count += losses.numel()
+        if not count:
+            raise ArgumentError("the loader of FullBatchMean yields no batch; it must be one that can be gone through again")
+        torch._foreach_div_(total, count)
+        return dict(zip(parameters, total, strict=True))
+
+    def state_dict(self):
+        """Steps, and the gradient in use."""
+        return {"steps": self.steps, "value": self._value}
+
+    def load_state_dict(self, state):
+        """Go on from a `state_dict`."""
+        self.steps, self._value = state["steps"], state["value"]
+
+
+NAMED: dict[str, Callable[[], Center]] = {"batch_mean": BatchMean, "zero": Zero, "ema": EmaMean, "window": WindowMean}
+
+
+def as_center(value: Any) -> Center:
+    """A center from its name, a mapping {parameter name: tensor}, a flat tensor, or a `Center`.
+
+    Raises:
+        ArgumentError: an unknown name.
+        ArgumentTypeError: anything else.
+    """
+    if isinstance(value, Center):
+        return value
+    if isinstance(value, str):
+        if value not in NAMED:
+            raise ArgumentError(f"center must be one of {', '.join(NAMED)}, a mapping or a Center; got {value!r}")
+        return NAMED[value]()
+    if isinstance(value, Mapping | Tensor):
+        return Fixed(value)
+    raise ArgumentTypeError(f"center must be a name, a mapping by parameter name or a Center; got {type(value).__name__}")

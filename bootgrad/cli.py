@@ -1,0 +1,145 @@
+"""The command line: ``bootgrad train``, ``compare``, ``plan`` and ``info``.
+
+A mistake of the user's ends in one line, ``bootgrad: error: …``, and exit code 2; Ctrl-C in exit code 130.
+"""
+
+import argparse
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import ArgumentError, BootgradError, BootgradWarning
+
+_OPTIONS = (
+    ("--data", str, "SOURCE", "digits (scikit-learn's, no download), an NPZ file with x_train, y_train, x_test, y_test, "
+     "a folder with MNIST's four IDX files, or torchvision:NAME"),
+    ("--data-root", str, "DIR", "where torchvision keeps its downloads"),
+    ("--train-size", int, "N", "use the first N training images only"),
+    ("--reg1", float, "F", "λ₁, the factor of Reg1 = (1/B) Σ ‖g_i − c‖²"),
+    ("--reg2", float, "F", "λ₂, the factor of Reg2 = ‖ḡ − c‖²"),
+    ("--center", str, "NAME", "c: batch_mean, zero, ema or window; two names with a comma give Reg1 and Reg2 their own"),
+    ("--epochs", int, "N", "passes over the training images"),
+    ("--batch-size", int, "N", "images in a batch"),
+    ("--optimizer", str, "NAME", "sgd or adam"),
+    ("--lr", float, "F", "learning rate"),
+    ("--momentum", float, "F", "of sgd; β₁ of adam"),
+    ("--seed", int, "N", "of the initial weights and of the order of the images"),
+    ("--threads", int, "N", "threads of torch's CPU kernels"),
+    ("--device", str, "NAME", "cpu, cuda or cuda:N"),
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return arguments.run(arguments)
+    except BootgradError as error:
+        print(f"bootgrad: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bootgrad: interrupted", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ArgumentError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = _Parser(prog="bootgrad", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"bootgrad {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = _command(commands, "train", _train, "train the reference CNN and measure its gradients' noise")
+    _add_settings(train)
+    train.add_argument("--out", metavar="DIR", help="folder of the run; default: run, or the checkpoint's folder")
+    train.add_argument("--resume", nargs="?", const="", metavar="CKPT", help="go on from a checkpoint; default: that in --out")
+    train.add_argument("--overwrite", action="store_true", help="replace a run that --out holds")
+    train.add_argument("--check", action="store_true", help="first compare the library with plain autograd on a few images")
+
+    compare = _command(commands, "compare", _compare, "train plainly, with Reg1 and with Reg1 + Reg2, side by side")
+    _add_settings(compare)
+    compare.add_argument("--out", metavar="DIR", default="comparison", help="folder of the picture, the table and the runs")
+    compare.add_argument("--resume", action="store_true", help="go on with the runs that --out holds")
+    compare.add_argument("--overwrite", action="store_true", help="replace the runs that --out holds")
+
+    plan = _command(commands, "plan", _plan, "show per layer how its norms are computed, and what that costs")
+    plan.add_argument("model", metavar="FILE.py:FUNCTION", help="a function without arguments that returns the model")
+    plan.add_argument("--batch", type=int, default=128, metavar="N", help="samples in a batch")
+    plan.add_argument("--input", required=True, metavar="1x28x28", help="shape of one sample")
+
+    _command(commands, "info", _info, "show versions, and what is built, loaded and used")
+    return parser
+
+
+def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    from .training.settings import Settings
+
+    for option, kind, metavar, text in _OPTIONS:
+        name = option[2:].replace("-", "_")
+        default = getattr(Settings, name)
+        shown = "" if default is None else f"; default: {default}"
+        parser.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=(text + shown).replace("%", "%%"))
+
+
+def _settings_given(arguments: argparse.Namespace) -> dict:
+    names = [option[2:].replace("-", "_") for option, *_ in _OPTIONS]
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    _require_extras()
+    from .training import run
+
+    resume = out = None
+    if arguments.resume is not None:
+        resume = Path(arguments.resume) if arguments.resume else Path(arguments.out or "run") / run.CHECKPOINT
+    out = Path(arguments.out or (resume.parent if resume else "run"))
+    trainer, finished = run.train(
+        _settings_given(arguments), out, resume=resume, overwrite=arguments.overwrite, check=arguments.check
+    )
+    if not finished:
+        print(
+            f"bootgrad: interrupted after step {len(trainer.history.steps)}; the checkpoint is {out / run.CHECKPOINT}: "
+            f"go on with bootgrad train --resume --out {out}",
+            file=sys.stderr,
+        )
+        return 130
+    print(f"written: {', '.join(str(out / name) for name in ('run.csv', 'run.json', 'run.png', run.CHECKPOINT))}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    _require_extras()
+    from .training import run
+
+    out = Path(arguments.out)
+    if run.compare(_settings_given(arguments), out, resume=arguments.resume, overwrite=arguments.overwrite):
+        return 0
+    print(f"bootgrad: interrupted: go on with the same options and --resume --out {out}", file=sys.stderr)
+    return 130
+
+
+def _require_extras() -> None:
+    missing = [name for name in ("tqdm", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ArgumentError(f"this command needs {' and '.join(missing)}: pip install 'bootgrad[cli]'")
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    origin = "" if issubclass(category, BootgradWarning) else f" ({filename}:{lineno})"
+    print(f"bootgrad: warning: {message}{origin}", file=sys.stderr)

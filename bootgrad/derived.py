@@ -1,0 +1,175 @@
+"""Tensors that are functions of parameters alone: transposed, masked, concatenated or reparametrized weights.
+
+A derived tensor W' = D(θ) is followed like a parameter. Its per-sample gradients G'_i belong to W'; those of θ are Jᵀ G'_i
+with J = ∂D/∂θ. Where D only reorders entries (`ISOMETRIES`), norms carry over and nothing is multiplied out.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .errors import UnsupportedError
+from .rules.terms import ComputedTerm, Term
+
+_T = torch.Tensor
+ISOMETRIES = {
+    torch.t, torch.transpose, torch.permute, torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, torch.movedim,
+    torch.clone, torch.swapaxes, torch.swapdims, torch.unflatten,
+    _T.t, _T.transpose, _T.permute, _T.reshape, _T.view, _T.flatten, _T.squeeze, _T.unsqueeze, _T.movedim,
+    _T.clone, _T.contiguous, _T.swapaxes, _T.swapdims, _T.unflatten, _T.T.__get__, _T.mT.__get__,
+}  # fmt: skip
+_MASKINGS = {
+    torch.mul, torch.multiply, torch.div, torch.add, torch.sub, torch.where, torch.masked_fill,
+    _T.mul, _T.multiply, _T.__mul__, _T.__rmul__, _T.div, _T.__truediv__, _T.add, _T.__add__, _T.__radd__,
+    _T.sub, _T.__sub__, _T.__rsub__, _T.masked_fill, _T.where,
+}  # fmt: skip
+
+
+@dataclass(eq=False)
+class Derived:
+    """One derived tensor: the call that made it, and which of the call's results it is."""
+
+    tensor: Tensor
+    func: Callable
+    args: tuple
+    kwargs: dict
+    position: int
+    parents: Mapping[int, "Derived | None"]  # id of a tracked argument -> how it was derived; None for a parameter
+
+    @property
+    def isometric(self) -> bool:
+        """Whether the tensor holds each entry of one parameter once."""
+        parents = list(self.parents.values())
+        return (
+            self.func in ISOMETRIES
+            and len(parents) == 1
+            and (parents[0] is None or parents[0].isometric)
+            and self.tensor.numel() == next(t for t in self._tensors() if id(t) in self.parents).numel()
+        )
+
+    def leaves(self) -> list[Tensor]:
+        """The parameters that the tensor is a function of."""
+        found: dict[int, Tensor] = {}
+        for t in self._tensors():
+            parent = self.parents.get(id(t))
+            if parent is not None:
+                found |= {id(leaf): leaf for leaf in parent.leaves()}
+            elif id(t) in self.parents:
+                found[id(t)] = t
+        return list(found.values())
+
+    def replay(self, values: Mapping[int, Tensor]) -> Tensor:
+        """The tensor, were the parameters the given ``values`` (by id of the parameter)."""
+
+        def substitute(t: Any) -> Any:
+            if not isinstance(t, Tensor) or id(t) not in self.parents:
+                return t
+            parent = self.parents[id(t)]
+            return values.get(id(t), t) if parent is None else parent.replay(values)
+
+        args, kwargs = pytree.tree_map(substitute, (self.args, self.kwargs))
+        return pytree.tree_leaves(self.func(*args, **kwargs))[self.position]
+
+    def _tensors(self) -> list[Tensor]:
+        return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+
+
+def is_batch_free(func: Callable, result: Any, tracked: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether a call on ``tracked`` tensors and ``others`` yields a function of parameters alone.
+
+    Others are taken for constants (a mask) in elementwise calls that leave a tracked tensor's shape as it is.
+    """
+    if not others:
+        return True
+    shapes = [t.shape for t in tracked]
+    return (
+        func in _MASKINGS
+        and isinstance(result, Tensor)
+        and result.shape in shapes
+        and not any(t.requires_grad for t in others)
+    )
+
+
+def derive(func: Callable, args: tuple, kwargs: dict, result: Any, known: Mapping[int, "Derived | None"]) -> list[Derived]:
+    """The derived tensors among the results of a call."""
+    used = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in known]
+    parents = {id(t): known[id(t)] for t in used}
+    return [
+        Derived(t, func, args, kwargs, k, parents)
+        for k, t in enumerate(pytree.tree_leaves(result))
+        if isinstance(t, Tensor) and t.requires_grad and id(t) not in known
+    ]
+
+
+def pull_back(term: Term, derived: Derived, leaf: Tensor) -> Term:
+    """The term of the parameter ``leaf`` when ``term`` is that of the derived tensor."""
+    with torch.no_grad():
+        if not torch.equal(derived.replay({}), derived.tensor):
+            raise UnsupportedError(
+                f"a weight made by {getattr(derived.func, '__name__', derived.func)} comes out differently when it is made "
+                "again: functions of parameters that draw random numbers have no per-sample gradients here"
+            )
+    if derived.isometric:
+        return ViewTerm(term, leaf.shape, derived, leaf)
+    leaves = derived.leaves()
+
+    def compute(index: Tensor, term: Term, *values: Tensor) -> Tensor:
+        current = {id(t): v for t, v in zip(leaves, values, strict=True)}
+        value = current.pop(id(leaf))
+        _, pull = torch.func.vjp(lambda t: derived.replay(current | {id(leaf): t}), value)
+        chosen = term.select(index)
+        rows = chosen.rows(0, chosen.batch_size).to(derived.tensor.dtype)
+        return torch.func.vmap(lambda g: pull(g)[0])(rows)
+
+    return ComputedTerm(compute, torch.arange(term.batch_size, device=leaf.device), leaf.shape, [term, *leaves])
+
+
+@dataclass
+class ViewTerm(Term):
+    """A term whose entries stand in another order than the parameter's."""
+
+    term: Term
+    shape: torch.Size
+    derived: Derived
+    leaf: Tensor
+
+    @property
+    def batch_size(self) -> int:  # noqa: D102
+        return self.term.batch_size
+
+    def rows(self, start, stop):  # noqa: D102
+        return torch.func.vmap(self._back)(self.term.rows(start, stop))
+
+    def sq_norms(self, center=None):  # noqa: D102
+        return self.term.sq_norms(None if center is None else self._forward(center))
+
+    def covariance(self, mean):  # noqa: D102
+        return self.term.covariance(self._forward(mean))
+
+    def jvp(self, v):  # noqa: D102
+        return self.term.jvp(self._forward(v))
+
+    def weighted_sum(self, w):  # noqa: D102
+        return self._back(self.term.weighted_sum(w))
+
+    def gram(self):  # noqa: D102
+        return self.term.gram()
+
+    def map(self, function):  # noqa: D102
+        return ViewTerm(self.term.map(function), self.shape, self.derived, self.leaf)
+
+    def select(self, index):  # noqa: D102
+        return ViewTerm(self.term.select(index), self.shape, self.derived, self.leaf)
+
+    def _forward(self, value: Tensor) -> Tensor:
+        """From the parameter's order to the term's."""
+        return self.derived.replay({id(self.leaf): value})
+
+    def _back(self, value: Tensor) -> Tensor:
+        """From the term's order to the parameter's: the transpose of a reordering is its inverse."""
+        order = torch.arange(value.numel(), device=value.device).view(self.shape)
+        return torch.zeros_like(value).reshape(-1).index_copy(0, self._forward(order).reshape(-1), value.reshape(-1)).view(self.shape)

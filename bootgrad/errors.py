@@ -1,0 +1,32 @@
+"""What the library raises and warns with.
+
+Every error derives from `BootgradError` and from the built-in error that a user of PyTorch would expect in its place.
+"""
+
+
+class BootgradError(Exception):
+    """Base of every error that bootgrad raises."""
+
+
+class ArgumentError(BootgradError, ValueError):
+    """A value that the call cannot use: a wrong shape, an unknown option, a number out of range."""
+
+
+class ArgumentTypeError(BootgradError, TypeError):
+    """An argument of a type that the call cannot use."""
+
+
+class RecordingError(BootgradError, RuntimeError):
+    """A recording used at the wrong time, or one that does not hold what was asked of it."""
+
+
+class UnsupportedError(RecordingError):
+    """A model for which per-sample gradients do not exist or would come out wrong."""
+
+
+class DataError(BootgradError, ValueError):
+    """A file that is missing, damaged, or not of the expected form."""
+
+
+class BootgradWarning(UserWarning):
+    """Something works, but slower or to less effect than the caller may think."""

@@ -1,0 +1,196 @@
+"""Per-sample gradients of convolutions of one, two, three or more dimensions.
+
+    G_i = Σ_t gy_{i,t} ⊗ u_{i,t}        u_{i,t} = the patch of x_i under the kernel at output position t
+
+x is (B, C, *S), gy (B, O, *S'), weights (O, C/groups, *K). Padding is with zeros; other paddings are an operation of their
+own on x. Letters as in `ops.schema`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import planning
+from ..errors import ArgumentError, UnsupportedError
+from . import product
+from .product import LayerStatistics, Product
+
+_raw = torch.ops.bootgrad
+IntOrInts = int | Sequence[int]
+
+
+def conv_sq_norms(
+    x: Tensor,
+    gy: Tensor,
+    kernel_size: IntOrInts,
+    stride: IntOrInts = 1,
+    padding: IntOrInts = 0,
+    dilation: IntOrInts = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Squared norms of a convolution's per-sample weight gradients.
+
+        s_i = ‖Σ_t gy_{i,t} ⊗ u_{i,t}‖²
+
+    Args:
+        x: the layer's input, (B, C, *S).
+        gy: gradient of the summed losses by the layer's output, (B, O, *S').
+        kernel_size: K, one number or one per dimension; as are ``stride``, ``padding`` (zeros) and ``dilation``.
+        stride: step between output positions.
+        padding: zeros added on both sides.
+        dilation: step between kernel positions.
+        groups: number of blocks that channels in and out are cut into.
+
+    Returns:
+        (B,) in the accumulation dtype (float32 for half precisions); twice differentiable.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices do not fit together.
+    """
+    return product.sq_norms(_conv(x, kernel_size, stride, padding, dilation, groups), x, gy)
+
+
+def conv_deviation_sq_norms(
+    x: Tensor,
+    gy: Tensor,
+    center: Tensor,
+    stride: IntOrInts = 1,
+    padding: IntOrInts = 0,
+    dilation: IntOrInts = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Squared distances ‖G_i − center‖² of per-sample weight gradients from a center (O, C/groups, *K).
+
+    The rest as `conv_sq_norms`; the result is (B,) and differentiable by the center, too.
+    """
+    return product.sq_norms(_conv(x, center.shape[2:], stride, padding, dilation, groups), x, gy, center)
+
+
+def conv_jvp(
+    x: Tensor,
+    gy: Tensor,
+    v: Tensor,
+    stride: IntOrInts = 1,
+    padding: IntOrInts = 0,
+    dilation: IntOrInts = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Inner products ⟨G_i, v⟩ with v (O, C/groups, *K): the rows of G @ v, (B,). The rest as `conv_sq_norms`."""
+    return product.jvp(_conv(x, v.shape[2:], stride, padding, dilation, groups), x, gy, v)
+
+
+def conv_weighted_sum(
+    x: Tensor,
+    gy: Tensor,
+    w: Tensor | None,
+    kernel_size: IntOrInts,
+    stride: IntOrInts = 1,
+    padding: IntOrInts = 0,
+    dilation: IntOrInts = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Σ_i w_i G_i, (O, C/groups, *K): G.T @ w; with w None the ordinary weight gradient. The rest as `conv_sq_norms`."""
+    return product.weighted_sum(_conv(x, kernel_size, stride, padding, dilation, groups), x, gy, w)
+
+
+def _conv(x: Tensor, kernel_size, stride, padding, dilation, groups) -> "ConvProduct":
+    n = x.dim() - 2
+    if n < 1:
+        raise ArgumentError(f"x must be (B, C, *S); got shape {tuple(x.shape)}")
+    return ConvProduct(*(expand(v, n) for v in (kernel_size, stride, padding, dilation)), groups)
+
+
+def expand(value: IntOrInts, n: int) -> tuple[int, ...]:
+    """``value`` as ``n`` numbers: itself, or repeated where it is a single one."""
+    values = (value,) * n if isinstance(value, int) else tuple(int(v) for v in value)
+    values = values * n if len(values) == 1 else values
+    if len(values) != n:
+        raise ArgumentError(f"expected one number or {n}, one per dimension; got {tuple(values)}")
+    return values
+
+
+@dataclass(frozen=True)
+class ConvProduct(Product):
+    """The geometry of a convolution, one number per dimension."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def _geometry(self):
+        return self.stride, self.padding, self.dilation, self.groups
+
+    def output(self, x, weight, bias=None):  # noqa: D102
+        zeros = (0,) * len(self.stride)
+        return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, zeros, self.groups)
+
+    def input_grad(self, gy, weight, x_shape):  # noqa: D102
+        x = gy.new_empty(x_shape)  # only its shape is read
+        return self._backward(gy, x, weight, (True, False, False))[0]
+
+    def weight_grad(self, x, gy, w=None):  # noqa: D102
+        return _raw.conv_weighted_sum(x, gy, w, self.kernel_size, *self._geometry)
+
+    def _backward(self, gy, x, weight, mask):
+        zeros = (0,) * len(self.stride)
+        return torch.ops.aten.convolution_backward(
+            gy, x, weight, None, self.stride, self.padding, self.dilation, False, zeros, self.groups, mask
+        )
+
+    def bias_grad(self, gy):  # noqa: D102
+        return gy.transpose(0, 1).flatten(1).sum(1)
+
+    def bias_rows(self, gy):  # noqa: D102
+        return gy.flatten(2).sum(2)
+
+    def factor(self, x, gy, weight_shape, batch_size):  # noqa: D102
+        if x.dim() == 1 + len(self.stride):  # an unbatched image
+            x, gy = x.unsqueeze(0), gy.unsqueeze(0)
+        if x.size(0) == batch_size:
+            return self, x, gy, weight_shape
+        # N/B consecutive images belong to a sample: they stack in a further dimension, which the kernel leaves alone.
+        if len(self.stride) > 2:
+            raise UnsupportedError(f"a {len(self.stride)}-d convolution over several images a sample; got {x.size(0)} rows")
+        x, gy = (t.reshape(batch_size, -1, *t.shape[1:]).transpose(1, 2) for t in (x, gy))
+        stacked = ConvProduct((1, *self.kernel_size), (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups)
+        return stacked, x, gy, torch.Size((*weight_shape[:2], 1, *weight_shape[2:]))
+
+    def rows(self, x, gy):  # noqa: D102
+        B, C, *S = x.shape
+        # One grouped convolution over all samples: its weight gradient holds each sample's own.
+        weight = x.new_zeros(B * gy.size(1), C // self.groups, *self.kernel_size, requires_grad=True)
+        folded = ConvProduct(self.kernel_size, self.stride, self.padding, self.dilation, B * self.groups)
+        x, gy = x.reshape(1, B * C, *S), gy.reshape(1, -1, *gy.shape[2:])
+        g = folded._backward(gy, x, weight, (False, True, False))[1]
+        return g.view(B, -1, *weight.shape[1:])
+
+    def statistics(self, x, gy, center):  # noqa: D102
+        path = self._path(x, gy, "statistics", center)
+        total, s, deviation, rows = _raw.conv_statistics(x, gy, center, self.kernel_size, *self._geometry, path)
+        return LayerStatistics(total, s, None if center is None else deviation, rows)
+
+    def sq_norms(self, x, gy, center):  # noqa: D102
+        path = self._path(x, gy, "norms", center)
+        if center is None:
+            return _raw.conv_sq_norms(x, gy, self.kernel_size, *self._geometry, path)
+        return _raw.conv_deviation_sq_norms(x, gy, center, *self._geometry, path)
+
+    def sq_norms_with_grad(self, x, gy, center, mask):  # noqa: D102
+        path = self._path(x, gy, "grad", center)
+        s, dx, dgy = _raw.conv_sq_norms_with_grad(x, gy, center, self.kernel_size, *self._geometry, path, list(mask))
+        return s, dx if mask[0] else None, dgy if mask[1] else None
+
+    def jvp(self, x, gy, v):  # noqa: D102
+        return _raw.conv_jvp(x, gy, v, *self._geometry)
+
+    def layer(self, x: Tensor, gy: Tensor) -> planning.ConvLayer:
+        """The shape of the layer, for the cost model."""
+        return planning.ConvLayer(x.size(0), x.size(1), tuple(x.shape[2:]), gy.size(1), self.kernel_size, *self._geometry)
+
+    def _path(self, x: Tensor, gy: Tensor, purpose: str, center: Tensor | None) -> str:
+        return planning.choose_path(self.layer(x, gy), purpose, center is not None)

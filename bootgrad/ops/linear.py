@@ -1,0 +1,173 @@
+"""Per-sample gradients of linear layers: y = x Wᵀ + b.
+
+    G_i = Σ_t gy_{i,t} ⊗ x_{i,t}
+
+Samples are in dimension 0; the dimensions between it and the features are positions, T in all. With T = 1 the G_i have rank
+one and plain torch is at the limit: ‖G_i‖² = ‖x_i‖² ‖gy_i‖². Letters as in `ops.schema`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import planning
+from ..errors import ArgumentError
+from . import product
+from .product import LayerStatistics, Product, per_sample
+from .schema import accumulation_dtype
+
+_raw = torch.ops.bootgrad
+
+
+def linear_sq_norms(x: Tensor, gy: Tensor) -> Tensor:
+    """Squared norms of a linear layer's per-sample weight gradients.
+
+        s_i = ‖Σ_t gy_{i,t} ⊗ x_{i,t}‖²
+
+    Args:
+        x: the layer's input, (B, I) or (B, …, I).
+        gy: gradient of the summed losses by the layer's output, (B, O) or (B, …, O).
+
+    Returns:
+        (B,) in the accumulation dtype (float32 for half precisions); twice differentiable.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices do not fit together.
+    """
+    return product.sq_norms(LINEAR, *LINEAR.canonical(x, gy))
+
+
+def linear_deviation_sq_norms(x: Tensor, gy: Tensor, center: Tensor) -> Tensor:
+    """Squared distances ‖G_i − center‖² of a linear layer's per-sample weight gradients from a center (O, I).
+
+    Args and raises as `linear_sq_norms`; the result is (B,) and differentiable by the center, too.
+    """
+    return product.sq_norms(LINEAR, *LINEAR.canonical(x, gy), center)
+
+
+def linear_jvp(x: Tensor, gy: Tensor, v: Tensor) -> Tensor:
+    """Inner products ⟨G_i, v⟩ of a linear layer's per-sample weight gradients with v (O, I): the rows of G @ v, (B,)."""
+    return product.jvp(LINEAR, *LINEAR.canonical(x, gy), v)
+
+
+def linear_weighted_sum(x: Tensor, gy: Tensor, w: Tensor | None = None) -> Tensor:
+    """Σ_i w_i G_i of a linear layer, (O, I): G.T @ w; with w (B,) absent the ordinary weight gradient."""
+    return product.weighted_sum(LINEAR, *LINEAR.canonical(x, gy), w)
+
+
+@dataclass(frozen=True)
+class LinearProduct(Product):
+    """y = x Wᵀ with W (O, I), or y = x W with W (I, O) when ``transposed``; x (B, …, I).
+
+    The transposed layer's G_i is Σ_t x ⊗ gy: the same op with x and gy in exchanged roles.
+    """
+
+    transposed: bool = False
+
+    def factor(self, x, gy, weight_shape, batch_size):  # noqa: D102
+        return self, *self.canonical(x, gy, batch_size), weight_shape
+
+    def canonical(self, x: Tensor, gy: Tensor, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
+        """(x, gy) as (B, T, I) and (B, T, O)."""
+        B = x.size(0) if batch_size is None else batch_size
+        if x.shape[:-1] != gy.shape[:-1]:
+            raise ArgumentError(f"x and gy must agree but for the last dimension; got {_shapes(x, gy)}")
+        T = math.prod(x.shape[:-1]) // max(B, 1)
+        return x.reshape(B, T, x.size(-1)), gy.reshape(B, T, gy.size(-1))
+
+    def output(self, x, weight, bias=None):  # noqa: D102
+        return F.linear(x, weight.t() if self.transposed else weight, bias)
+
+    def input_grad(self, gy, weight, x_shape):  # noqa: D102
+        return (gy @ (weight.t() if self.transposed else weight)).reshape(x_shape)
+
+    def weight_grad(self, x, gy, w=None):  # noqa: D102
+        x, gy = self._roles(x, gy)
+        if x.dtype != accumulation_dtype(x.dtype):
+            return _raw.linear_weighted_sum(*self.canonical(x, gy), w)
+        gy = gy if w is None else gy * per_sample(w, gy)
+        return gy.reshape(-1, gy.size(-1)).t() @ x.reshape(-1, x.size(-1))
+
+    def bias_grad(self, gy):  # noqa: D102
+        return gy.reshape(-1, gy.size(-1)).sum(0)
+
+    def bias_rows(self, gy):  # noqa: D102
+        return gy if gy.dim() == 2 else gy.flatten(1, -2).sum(1)
+
+    def rows(self, x, gy):  # noqa: D102
+        x, gy = self._roles(*self.canonical(x, gy))
+        return torch.einsum("bto,bti->boi", gy, x)
+
+    def statistics(self, x, gy, center):  # noqa: D102
+        bias_rows = None
+        if x.size(1) == 1:
+            s = _raw.linear_rank1_sq_norms(x.squeeze(1), gy.squeeze(1))
+            deviation = None if center is None else s - 2 * self.jvp(x, gy, center) + center.square().sum()
+            return LayerStatistics(self.weight_grad(x, gy), s, deviation, gy.squeeze(1))
+        path = self._path(x, gy, "statistics", center)
+        total, s, deviation, bias_rows = _raw.linear_statistics(*self._roles(x, gy), center, path)
+        if self.transposed:
+            bias_rows = gy.sum(1)
+        return LayerStatistics(total, s, None if center is None else deviation, bias_rows)
+
+    def sq_norms(self, x, gy, center):  # noqa: D102
+        if x.size(1) == 1:
+            return self._rank1(x, gy, center, (False, False))[0]
+        path = self._path(x, gy, "norms", center)
+        if center is None:
+            return _raw.linear_sq_norms(*self._roles(x, gy), path)
+        return _raw.linear_deviation_sq_norms(*self._roles(x, gy), center, path)
+
+    def sq_norms_with_grad(self, x, gy, center, mask):  # noqa: D102
+        if x.size(1) == 1:
+            return self._rank1(x, gy, center, mask)
+        path = self._path(x, gy, "grad", center)
+        s, *grads = _raw.linear_sq_norms_with_grad(*self._roles(x, gy), center, path, list(self._roles(*mask)))
+        dx, dgy = self._roles(*grads)
+        return s, dx if mask[0] else None, dgy if mask[1] else None
+
+    def _rank1(self, x, gy, center, mask):
+        """s = ‖x‖²‖gy‖² − 2 ⟨gy, c x⟩ + ‖c‖² and its derivatives, all samples in one product with c."""
+        dtype, types = accumulation_dtype(x.dtype), (x.dtype, gy.dtype)
+        x, gy = x.squeeze(1).to(dtype), gy.squeeze(1).to(dtype)
+        xx, gg = x.square().sum(1), gy.square().sum(1)
+        s, dx, dgy = xx * gg, None, None
+        if center is not None:
+            center = center if self.transposed else center.t()  # (I, O)
+            cx = x @ center
+            s = s - 2 * (gy * cx).sum(1) + center.square().sum()
+        if mask[0]:
+            dx = 2 * gg[:, None] * x
+            dx = dx if center is None else dx.addmm_(gy, center.t(), alpha=-2)
+            dx = dx.unsqueeze(1).to(types[0])
+        if mask[1]:
+            dgy = 2 * xx[:, None] * gy
+            dgy = dgy if center is None else dgy.sub_(cx, alpha=2)
+            dgy = dgy.unsqueeze(1).to(types[1])
+        return s, dx, dgy
+
+    def jvp(self, x, gy, v):  # noqa: D102
+        if x.size(1) == 1:
+            y = x.to(v.dtype) @ (v if self.transposed else v.t())
+            return (y * gy).flatten(1).sum(1)
+        return _raw.linear_jvp(*self._roles(x, gy), v)
+
+    def layer(self, x: Tensor, gy: Tensor) -> planning.LinearLayer:
+        """The shape of the layer, for the cost model; x and gy canonical."""
+        return planning.LinearLayer(x.size(0), x.size(1), x.size(2), gy.size(2))
+
+    def _roles(self, x, gy):
+        return (gy, x) if self.transposed else (x, gy)
+
+    def _path(self, x: Tensor, gy: Tensor, purpose: str, center: Tensor | None) -> str:
+        return planning.choose_path(self.layer(x, gy), purpose, center is not None)
+
+
+def _shapes(x: Tensor, gy: Tensor) -> str:
+    return f"{tuple(x.shape)} and {tuple(gy.shape)}"
+
+
+LINEAR = LinearProduct()

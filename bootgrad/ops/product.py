@@ -1,0 +1,247 @@
+"""A layer's product and its derivatives, closed under differentiation.
+
+A linear or convolution layer is one trilinear form ⟨gy, W ∗ x⟩. Its three partial derivatives
+
+    output        y  = W ∗ x
+    input grad    gx = Wᵀ ∗ gy
+    weight grad   Σ_i G_i,   G_i = Σ_t gy_{i,t} ⊗ u_{i,t}
+
+are each other's derivatives, so three `autograd.Function`s cover every order. The per-sample norms ‖G_i − c‖² add two more:
+`SqNorms`, which computes value and adjoint in one visit, and `SqNormsGrad`, whose own derivative is a sum of inner products
+⟨G_i, G'_i⟩ and left to plain torch.
+
+Letters as in `ops.schema`. A `Product` is immutable and knows the geometry; it holds no tensors.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .schema import accumulation_dtype
+
+
+class LayerStatistics(NamedTuple):
+    """What one visit of (x, gy) yields: Σ G_i, ‖G_i‖² (B,), ‖G_i − c‖² (B,) or None, and Σ_t gy_{i,t} (B, O)."""
+
+    weight_grad: Tensor
+    sq_norms: Tensor
+    deviation_sq_norms: Tensor | None
+    bias_rows: Tensor
+
+
+class Product(ABC):
+    """The products of one kind of layer. ``x`` has samples in dimension 0, ``gy`` the shape of the output."""
+
+    @abstractmethod
+    def factor(
+        self, x: Tensor, gy: Tensor, weight_shape: torch.Size, batch_size: int
+    ) -> tuple["Product", Tensor, Tensor, torch.Size]:
+        """(x, gy) of any number of rows as those of ``batch_size`` samples: the product to use, x, gy, its weight's shape."""
+
+    @abstractmethod
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's output, y = W ∗ x + b."""
+
+    @abstractmethod
+    def input_grad(self, gy: Tensor, weight: Tensor, x_shape: Sequence[int]) -> Tensor:
+        """The gradient of ⟨gy, W ∗ x⟩ with respect to x."""
+
+    @abstractmethod
+    def weight_grad(self, x: Tensor, gy: Tensor, w: Tensor | None = None) -> Tensor:
+        """Σ_i w_i G_i in the accumulation dtype; w (B,) is ones when absent."""
+
+    @abstractmethod
+    def bias_grad(self, gy: Tensor) -> Tensor:
+        """Σ over samples and positions of gy, (O,); plain torch."""
+
+    @abstractmethod
+    def bias_rows(self, gy: Tensor) -> Tensor:
+        """The bias's per-sample gradients Σ_t gy_{i,t}, (B, O); plain torch."""
+
+    @abstractmethod
+    def statistics(self, x: Tensor, gy: Tensor, center: Tensor | None) -> LayerStatistics:
+        """Everything a first-order pass needs, in one visit; not differentiable."""
+
+    @abstractmethod
+    def sq_norms(self, x: Tensor, gy: Tensor, center: Tensor | None) -> Tensor:
+        """‖G_i − c‖², (B,); not differentiable."""
+
+    @abstractmethod
+    def sq_norms_with_grad(
+        self, x: Tensor, gy: Tensor, center: Tensor | None, mask: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """‖G_i − c‖² with its derivatives by x and by gy where ``mask`` asks for them."""
+
+    @abstractmethod
+    def jvp(self, x: Tensor, gy: Tensor, v: Tensor) -> Tensor:
+        """⟨G_i, v⟩, (B,); not differentiable."""
+
+    @abstractmethod
+    def rows(self, x: Tensor, gy: Tensor) -> Tensor:
+        """The G_i themselves, (B, *weight shape); plain torch, differentiable to any order."""
+
+
+def per_sample(factors: Tensor, like: Tensor) -> Tensor:
+    """``factors`` (B,) shaped to multiply ``like`` (B, …) row by row, in its dtype."""
+    return factors.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+
+
+class Output(Function):
+    """y = W ∗ x."""
+
+    @staticmethod
+    def forward(ctx, product, x, weight):
+        """Compute y."""
+        ctx.product = product
+        ctx.save_for_backward(x, weight)
+        return product.output(x, weight)
+
+    @staticmethod
+    def backward(ctx, gy):
+        """Differentiate by x and W."""
+        x, weight = ctx.saved_tensors
+        gx = InputGrad.apply(ctx.product, gy, weight, x.shape) if ctx.needs_input_grad[1] else None
+        gw = WeightGrad.apply(ctx.product, x, gy, weight.dtype) if ctx.needs_input_grad[2] else None
+        return None, gx, gw
+
+
+class InputGrad(Function):
+    """gx = Wᵀ ∗ gy."""
+
+    @staticmethod
+    def forward(ctx, product, gy, weight, x_shape):
+        """Compute gx."""
+        ctx.product = product
+        ctx.save_for_backward(gy, weight)
+        return product.input_grad(gy, weight, x_shape)
+
+    @staticmethod
+    def backward(ctx, h):
+        """Differentiate by gy and W; h has the shape of x."""
+        gy, weight = ctx.saved_tensors
+        dgy = Output.apply(ctx.product, h, weight) if ctx.needs_input_grad[1] else None
+        dw = WeightGrad.apply(ctx.product, h, gy, weight.dtype) if ctx.needs_input_grad[2] else None
+        return None, dgy, dw, None
+
+
+class WeightGrad(Function):
+    """Σ_i G_i, cast to ``dtype``; ``value`` is the sum where it is known already."""
+
+    @staticmethod
+    def forward(ctx, product, x, gy, dtype, value=None):
+        """Compute the sum."""
+        ctx.product = product
+        ctx.save_for_backward(x, gy)
+        return product.weight_grad(x, gy).to(dtype) if value is None else value.clone()
+
+    @staticmethod
+    def backward(ctx, v):
+        """Differentiate by x and gy; v has the shape of W."""
+        x, gy = ctx.saved_tensors
+        v = v.to(x.dtype)
+        dx = InputGrad.apply(ctx.product, gy, v, x.shape) if ctx.needs_input_grad[1] else None
+        dgy = Output.apply(ctx.product, x, v) if ctx.needs_input_grad[2] else None
+        return None, dx, dgy, None, None
+
+
+def jvp(product: Product, x: Tensor, gy: Tensor, v: Tensor) -> Tensor:
+    """⟨G_i, v⟩, (B,); differentiable to any order."""
+    if torch.is_grad_enabled() and (x.requires_grad or gy.requires_grad or v.requires_grad):
+        y = Output.apply(product, x, v.to(x.dtype))
+        return (y * gy).flatten(1).sum(1, dtype=accumulation_dtype(x.dtype))
+    return product.jvp(x, gy, v.to(accumulation_dtype(x.dtype)))
+
+
+def weighted_sum(product: Product, x: Tensor, gy: Tensor, w: Tensor | None = None) -> Tensor:
+    """Σ_i w_i G_i in the accumulation dtype; differentiable to any order."""
+    dtype = accumulation_dtype(x.dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or gy.requires_grad or (w is not None and w.requires_grad)):
+        return WeightGrad.apply(product, x, gy if w is None else gy * per_sample(w, gy), dtype)
+    return product.weight_grad(x, gy, None if w is None else w.to(dtype))
+
+
+def sq_norms(product: Product, x: Tensor, gy: Tensor, center: Tensor | None = None) -> Tensor:
+    """‖G_i − c‖², (B,), c = 0 when absent; differentiable to any order, by the center too."""
+    center = None if center is None else center.to(accumulation_dtype(x.dtype))
+    return SqNorms.apply(product, x, gy, center)
+
+
+class SqNorms(Function):
+    """s_i = ‖G_i − c‖²; the adjoint ∂s_i/∂(x_i, gy_i) is made in the same visit and kept."""
+
+    @staticmethod
+    def forward(ctx, product, x, gy, center):
+        """Compute s (B,)."""
+        ctx.product = product
+        mask = ctx.needs_input_grad[1:3]
+        if not any(mask):
+            ctx.save_for_backward(x, gy, center, None, None)
+            return product.sq_norms(x, gy, center)
+        s, dx, dgy = product.sq_norms_with_grad(x, gy, center, mask)
+        ctx.save_for_backward(x, gy, center, dx, dgy)
+        return s
+
+    @staticmethod
+    def backward(ctx, alpha):
+        """Differentiate by x, gy and c: ∂s_i/∂c = 2(c − G_i)."""
+        x, gy, center, dx, dgy = ctx.saved_tensors
+        gx, ggy = (None, None) if dx is dgy else SqNormsGrad.apply(ctx.product, x, gy, center, alpha, dx, dgy)
+        gc = 2 * (alpha.sum() * center - weighted_sum(ctx.product, x, gy, alpha)) if ctx.needs_input_grad[3] else None
+        return None, gx, ggy, gc
+
+
+class CovarianceTrace(Function):
+    """Σ_i ‖G_i − ḡ‖² about the mean ḡ of the rows.
+
+    The mean's own derivative cancels, Σ_i (G_i − ḡ) = 0, so a backward pass costs what it costs about a constant center.
+    """
+
+    @staticmethod
+    def forward(ctx, product, x, gy, mean):
+        """Compute the sum; ``mean`` is ḡ, a value without a graph."""
+        ctx.product = product
+        mask = ctx.needs_input_grad[1:3]
+        s, dx, dgy = product.sq_norms_with_grad(x, gy, mean, mask)
+        ctx.save_for_backward(x, gy, mean, dx, dgy)
+        return s.sum()
+
+    @staticmethod
+    def backward(ctx, alpha):
+        """Differentiate by x and gy; under create_graph the mean is attached, so that further derivatives are right."""
+        x, gy, mean, dx, dgy = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            mean = weighted_sum(ctx.product, x, gy) / x.size(0)
+        gx, ggy = SqNormsGrad.apply(ctx.product, x, gy, mean, alpha.expand(x.size(0)), dx, dgy)
+        return None, gx, ggy, None
+
+
+class SqNormsGrad(Function):
+    """(α_i ∂s_i/∂x_i, α_i ∂s_i/∂gy_i) for s_i = ‖G_i − c‖², from the derivatives dx, dgy that the forward visit kept."""
+
+    @staticmethod
+    def forward(ctx, product, x, gy, center, alpha, dx, dgy):
+        """Scale the kept derivatives."""
+        ctx.product = product
+        ctx.save_for_backward(x, gy, center, alpha)
+        ctx.set_materialize_grads(False)
+        return tuple(None if d is None else d * per_sample(alpha, d) for d in (dx, dgy))
+
+    @staticmethod
+    def backward(ctx, u, v):
+        """Differentiate 2 Σ_i α_i ⟨G(u, gy)_i + G(x, v)_i, G(x, gy)_i − c⟩, one layer's rows at a time in memory."""
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases, so that a path from x to gy outside of this function is not walked here.
+            aliases = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            x, gy, center, alpha = aliases
+            rows = ctx.product.rows
+            tangent = (0 if u is None else rows(u, gy)) + (0 if v is None else rows(x, v))
+            deviation = rows(x, gy) if center is None else rows(x, gy) - center.to(x.dtype)
+            total = 2 * (alpha.to(x.dtype) * (tangent * deviation).flatten(1).sum(1)).sum()
+            wanted = [t for t in aliases if t is not None and t.requires_grad]
+            grads = iter(torch.autograd.grad(total, wanted, create_graph=create_graph, allow_unused=True))
+        return None, *(next(grads) if t is not None and t.requires_grad else None for t in aliases), None, None

@@ -1,0 +1,387 @@
+"""Recording: a `TorchFunctionMode` that sees every torch function which is handed a parameter of the model.
+
+Known operations are replaced by ones that keep (x, gy); functions of parameters alone are followed; the rest falls back to
+``vmap`` or is refused. After the forward pass the recording knows, for losses (B,),
+
+    which operations the losses reach, by a walk over the autograd graph that stops at recorded uses of parameters;
+    which parameters they reach unseen, an error that names them;
+    whether samples are dimension 0 of every operation, by one backward pass under random weights.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from .derived import Derived, derive, is_batch_free, pull_back
+from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
+from .rules.base import RULES, Operation, Phase
+from .rules.fallback import FallbackOperation
+from .rules.normalization import refuse_batch_statistics
+from .rules.terms import SumTerm, Term
+
+CHECKS = ("first", "always", "never")
+_CHECK_TOLERANCE = 1e-2  # relative; samples that are independent come out near 1e-7, coupled ones above 0.1
+
+
+@dataclass
+class _ModelState:
+    """What is remembered of a model from one recording to the next."""
+
+    checked: set = field(default_factory=set)
+    warned: set = field(default_factory=set)
+
+
+_states: "weakref.WeakKeyDictionary[nn.Module, _ModelState]" = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class Reach:
+    """What losses depend on: recorded operations, parameters by name, and leaves outside of the model."""
+
+    operations: list[Operation]
+    parameters: dict[str, Tensor]
+    other_leaves: list[Tensor]
+
+
+class Recording(TorchFunctionMode):
+    """The record of one forward pass of one or more modules."""
+
+    def __init__(self, *modules: nn.Module, check: str = "first"):
+        """Prepare to record ``modules``; ``check`` says when the batch dimension is checked: first, always or never."""
+        super().__init__()
+        if not modules:
+            raise ArgumentTypeError("record needs at least one module; got none")
+        for module in modules:
+            if not isinstance(module, nn.Module):
+                raise ArgumentTypeError(f"record takes torch.nn.Module objects; got {type(module).__name__}")
+            for name, child in module.named_modules():
+                if isinstance(child, torch.jit.ScriptModule):
+                    raise UnsupportedError(
+                        f"{name or 'the model'} is a ScriptModule, inside which no operation can be seen: "
+                        "record the Python module that it was made from"
+                    )
+        if check not in CHECKS:
+            raise ArgumentError(f"check must be one of {', '.join(CHECKS)}; got {check!r}")
+        self.check = check
+        self.parameters = named_parameters(*modules)
+        self.phase = Phase.PLAIN
+        self.batch_size = 0
+        self.operations: list[Operation] = []
+        self._state = _states.setdefault(modules[0], _ModelState())
+        self._names = {id(p): name for name, p in self.parameters.items()}
+        self._known: dict[int, Derived | None] = dict.fromkeys(self._names)
+        self._aliases: dict[int, Any] = {}
+        self._probed: set[int] = set()
+        self._centers: dict[str, Tensor] | None = None
+        self._open = self._used = self.freed = False
+
+    # Recording
+
+    def __enter__(self):
+        """Begin to record."""
+        if self._used:
+            raise RecordingError("this recording was used already: make a new one with record(model) for every forward pass")
+        self._used = self._open = True
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        """Stop recording."""
+        self._open = False
+        return super().__exit__(*exc)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Run one torch function, recorded if it is handed a tracked tensor."""
+        return self.run(func, *args, **(kwargs or {}))
+
+    def run(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Call ``func`` as the model would."""
+        refuse_batch_statistics(func, args, kwargs)
+        if self.phase is not Phase.PLAIN or not torch.is_grad_enabled() or not self._mentions((args, kwargs)):
+            return func(*args, **kwargs)
+        rule = RULES.get(func)
+        if rule is not None:
+            out = rule(self, func, args, kwargs)
+            if out is not NotImplemented:
+                return out
+        return self._run_without_rule(func, args, kwargs)
+
+    def _run_without_rule(self, func, args, kwargs):
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tracked = list({id(t): t for t in tensors if id(t) in self._known}.values())
+        others = [t for t in tensors if id(t) not in self._known]
+        if not others or all(not t.requires_grad for t in others):
+            result = func(*args, **kwargs)
+            if is_batch_free(func, result, tracked, others):
+                for derived in derive(func, args, kwargs, result, self._known):
+                    self._known[id(derived.tensor)] = derived
+                return result
+            if not any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(result)):
+                return result
+        operation = FallbackOperation(self, func, args, kwargs, tracked)
+        names = " and ".join(map(self.name_of, tracked))
+        result = operation(names)
+        if operation in self.operations and (operation.name, names) not in self._state.warned:
+            self._state.warned.add((operation.name, names))
+            warnings.warn(
+                f"{operation.name} on {names} has no rule: its per-sample gradients are made one by one, which is slow",
+                BootgradWarning,
+                stacklevel=4,
+            )
+        return result
+
+    def _mentions(self, value: Any) -> bool:
+        if isinstance(value, Tensor):
+            return id(value) in self._known
+        if isinstance(value, list | tuple):
+            return any(map(self._mentions, value))
+        return isinstance(value, dict) and any(map(self._mentions, value.values()))
+
+    # What rules ask of a recorder
+
+    def is_tracked(self, value: Any) -> bool:
+        """Whether ``value`` is a parameter or derived from parameters alone."""
+        return isinstance(value, Tensor) and id(value) in self._known
+
+    def alias(self, tracked: Tensor) -> Tensor:
+        """``tracked`` behind a node of its own, at which the walk stops."""
+        alias = tracked.view_as(tracked)
+        self._aliases[id(alias.grad_fn)] = alias.grad_fn
+        return alias
+
+    def add(self, operation: Operation) -> None:
+        """Take an operation into the record."""
+        self.operations.append(operation)
+
+    def takes_statistics(self, operation: Operation) -> bool:
+        """Whether the operation's probe is read now."""
+        return self.phase is Phase.STATISTICS and id(operation) in self._probed
+
+    def center_of(self, tracked: Tensor) -> Tensor | None:
+        """The present center's part for a tracked tensor that has a probe."""
+        if self._centers is None:
+            return None
+        derived = self._known[id(tracked)]
+        if derived is None:
+            return self._centers[self._names[id(tracked)]]
+        (leaf,) = derived.leaves()
+        return derived.replay({id(leaf): self._centers[self._names[id(leaf)]]})
+
+    def name_of(self, tracked: Tensor) -> str:
+        """The parameter's name, or those that a derived tensor is made of."""
+        return " and ".join(self._names[id(leaf)] for leaf in self.leaves(tracked))
+
+    def leaves(self, tracked: Tensor) -> list[Tensor]:
+        """The parameters that a tracked tensor is or is made of."""
+        derived = self._known[id(tracked)]
+        return [tracked] if derived is None else derived.leaves()
+
+    # What the losses reach
+
+    def reach(self, losses: Tensor) -> Reach:
+        """Check ``losses`` and the record against each other; everything here happens before any gradient is touched."""
+        if not self._used:
+            raise RecordingError("nothing was recorded: run the forward pass inside `with record(model) as rec:` first")
+        if self.freed:
+            raise RecordingError(
+                "the graph of this recording was freed by an earlier backward: record again, or pass retain_graph=True to it"
+            )
+        check_losses(losses)
+        self.batch_size = losses.numel()
+        reach = self._walk(losses)
+        if not reach.parameters and not self.parameters:
+            raise RecordingError("the model has no parameter that requires grad: nothing to take gradients of")
+        if not reach.parameters:
+            raise RecordingError(
+                "the losses do not depend on any recorded parameter: run the forward pass of this model inside the "
+                "`with` block, with gradients enabled, and compute the losses from its output"
+            )
+        if self.batch_size > 1:
+            for operation in reach.operations:
+                if operation.output_rows % self.batch_size:
+                    raise UnsupportedError(
+                        f"{self._describe(operation)} puts out {operation.output_rows} rows in dimension 0 for "
+                        f"{self.batch_size} losses: samples must be dimension 0 of every operation on a parameter"
+                    )
+            self._check_batch(losses, reach.operations)
+        return reach
+
+    def _describe(self, operation: Operation) -> str:
+        return f"{operation.name} (parameter {', '.join(map(self.name_of, operation.tracked))})"
+
+    def _walk(self, losses: Tensor) -> Reach:
+        seen = {losses.grad_fn}
+        stack = [losses.grad_fn]
+        leaves: dict[int, Tensor] = {}
+        while stack:
+            node = stack.pop()
+            for successor, _ in node.next_functions:
+                if successor is None or successor in seen or id(successor) in self._aliases:
+                    continue
+                seen.add(successor)
+                variable = getattr(successor, "variable", None)
+                if variable is None:
+                    stack.append(successor)
+                elif id(variable) not in self._names:
+                    leaves[id(variable)] = variable
+                elif self.batch_size > 1:
+                    raise UnsupportedError(
+                        f"parameter {self._names[id(variable)]} reaches the losses through {node.name()}, outside of the "
+                        "recorded operations: use it inside the `with` block in supported operations, or freeze it with "
+                        "requires_grad_(False)"
+                    )
+                else:
+                    leaves[id(variable)] = variable
+        operations = [o for o in self.operations if o.edge.node in seen]
+        used = {id(leaf) for o in operations for t in o.tracked for leaf in self.leaves(t)} | set(leaves)
+        parameters = {name: p for name, p in self.parameters.items() if id(p) in used}
+        return Reach(operations, parameters, [t for k, t in leaves.items() if k not in self._names])
+
+    def _check_batch(self, losses: Tensor, operations: Sequence[Operation]) -> None:
+        """Raise unless the losses Σ a_i ℓ_i give every recorded output its rows of the plain gradient scaled by a."""
+        signature = (self.batch_size, tuple((o.name, tuple(map(self.name_of, o.tracked)), o.output_rows) for o in operations))
+        if self.check == "never" or (self.check == "first" and signature in self._state.checked):
+            return
+        generator = torch.Generator().manual_seed(0x5EED)
+        a = (0.5 + torch.rand(self.batch_size, generator=generator)).to(losses)
+        plain = self.output_gradients(losses, torch.ones_like(losses), operations)
+        scaled = self.output_gradients(losses, a, operations)
+        for operation, gy, gy_a in zip(operations, plain, scaled, strict=True):
+            rows = gy.reshape(self.batch_size, -1)
+            error = gy_a.reshape(self.batch_size, -1) - rows * a[:, None].to(rows.dtype)
+            if error.norm() > _CHECK_TOLERANCE * gy_a.norm():
+                raise UnsupportedError(
+                    f"samples are coupled after {self._describe(operation)}, or not in dimension 0 there: scaling one "
+                    "sample's loss changes other samples' gradients, so per-sample gradients do not exist. Look for batch "
+                    "statistics, in-batch contrasts, or a batch in another dimension than 0 between it and the losses"
+                )
+        self._state.checked.add(signature)
+
+    # Gradients of outputs, and terms
+
+    def output_gradients(
+        self, losses: Tensor, weights: Tensor, operations: Sequence[Operation], create_graph: bool = False
+    ) -> list[Tensor]:
+        """gy of each operation under the losses Σ w_i ℓ_i; no gradient of a parameter is computed."""
+        with self.in_phase(Phase.OUTPUTS):
+            edges = [o.edge for o in operations]
+            return list(gradients(losses, edges, weights, retain_graph=True, create_graph=create_graph))
+
+    def terms(self, operations: Sequence[Operation], gys: Sequence[Tensor]) -> dict[str, Term]:
+        """One term per parameter that the operations use."""
+        parts: dict[str, list[Term]] = {}
+        for operation, gy in zip(operations, gys, strict=True):
+            for tracked, term in zip(operation.tracked, operation.terms(gy, self.batch_size), strict=True):
+                derived = self._known[id(tracked)]
+                for leaf in self.leaves(tracked):
+                    own = term if derived is None else pull_back(term, derived, leaf)
+                    parts.setdefault(self._names[id(leaf)], []).append(own)
+        return {name: p[0] if len(p) == 1 else SumTerm(p) for name, p in parts.items()}
+
+    def split(self, operations: Sequence[Operation]) -> tuple[list[Operation], list[Operation]]:
+        """Operations whose probe can be read, and the others: parameters used twice, weights made from parameters."""
+        uses: dict[int, int] = {}
+        for operation in operations:
+            for tracked in operation.tracked:
+                for leaf in self.leaves(tracked):
+                    uses[id(leaf)] = uses.get(id(leaf), 0) + 1
+
+        def readable(tracked: Tensor) -> bool:
+            derived = self._known[id(tracked)]
+            return (derived is None or derived.isometric) and uses[id(self.leaves(tracked)[0])] == 1
+
+        probed = [o for o in operations if o.probe is not None and all(map(readable, o.tracked))]
+        chosen = set(map(id, probed))
+        return probed, [o for o in operations if id(o) not in chosen]
+
+    def release(self) -> None:
+        """Let go of the graph; the recording cannot be used again."""
+        self.freed = True
+        for operation in self.operations:
+            del operation.edge
+        self.operations.clear()
+        self._aliases.clear()
+
+    def in_phase(self, phase: Phase, probed: Sequence[Operation] = (), centers: dict[str, Tensor] | None = None):
+        """A context in which backward passes through the record are of ``phase``."""
+        return _InPhase(self, phase, set(map(id, probed)), centers)
+
+    def read_probes(self, probed: Sequence[Operation], grads: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """‖g_i‖² and ‖g_i − c‖² by parameter, from the gradients of the probes."""
+        out = {}
+        for operation, grad in zip(probed, grads, strict=True):
+            for k, tracked in enumerate(operation.tracked):
+                s, deviation = grad[2 * k : 2 * k + 2, : self.batch_size]
+                out[self.name_of(tracked)] = (s, deviation)
+        return out
+
+
+class _InPhase:
+    def __init__(self, recording: Recording, phase: Phase, probed: set[int], centers):
+        self.recording, self.state = recording, (phase, probed, centers)
+
+    def _swap(self):
+        r = self.recording
+        before = (r.phase, r._probed, r._centers)
+        (r.phase, r._probed, r._centers), self.state = self.state, before
+
+    def __enter__(self):
+        self._swap()
+
+    def __exit__(self, *exc):
+        self._swap()
+
+
+def gradients(losses: Tensor, inputs: Sequence, weights: Tensor, **options) -> Sequence[Tensor | None]:
+    """`torch.autograd.grad` of Σ w_i ℓ_i, with a freed graph reported as an error of the recording."""
+    if not inputs:
+        return []
+    try:
+        return torch.autograd.grad(losses, inputs, weights, **options)
+    except RuntimeError as error:
+        if "second time" in str(error):
+            raise RecordingError(
+                "the graph of this recording was freed by an earlier backward: record again, or pass retain_graph=True to it"
+            ) from error
+        raise
+
+
+def named_parameters(*modules: nn.Module) -> dict[str, Tensor]:
+    """The parameters that require grad, by name, without duplicates; several modules' names begin with their number."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for k, module in enumerate(modules):
+        for name, p in module.named_parameters():
+            if p.requires_grad and id(p) not in seen:
+                seen.add(id(p))
+                out[name if len(modules) == 1 else f"{k}.{name}"] = p
+    return out
+
+
+def check_losses(losses: Any) -> None:
+    """Raise unless ``losses`` is (B,), finite and attached to a graph."""
+    if not isinstance(losses, Tensor):
+        raise ArgumentTypeError(f"losses must be a tensor of shape (B,); got {type(losses).__name__}")
+    if losses.dim() != 1:
+        raise ArgumentError(
+            f"losses must have shape (B,), one loss per sample; got {tuple(losses.shape)}: "
+            + ('pass reduction="none" to the loss' if losses.dim() == 0 else "reduce each sample's losses to one number")
+        )
+    if losses.numel() == 0:
+        raise ArgumentError("losses are empty: a batch needs at least one sample")
+    if not losses.is_floating_point():
+        raise ArgumentTypeError(f"losses must be floating point; got {losses.dtype}")
+    if not losses.requires_grad:
+        raise RecordingError(
+            "losses do not depend on anything that requires grad: was the forward pass run under torch.no_grad()?"
+        )
+    bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
+        raise ArgumentError(f"losses are NaN or infinite at {len(bad)} of {losses.numel()} samples: {shown}")

@@ -1,0 +1,259 @@
+"""What a recorded operation is, and how the gradient of its output becomes per-sample gradients of its parameters.
+
+A rule is a function ``rule(recorder, func, args, kwargs)``, registered for the torch functions it understands. It runs the
+operation, so that the user's graph goes on, and hands the recorder an `Operation` that can turn ``gy`` into `Term`s. It may
+return ``NotImplemented`` to leave a call to the fallback.
+
+Two `autograd.Function`s put an operation into the graph. `RecordedProduct` replaces a linear or convolution layer;
+`Tap` follows any other operation whose rows are small. Each takes a ``probe``, a tensor of zeros of shape
+(2 · parameters, rows of the output): while statistics are taken, its gradient carries ‖g_i‖² and ‖g_i − c‖² of each
+parameter, so that no (x, gy) outlives its own step of the backward pass.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ..errors import RecordingError
+from ..ops.product import InputGrad, Product, WeightGrad
+from ..ops.schema import accumulation_dtype
+from .terms import DenseTerm, FactoredTerm, Term
+
+
+class Phase(Enum):
+    """What a backward pass through recorded operations is for."""
+
+    PLAIN = auto()  # gradients of everything, as without a recording
+    OUTPUTS = auto()  # gradients of the operations' outputs only
+    STATISTICS = auto()  # gradients of everything, and the probes
+
+
+class Recorder(Protocol):
+    """What rules may ask of the recording."""
+
+    phase: Phase
+    batch_size: int
+
+    def is_tracked(self, value: Any) -> bool:
+        """Whether ``value`` is a parameter of the model or derived from parameters alone."""
+
+    def alias(self, tracked: Tensor) -> Tensor:
+        """``tracked`` behind a node of its own, by which the walk over the graph knows this use."""
+
+    def add(self, operation: "Operation") -> None:
+        """Take ``operation`` into the record."""
+
+    def run(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Call ``func`` as the model would, recording included."""
+
+    def takes_statistics(self, operation: "Operation") -> bool:
+        """Whether the operation's probe is read in the present backward pass."""
+
+    def center_of(self, tracked: Tensor) -> Tensor | None:
+        """The center about which statistics are taken, shaped as ``tracked``; None when there is none."""
+
+
+RULES: dict[Callable, Callable] = {}
+
+
+def rule(*funcs: Callable):
+    """Register a rule for torch functions."""
+
+    def register(function):
+        for func in funcs:
+            RULES[func] = function
+        return function
+
+    return register
+
+
+class Operation(ABC):
+    """One recorded call: its name, the tracked tensors it used, and the edge at which its gy arrives."""
+
+    edge: GradientEdge
+    output_rows: int
+
+    def __init__(self, recorder: Recorder, name: str, tracked: Sequence[Tensor]):
+        """Describe a call of ``name`` on the ``tracked`` tensors."""
+        self.recorder = recorder
+        self.name = name
+        self.tracked = list(tracked)
+        self.probe: Tensor | None = None
+
+    @abstractmethod
+    def terms(self, gy: Tensor, batch_size: int) -> list[Term]:
+        """One term per tracked tensor, from the gradient of the output; attached to the graph that made it."""
+
+    def attach(self, y: Tensor) -> Tensor:
+        """Take the edge of ``y``, this operation's output, and join the record."""
+        self.edge = get_gradient_edge(y)
+        self.output_rows = y.size(0) if y.dim() else 1
+        self.recorder.add(self)
+        return y
+
+    def new_probe(self, y_rows: int, like: Tensor) -> Tensor:
+        """A probe for an output of ``y_rows`` rows."""
+        shape = (2 * len(self.tracked), y_rows)
+        self.probe = torch.zeros(shape, dtype=accumulation_dtype(like.dtype), device=like.device, requires_grad=True)
+        return self.probe
+
+    def probe_gradient(self, rows: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """The probe's gradient from ‖g_i‖² and ‖g_i − c‖² of each tracked tensor."""
+        out = torch.zeros_like(self.probe, requires_grad=False)
+        for k, (s, deviation) in enumerate(rows):
+            out[2 * k, : s.numel()] = s
+            if deviation is not None:
+                out[2 * k + 1, : s.numel()] = deviation
+        return out
+
+    def saved(self) -> tuple[Tensor, ...]:
+        """The tensors that the operation's node keeps."""
+        try:
+            return self.edge.node.saved_tensors
+        except RuntimeError as error:
+            raise RecordingError(
+                f"the graph of the recording was freed (at {self.name}): "
+                f"record again, or pass retain_graph=True to the earlier backward ({error})"
+            ) from None
+
+
+class ProductOperation(Operation):
+    """A linear or convolution layer; tracked are its weight, its bias, or both."""
+
+    def __init__(self, recorder, name, product: Product, weight: Tensor | None, bias: Tensor | None):
+        """Describe the layer; ``weight`` and ``bias`` are None where they are not tracked."""
+        super().__init__(recorder, name, [t for t in (weight, bias) if t is not None])
+        self.product = product
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output."""
+        weight, bias = (self.recorder.alias(t) if any(t is u for u in self.tracked) else t for t in (weight, bias))
+        rows = x.size(0) if x.dim() else 1
+        return self.attach(RecordedProduct.apply(self, self.new_probe(rows, x), x, weight, bias))
+
+    def factored(self, x: Tensor, gy: Tensor, batch_size: int) -> FactoredTerm:
+        """The weight's term."""
+        product, x, gy, inner = self.product.factor(x, gy, self.weight.shape, batch_size)
+        return FactoredTerm(product, x, gy, self.weight.shape, inner)
+
+    def bias_rows(self, gy: Tensor, batch_size: int) -> Tensor:
+        """The bias's rows, (B, O)."""
+        rows = self.product.bias_rows(gy)
+        return rows if rows.size(0) == batch_size else rows.reshape(batch_size, -1, rows.size(1)).sum(1)
+
+    def terms(self, gy, batch_size):  # noqa: D102
+        out: list[Term] = []
+        if self.weight is not None:
+            out.append(self.factored(self.saved()[0], gy, batch_size))
+        if self.bias is not None:
+            out.append(DenseTerm(self.bias_rows(gy, batch_size)))
+        return out
+
+    def statistics(self, x: Tensor, gy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Σ G_i, the bias's gradient, and the probe's, in one visit."""
+        batch_size, center_of = self.recorder.batch_size, self.recorder.center_of
+        gw = gb = rows = None
+        out = []
+        if self.weight is not None:
+            term = self.factored(x, gy, batch_size)
+            center = center_of(self.weight)
+            if center is not None:
+                center = center.to(accumulation_dtype(x.dtype)).reshape(term.inner).contiguous()
+            gw, s, deviation, rows = term.product.statistics(term.x, term.gy, center)
+            gw = gw.reshape(self.weight.shape).to(self.weight.dtype)
+            out.append((s, deviation))
+        if self.bias is not None:
+            rows = self.bias_rows(gy, batch_size) if rows is None else rows
+            out.append(row_statistics(rows, center_of(self.bias)))
+            gb = rows.sum(0).to(self.bias.dtype)
+        return gw, gb, self.probe_gradient(out)
+
+
+class RecordedProduct(Function):
+    """y = W ∗ x + b, with a probe."""
+
+    @staticmethod
+    def forward(ctx, operation, probe, x, weight, bias):
+        """Compute y."""
+        ctx.operation = operation
+        ctx.save_for_backward(x if operation.weight is not None else None, weight)
+        ctx.x_shape = x.shape
+        return operation.product.output(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gy):
+        """Differentiate by what the phase asks for."""
+        operation, (x, weight) = ctx.operation, ctx.saved_tensors
+        recorder, product = operation.recorder, operation.product
+        gx = InputGrad.apply(product, gy, weight, ctx.x_shape) if ctx.needs_input_grad[2] else None
+        if recorder.phase is Phase.OUTPUTS:
+            return None, None, gx, None, None
+        if recorder.takes_statistics(operation):
+            gw, gb, probe = operation.statistics(x, gy)
+            return None, probe, gx, gw, gb
+        gw = WeightGrad.apply(product, x, gy, weight.dtype) if ctx.needs_input_grad[3] else None
+        gb = product.bias_grad(gy) if ctx.needs_input_grad[4] else None
+        return None, None, gx, gw, gb
+
+
+class RowsOperation(Operation):
+    """An operation whose per-sample gradients are small enough to be held; ``rows_of(gy, B, *saved)`` makes them."""
+
+    def __init__(self, recorder, name, tracked, rows_of: Callable[..., list[Tensor]]):
+        """Describe the call; ``rows_of`` returns (B, *shape) per tracked tensor, differentiable by gy and the saved."""
+        super().__init__(recorder, name, tracked)
+        self.rows_of = rows_of
+
+    def __call__(self, y: Tensor, *saved: Tensor | None) -> Tensor:
+        """``y``, the output that plain torch computed, in the record; ``saved`` are the tensors that the rows need."""
+        return self.attach(Tap.apply(self, self.new_probe(y.size(0), y), y, *saved))
+
+    def terms(self, gy, batch_size):  # noqa: D102
+        return [DenseTerm(rows) for rows in self.rows_of(gy, batch_size, *self.saved())]
+
+
+class Tap(Function):
+    """The identity, in place, with a probe."""
+
+    @staticmethod
+    def forward(ctx, operation, probe, y, *saved):
+        """Pass y on."""
+        ctx.operation = operation
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(*saved)
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        """Pass gy on, and read the probe."""
+        operation, probe = ctx.operation, None
+        recorder = operation.recorder
+        if recorder.takes_statistics(operation):
+            rows = operation.rows_of(gy, recorder.batch_size, *ctx.saved_tensors)
+            centers = [recorder.center_of(t) for t in operation.tracked]
+            probe = operation.probe_gradient([row_statistics(r, c) for r, c in zip(rows, centers, strict=True)])
+        return None, probe, gy, *(None for _ in ctx.saved_tensors)
+
+
+def row_statistics(rows: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """‖g_i‖² and ‖g_i − c‖² of rows (B, *shape)."""
+    term = DenseTerm(rows)
+    return term.sq_norms(), None if center is None else term.sq_norms(center)
+
+
+def per_sample_sum(rows: Tensor, batch_size: int, shape: torch.Size) -> Tensor:
+    """``rows`` (N, …) summed to (B, *shape): over N/B consecutive rows and over what ``shape`` was broadcast along.
+
+    ``shape`` aligns with the last dimensions; where it reaches dimension 0, its size there is one.
+    """
+    merged = rows.reshape(batch_size, -1, *rows.shape[1:])  # (B, N/B, …)
+    aligned = (1,) * (rows.dim() - len(shape)) + tuple(shape)
+    dims = [1] + [k + 1 for k in range(1, rows.dim()) if aligned[k] == 1]
+    return merged.sum(dims).reshape(batch_size, *shape)

@@ -1,0 +1,40 @@
+"""Convolutions of one, two and three dimensions."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.convolution import ConvProduct, expand
+from .base import ProductOperation, Recorder, rule
+
+
+@rule(torch.conv1d, torch.conv2d, torch.conv3d)
+def _conv(recorder: Recorder, func, args, kwargs):
+    return _apply(recorder, func, *args, **kwargs)
+
+
+def _apply(
+    recorder: Recorder,
+    func,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+):
+    if recorder.is_tracked(input):
+        return NotImplemented
+    n = weight.dim() - 2
+    kernel, stride, dilation = tuple(weight.shape[2:]), expand(stride, n), expand(dilation, n)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        # As torch does: where the total is odd, the extra zero goes behind.
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        padding = [t // 2 for t in totals]
+        input = F.pad(input, [p for t in reversed(totals) for p in (0, t % 2)])
+    product = ConvProduct(kernel, stride, expand(padding, n), dilation, groups)
+    tracked = (t if recorder.is_tracked(t) else None for t in (weight, bias))
+    return ProductOperation(recorder, func.__name__, product, *tracked)(input, weight, bias)

@@ -1,0 +1,92 @@
+"""Operations without a rule: their vector-Jacobian product, one sample at a time under ``vmap``.
+
+Right wherever the operation treats samples alike; slow, and its rows are made in full, in chunks of samples.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import RecordingError, UnsupportedError
+from .base import Operation, Recorder
+from .terms import ComputedTerm
+
+# The mode sees these as one opaque call, and their kernels have no rule under vmap.
+_REFUSED = {f for n in ("lstm", "gru", "rnn_tanh", "rnn_relu") if (f := getattr(torch, n, None)) is not None}
+
+
+class FallbackOperation(Operation):
+    """Any call with one tensor out. Tensors whose dimension 0 is the output's are cut into samples, others are shared."""
+
+    def __init__(self, recorder: Recorder, func, args, kwargs, tracked: Sequence[Tensor]):
+        """Keep the call; run it with ``__call__``."""
+        super().__init__(recorder, getattr(func, "__name__", str(func)), tracked)
+        self.func = func
+        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+
+    def __call__(self, names: str) -> Tensor:
+        """The call's result, in the record if it is one tensor that requires grad."""
+        if self.func in _REFUSED:
+            raise UnsupportedError(
+                f"{self.name} hides how it uses {names}: its per-sample gradients cannot be had. "
+                "Freeze these parameters (requires_grad_(False)), or write the recurrence with linear layers"
+            )
+        position = {id(t): k for k, t in enumerate(self.tracked)}
+        self.slots = [position.get(id(t)) if isinstance(t, Tensor) else None for t in self.leaves]
+        aliases = [self.recorder.alias(t) for t in self.tracked]
+        leaves = [t if k is None else aliases[k] for t, k in zip(self.leaves, self.slots, strict=True)]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        y = self.func(*args, **kwargs)
+        if not isinstance(y, Tensor) or not y.requires_grad:
+            return y
+        if any(y is t for t in leaves):
+            y = y.view_as(y)
+        self.versions = [t._version if isinstance(t, Tensor) else None for t in self.leaves]
+        return self.attach(y)
+
+    def terms(self, gy, batch_size):  # noqa: D102
+        for t, version in zip(self.leaves, self.versions, strict=True):
+            if isinstance(t, Tensor) and t._version != version:
+                raise RecordingError(f"an input of {self.name} was changed in place after the call; clone it first")
+        index = torch.arange(batch_size, device=gy.device)
+        return [
+            ComputedTerm(partial(self._rows, batch_size, k), index, t.shape, [gy, *self.leaves])
+            for k, t in enumerate(self.tracked)
+        ]
+
+    def _rows(self, batch_size: int, k: int, index: Tensor, gy: Tensor, *values: Any) -> Tensor:
+        """Rows ``index`` of tracked tensor ``k``, from gy and the flat arguments of the call."""
+        cut = [
+            isinstance(t, Tensor) and slot is None and t.dim() > 0 and t.size(0) == self.output_rows
+            for t, slot in zip(values, self.slots, strict=True)
+        ]
+        own = values[self.slots.index(k)]
+
+        def of_samples(t: Tensor) -> Tensor:
+            return t.reshape(batch_size, -1, *t.shape[1:])[index]
+
+        def one(gy_i, *samples):
+            samples = iter(samples)
+            leaves = [next(samples) if c else t for t, c in zip(values, cut, strict=True)]
+
+            def output(parameter):
+                filled = [parameter if slot == k else t for t, slot in zip(leaves, self.slots, strict=True)]
+                args, kwargs = pytree.tree_unflatten(filled, self.spec)
+                return self.func(*args, **kwargs)
+
+            y, pull = torch.func.vjp(output, own)
+            if y.shape != gy_i.shape:
+                raise UnsupportedError(f"puts out {tuple(y.shape)} for one sample where {tuple(gy_i.shape)} was expected")
+            return pull(gy_i)[0]
+
+        try:
+            return torch.func.vmap(one)(of_samples(gy), *(of_samples(t) for t, c in zip(values, cut, strict=True) if c))
+        except Exception as error:
+            raise UnsupportedError(
+                f"{self.name} has no rule and cannot be run one sample at a time: its parameter's per-sample gradients "
+                f"cannot be had ({error}). Freeze the parameter, or write the operation with supported ones"
+            ) from error

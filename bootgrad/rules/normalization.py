@@ -1,0 +1,73 @@
+"""The affine parameters of group, layer, RMS norm, and of batch norm with fixed statistics.
+
+With x̂ the normalized input, sample i's gradients are Σ_t gy_{i,t} x̂_{i,t} for the scale and Σ_t gy_{i,t} for the shift,
+summed over what the parameter is broadcast along.
+"""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from .base import Recorder, RowsOperation, per_sample_sum, rule
+
+_CHANNELS = {F.group_norm, torch.group_norm, F.batch_norm, torch.batch_norm, F.instance_norm}
+_SIGNATURES = {
+    torch.group_norm: "input num_groups weight bias eps cudnn_enabled",
+    torch.layer_norm: "input normalized_shape weight bias eps cudnn_enable",
+    torch.rms_norm: "input normalized_shape weight eps",
+    torch.batch_norm: "input weight bias running_mean running_var training momentum eps cudnn_enabled",
+}
+
+
+def _arguments(func, args, kwargs) -> dict:
+    names = _SIGNATURES[func].split() if func in _SIGNATURES else list(inspect.signature(func).parameters)
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+@rule(
+    F.group_norm, torch.group_norm, F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm, F.batch_norm, torch.batch_norm
+)
+def _normalization(recorder: Recorder, func, args, kwargs):
+    options = _arguments(func, args, kwargs)
+    x: Tensor = options["input"]
+    if recorder.is_tracked(x):
+        return NotImplemented
+    names = [n for n in ("weight", "bias") if recorder.is_tracked(options.get(n))]
+    tracked = [options[n] for n in names]
+    plain = {n: v for n, v in options.items() if n not in ("weight", "bias")} | {"weight": None}
+    if "bias" in options:
+        plain["bias"] = None
+    aliases = {n: recorder.alias(t) for n, t in zip(names, tracked, strict=True)}
+    y = _call(func, options | aliases)
+
+    def rows_of(gy, batch_size, x):
+        out = []
+        for name, parameter in zip(names, tracked, strict=True):
+            shape = parameter.shape
+            if func in _CHANNELS:
+                shape = torch.Size((*shape, *[1] * (gy.dim() - 2)))
+            scaled = gy * _call(func, plain | {"input": x}) if name == "weight" else gy
+            rows = per_sample_sum(scaled, batch_size, shape)
+            out.append(rows.reshape(batch_size, *parameter.shape).to(parameter.dtype))
+        return out
+
+    return RowsOperation(recorder, func.__name__, tracked, rows_of)(y, x)
+
+
+def _call(func, options: dict) -> Tensor:
+    return func(*[options[n] for n in _SIGNATURES[func].split() if n in options]) if func in _SIGNATURES else func(**options)
+
+
+def refuse_batch_statistics(func, args, kwargs) -> None:
+    """Raise when the call normalizes with the statistics of the batch, under which a sample has no gradient of its own."""
+    if func is F.batch_norm or func is torch.batch_norm:
+        options = _arguments(func, args, kwargs)
+        if options.get("training") or options.get("running_mean") is None:
+            raise UnsupportedError(
+                "batch_norm in training mode makes every output depend on every sample, so per-sample gradients do not "
+                "exist: put the BatchNorm modules into eval() to use their running statistics, or replace them by "
+                "GroupNorm with bootgrad.replace_batchnorm(model)"
+            )

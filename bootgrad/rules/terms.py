@@ -1,0 +1,283 @@
+"""One parameter's share of the implicit matrix G: B rows, each of the parameter's shape, held in the cheapest form.
+
+    FactoredTerm    (x, gy) of a linear or convolution layer, never multiplied out
+    DenseTerm       the rows themselves, where they are small: biases, affine and elementwise parameters
+    ComputedTerm    rows made in chunks of samples when they are needed: unknown operations, derived parameters
+    SumTerm         several uses of one parameter; ‖Σ_uses G_i‖² has cross terms, so rows are added before squaring
+
+Every method is differentiable when the tensors inside have a graph. Results are in the accumulation dtype.
+"""
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ..ops import product
+from ..ops.product import CovarianceTrace, LayerStatistics, Product, WeightGrad
+from ..ops.schema import accumulation_dtype
+
+CHUNK_BYTES = 64 * 2**20
+
+
+class Term(ABC):
+    """B rows of the shape of one parameter."""
+
+    batch_size: int
+    shape: torch.Size
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start…stop − 1, (stop − start, *shape)."""
+
+    @abstractmethod
+    def weighted_sum(self, w: Tensor | None) -> Tensor:
+        """Σ_i w_i g_i, shaped as the parameter; w (B,) is ones when absent."""
+
+    @abstractmethod
+    def jvp(self, v: Tensor) -> Tensor:
+        """⟨g_i, v⟩, (B,)."""
+
+    @abstractmethod
+    def select(self, index: Tensor) -> "Term":
+        """The term of the samples ``index`` (long, (b,))."""
+
+    @abstractmethod
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Term":
+        """The term with ``function`` applied to each tensor it is made of."""
+
+    def sq_norms(self, center: Tensor | None = None) -> Tensor:
+        """‖g_i − center‖², (B,)."""
+        return torch.cat(self._chunked(lambda rows, c: _sq_norms(rows if c is None else rows - c), center))
+
+    def covariance(self, mean: Tensor) -> Tensor:
+        """Σ_i ‖g_i − ḡ‖², where ``mean`` is the value of ḡ."""
+        return self.sq_norms(self.weighted_sum(None) / self.batch_size).sum()
+
+    def gram(self) -> Tensor:
+        """⟨g_i, g_j⟩, (B, B), by blocks of rows."""
+        blocks = list(self.chunks())
+        columns = []
+        for j in blocks:
+            columns.append(torch.cat([self._block(i, j) for i in blocks]))
+        return torch.cat(columns, dim=1)
+
+    def _block(self, i: tuple[int, int], j: tuple[int, int]) -> Tensor:
+        def product_of_rows(term):
+            left, right = _flat(term.rows(*i)), _flat(term.rows(*j))
+            return (left @ right.t()).to(accumulation_dtype(left.dtype))
+
+        return recomputed(product_of_rows, self)
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Ranges of samples whose rows fit into the chunk budget."""
+        step = max(1, CHUNK_BYTES // max(1, 8 * self.shape.numel()))
+        for start in range(0, self.batch_size, step):
+            yield start, min(start + step, self.batch_size)
+
+    def _chunked(self, function: Callable[[Tensor, Tensor | None], Tensor], extra: Tensor | None) -> list[Tensor]:
+        """``function(rows, extra)`` of each chunk of rows."""
+        return [
+            recomputed(lambda term, extra, i=i, j=j: function(term.rows(i, j), extra), self, extra) for i, j in self.chunks()
+        ]
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: Term | Tensor | None) -> Tensor:
+    """``function(*arguments)``, keeping only the arguments: what it needs in between is made again in a backward pass."""
+    tensors: list[Tensor] = []
+    _map(arguments, lambda t: tensors.append(t) or t)
+    return _Recomputed.apply(function, arguments, *tensors)
+
+
+def _map(arguments: Sequence[Any], function: Callable[[Tensor], Tensor]) -> list[Any]:
+    return [a.map(function) if isinstance(a, Term) else function(a) if isinstance(a, Tensor) else a for a in arguments]
+
+
+class _Recomputed(Function):
+    """A function of terms, run without a graph and again, with one, when it is differentiated; closed under that."""
+
+    @staticmethod
+    def forward(ctx, function, arguments, *tensors):
+        ctx.function, ctx.arguments = function, arguments
+        ctx.save_for_backward(*tensors)
+        return function(*_map(arguments, torch.Tensor.detach))
+
+    @staticmethod
+    def backward(ctx, grad):
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases, so that a path from one argument to another outside of this function is not walked here.
+            aliases = [t.view_as(t) for t in ctx.saved_tensors]
+            order = iter(aliases)
+            out = ctx.function(*_map(ctx.arguments, lambda t: next(order)))
+            wanted = [t for t in aliases if t.requires_grad]
+            grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph, allow_unused=True))
+        return None, None, *(next(grads) if t.requires_grad else None for t in aliases)
+
+
+def _sq_norms(rows: Tensor) -> Tensor:
+    return _flat(rows).to(accumulation_dtype(rows.dtype)).square().sum(1)
+
+
+def _flat(rows: Tensor) -> Tensor:
+    return rows.reshape(rows.size(0), -1)
+
+
+@dataclass
+class FactoredTerm(Term):
+    """Rows Σ_t gy_{i,t} ⊗ u_{i,t} of a product; ``inner`` is the weight's shape in the product's own terms."""
+
+    product: Product
+    x: Tensor
+    gy: Tensor
+    shape: torch.Size
+    inner: torch.Size
+
+    @property
+    def batch_size(self) -> int:  # noqa: D102
+        return self.x.size(0)
+
+    def map(self, function):  # noqa: D102
+        return FactoredTerm(self.product, function(self.x), function(self.gy), self.shape, self.inner)
+
+    @functools.cached_property
+    def visit(self) -> LayerStatistics:
+        """Σ G_i and ‖G_i‖² in one visit, values without a graph."""
+        with torch.no_grad():
+            return self.product.statistics(self.x.detach(), self.gy.detach(), None)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether results made now have a graph."""
+        return torch.is_grad_enabled() and (self.x.requires_grad or self.gy.requires_grad)
+
+    def rows(self, start, stop):  # noqa: D102
+        return self.product.rows(self.x[start:stop], self.gy[start:stop]).reshape(-1, *self.shape)
+
+    def sq_norms(self, center=None):  # noqa: D102
+        if center is None and not self.differentiable:
+            return self.visit.sq_norms
+        center = None if center is None else center.reshape(self.inner)
+        return product.sq_norms(self.product, self.x, self.gy, center)
+
+    def covariance(self, mean):  # noqa: D102
+        mean = mean.detach().to(accumulation_dtype(self.x.dtype)).reshape(self.inner)
+        return CovarianceTrace.apply(self.product, self.x, self.gy, mean)
+
+    def jvp(self, v):  # noqa: D102
+        return product.jvp(self.product, self.x, self.gy, v.reshape(self.inner))
+
+    def weighted_sum(self, w):  # noqa: D102
+        if w is not None:
+            return product.weighted_sum(self.product, self.x, self.gy, w).reshape(self.shape)
+        total = self.visit.weight_grad
+        if self.differentiable:
+            total = WeightGrad.apply(self.product, self.x, self.gy, total.dtype, total)
+        return total.reshape(self.shape)
+
+    def select(self, index):  # noqa: D102
+        return self.map(lambda t: t[index])
+
+
+@dataclass
+class DenseTerm(Term):
+    """Rows held as they are, (B, *shape)."""
+
+    values: Tensor
+
+    @property
+    def batch_size(self) -> int:  # noqa: D102
+        return self.values.size(0)
+
+    @property
+    def shape(self) -> torch.Size:  # noqa: D102
+        return self.values.shape[1:]
+
+    def rows(self, start, stop):  # noqa: D102
+        return self.values[start:stop]
+
+    def sq_norms(self, center=None):  # noqa: D102
+        return _sq_norms(self.values if center is None else self.values - center)
+
+    def jvp(self, v):  # noqa: D102
+        dtype = accumulation_dtype(self.values.dtype)
+        return _flat(self.values).to(dtype) @ v.flatten().to(dtype)
+
+    def weighted_sum(self, w):  # noqa: D102
+        dtype = accumulation_dtype(self.values.dtype)
+        values = _flat(self.values).to(dtype)
+        return (values.sum(0) if w is None else w.to(dtype) @ values).reshape(self.shape)
+
+    def map(self, function):  # noqa: D102
+        return DenseTerm(function(self.values))
+
+    def select(self, index):  # noqa: D102
+        return DenseTerm(self.values[index])
+
+
+@dataclass
+class ComputedTerm(Term):
+    """Rows that ``compute(index, *parts)`` makes for a long tensor of samples; ``index`` are this term's samples."""
+
+    compute: Callable[..., Tensor]
+    index: Tensor
+    shape: torch.Size
+    parts: Sequence[Any]  # tensors, terms and constants
+
+    @property
+    def batch_size(self) -> int:  # noqa: D102
+        return self.index.numel()
+
+    def rows(self, start, stop):  # noqa: D102
+        return self.compute(self.index[start:stop], *self.parts)
+
+    def jvp(self, v):  # noqa: D102
+        return torch.cat(self._chunked(lambda rows, v: DenseTerm(rows).jvp(v), v))
+
+    def weighted_sum(self, w):  # noqa: D102
+        def weigh(i: int, j: int):
+            return lambda term, w: DenseTerm(term.rows(i, j)).weighted_sum(None if w is None else w[i:j])
+
+        return torch.stack([recomputed(weigh(i, j), self, w) for i, j in self.chunks()]).sum(0)
+
+    def map(self, function):  # noqa: D102
+        return replace(self, parts=_map(self.parts, function))
+
+    def select(self, index):  # noqa: D102
+        return replace(self, index=self.index[index])
+
+
+@dataclass
+class SumTerm(Term):
+    """The sum of several terms of one parameter."""
+
+    parts: Sequence[Term]
+
+    @property
+    def batch_size(self) -> int:  # noqa: D102
+        return self.parts[0].batch_size
+
+    @property
+    def shape(self) -> torch.Size:  # noqa: D102
+        return self.parts[0].shape
+
+    def rows(self, start, stop):  # noqa: D102
+        return sum(part.rows(start, stop) for part in self.parts)
+
+    def jvp(self, v):  # noqa: D102
+        return sum(part.jvp(v) for part in self.parts)
+
+    def weighted_sum(self, w):  # noqa: D102
+        return sum(part.weighted_sum(w) for part in self.parts)
+
+    def map(self, function):  # noqa: D102
+        return SumTerm([part.map(function) for part in self.parts])
+
+    def select(self, index):  # noqa: D102
+        return SumTerm([part.select(index) for part in self.parts])
+

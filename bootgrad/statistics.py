@@ -1,0 +1,313 @@
+"""First-order statistics of a backward pass: per-sample norms, covariance trace, noise scale, at little more than its price.
+
+    s_i = ‖g_i‖²        Γ = (1/B) Σ_i ‖g_i − ḡ‖² = (1/B) Σ_i s_i − ‖ḡ‖²        noise scale = Γ / ‖ḡ‖²
+
+Statistics always speak of the per-sample gradients g_i themselves, whatever weights the losses were reduced with.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError, ArgumentTypeError
+from .per_sample import Direction, PerSampleGradients, as_parameter_dict
+from .recording import Reach, Recording, gradients
+from .rules.base import Phase, row_statistics
+from .rules.terms import DenseTerm, Term
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Per-sample squared norms of one parameter, or of all, and the norm of their mean.
+
+    Attributes:
+        sq_norms: ‖g_i‖², (B,).
+        sq_mean_norm: ‖ḡ‖², ().
+        deviation_sq_norms: ‖g_i − c‖², (B,), where a center was given.
+        sq_mean_deviation: ‖ḡ − c‖², (), where a center was given.
+    """
+
+    sq_norms: Tensor
+    sq_mean_norm: Tensor
+    deviation_sq_norms: Tensor | None = None
+    sq_mean_deviation: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.sq_norms.numel()
+
+    @property
+    def mean_sq_norm(self) -> Tensor:
+        """(1/B) Σ_i ‖g_i‖²."""
+        return self.sq_norms.mean()
+
+    @property
+    def covariance_trace(self) -> Tensor:
+        """Γ = (1/B) Σ_i ‖g_i − ḡ‖²; about the center first where there is one, which keeps digits when samples agree."""
+        if self.deviation_sq_norms is not None:
+            return difference(self.deviation_sq_norms, self.sq_mean_deviation)
+        return difference(self.sq_norms, self.sq_mean_norm)
+
+    @property
+    def minibatch_covariance_trace(self) -> Tensor:
+        """Γ / B, the trace of the covariance of a mini-batch gradient. Source: arXiv 2512.07676, eq. 10."""
+        return self.covariance_trace / self.batch_size
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """Γ / ‖ḡ‖², the plug-in ratio: biased, it saturates near B. `NoiseScale` averages its unbiased parts."""
+        return self.covariance_trace / self.sq_mean_norm
+
+    @property
+    def reg1(self) -> Tensor | None:
+        """(1/B) Σ_i ‖g_i − c‖², where a center was given."""
+        return None if self.deviation_sq_norms is None else self.deviation_sq_norms.mean()
+
+    @property
+    def reg2(self) -> Tensor | None:
+        """‖ḡ − c‖², where a center was given."""
+        return self.sq_mean_deviation
+
+
+def difference(norms: Tensor, mean_norm: Tensor) -> Tensor:
+    """mean(norms) − mean_norm, which cannot be negative, subtracted in float64."""
+    return (norms.double().mean() - mean_norm.double()).clamp(min=0).to(norms.dtype)
+
+
+@dataclass(frozen=True)
+class Statistics(Moments):
+    """`Moments` of all parameters together, and of each by name in ``per_parameter``."""
+
+    per_parameter: Mapping[str, Moments] | None = None
+
+
+def combine(parts: Mapping[str, Moments]) -> Statistics:
+    """The moments of all parameters from those of each."""
+
+    def total(values):
+        values = list(values)
+        return None if any(v is None for v in values) else sum(values)
+
+    fields = ("sq_norms", "sq_mean_norm", "deviation_sq_norms", "sq_mean_deviation")
+    return Statistics(*(total(getattr(m, f) for m in parts.values()) for f in fields), per_parameter=dict(parts))
+
+
+class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
+    """Record one forward pass of a model, for statistics of its backward pass or its per-sample gradients.
+
+        with bootgrad.record(model) as rec:
+            losses = loss_function(model(x), y)      # (B,)
+        stats = rec.backward(losses)
+
+    Args:
+        modules: one or several modules; parameters that do not require grad are left out.
+        check: when to check that samples are dimension 0 of every operation and independent of each other, at the price of
+            two backward passes: ``"first"`` time that a model runs with these shapes, ``"always"``, or ``"never"``.
+
+    Raises:
+        UnsupportedError: a ScriptModule among the modules; in the forward pass, batch statistics.
+    """
+
+    def backward(
+        self,
+        losses: Tensor,
+        reduction: str | Tensor = "mean",
+        center: Direction | None = None,
+        retain_graph: bool = False,
+    ) -> Statistics:
+        """Accumulate gradients as ``losses.mean().backward()`` would, and return the statistics of the g_i.
+
+        Args:
+            losses: (B,), one loss per sample.
+            reduction: ``"mean"``, ``"sum"``, or weights (B,): what ``.grad`` receives is the gradient of that reduction.
+                Weights that are not all alike cost a second backward pass.
+            center: {name: tensor} or flat (P,); adds ``deviation_sq_norms``, ``reg1`` and ``reg2`` about it.
+            retain_graph: keep the graph for a further backward pass.
+
+        Raises:
+            ArgumentError: losses, weights or center of a wrong shape, or losses that are not finite.
+            RecordingError: nothing recorded, a freed graph, or losses that do not depend on the model.
+            UnsupportedError: per-sample gradients would not exist or would come out wrong. ``.grad`` is untouched by errors.
+        """
+        reach = self.reach(losses)
+        weights = _weights(reduction, losses)
+        centers = None if center is None else as_parameter_dict(center, self.parameters, "center")
+        uniform = bool((weights == weights[0]).all()) and float(weights[0]) != 0
+        seed = weights if uniform else torch.ones_like(weights)
+        scale = float(seed[0])
+        grads, statistics = self._first_order(losses, reach, seed, scale, centers, retain_graph or not uniform)
+        if not uniform:
+            leaves = [*reach.parameters.values(), *reach.other_leaves]
+            grads = gradients(losses, leaves, weights, retain_graph=retain_graph, allow_unused=True)
+        if not retain_graph:
+            self.release()
+        accumulate([*reach.parameters.values(), *reach.other_leaves], grads)
+        return statistics
+
+    def _first_order(self, losses, reach: Reach, seed, scale: float, centers, retain_graph):
+        """Gradients of all leaves under Σ seed_i ℓ_i, seed_i = scale for all i, and the statistics of the g_i."""
+        B = self.batch_size
+        leaves = [*reach.parameters.values(), *reach.other_leaves]
+        probed, others = self.split(reach.operations) if B > 1 else ([], [])
+        scaled = None if centers is None else {name: c * scale for name, c in centers.items()}
+        inputs = [*leaves, *(o.probe for o in probed), *(o.edge for o in others)]
+        with self.in_phase(Phase.STATISTICS, probed, scaled):
+            grads = gradients(losses, inputs, seed, retain_graph=retain_graph or bool(others), allow_unused=True)
+        leaf_grads, rest = grads[: len(leaves)], grads[len(leaves) :]
+        by_name = dict(zip(reach.parameters, leaf_grads, strict=False))
+        norms = self.read_probes(probed, rest[: len(probed)])
+        with torch.no_grad():
+            terms: dict[str, Term] = self.terms(others, rest[len(probed) :])
+            if B == 1:
+                terms = {name: DenseTerm(g.unsqueeze(0)) for name, g in by_name.items() if g is not None}
+            for name, term in terms.items():
+                norms[name] = (term.sq_norms(), None if scaled is None else term.sq_norms(scaled[name]))
+            parts = {}
+            for name, p in self.parameters.items():
+                g, c = by_name.get(name), None if scaled is None else scaled[name]
+                g = torch.zeros_like(p) if g is None else g
+                s, deviation = norms[name] if name in norms else row_statistics(p.new_zeros(B, 1), None)
+                if c is not None:
+                    deviation = deviation if name in norms else s + c.square().sum()
+                    mean_deviation = (g / B - c).to(s.dtype).square().sum() / scale**2
+                    parts[name] = Moments(s / scale**2, _sq_norm(g, s) / (B * scale) ** 2, deviation / scale**2, mean_deviation)
+                else:
+                    parts[name] = Moments(s / scale**2, _sq_norm(g, s) / (B * scale) ** 2)
+        return leaf_grads, combine(parts)
+
+    def per_sample_gradients(self, losses: Tensor, create_graph: bool = False) -> PerSampleGradients:
+        """The implicit B×P matrix of the per-sample gradients.
+
+        Args:
+            losses: (B,), one loss per sample.
+            create_graph: make the matrix differentiable, for penalties. The recording's graph is kept either way.
+
+        Raises:
+            As `backward`.
+        """
+        self.last_reach = reach = self.reach(losses)
+        if self.batch_size == 1:
+            leaves = list(reach.parameters.values())
+            grads = gradients(losses, leaves, torch.ones_like(losses), create_graph=create_graph, retain_graph=True, allow_unused=True)
+            rows = zip(reach.parameters, grads, strict=True)
+            terms: dict[str, Term] = {name: DenseTerm(g.unsqueeze(0)) for name, g in rows if g is not None}
+        else:
+            gys = self.output_gradients(losses, torch.ones_like(losses), reach.operations, create_graph)
+            with torch.set_grad_enabled(create_graph):
+                terms = self.terms(reach.operations, gys)
+        if not create_graph:
+            terms = {name: term.map(Tensor.detach) for name, term in terms.items()}
+        return PerSampleGradients(terms, self.parameters, self.batch_size, create_graph)
+
+
+def _sq_norm(g: Tensor, like: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(g, dtype=like.dtype).square()
+
+
+def _weights(reduction: str | Tensor, losses: Tensor) -> Tensor:
+    B = losses.numel()
+    if isinstance(reduction, Tensor):
+        if reduction.shape != (B,):
+            raise ArgumentError(f"weights must have shape ({B},), one per loss; got {tuple(reduction.shape)}")
+        if not torch.isfinite(reduction).all():
+            raise ArgumentError("weights must be finite; got NaN or infinity")
+        return reduction.detach().to(losses)
+    if not isinstance(reduction, str):
+        raise ArgumentTypeError(f'reduction must be "mean", "sum" or weights (B,); got {type(reduction).__name__}')
+    if reduction not in ("mean", "sum"):
+        raise ArgumentError(f'reduction must be "mean", "sum" or weights (B,); got {reduction!r}')
+    return torch.full_like(losses, 1 / B if reduction == "mean" else 1.0, requires_grad=False)
+
+
+@torch.no_grad()
+def accumulate(leaves: list[Tensor], grads) -> None:
+    """Add gradients to ``.grad``, as a backward pass does; each gets memory of its own."""
+    taken: set[int] = set()
+    for leaf, grad in zip(leaves, grads, strict=True):
+        if grad is None:
+            continue
+        if leaf.grad is not None:
+            leaf.grad.add_(grad)
+            continue
+        storage = grad.untyped_storage()
+        shared = storage.data_ptr() in taken or storage.nbytes() != grad.numel() * grad.element_size()
+        taken.add(storage.data_ptr())
+        owned = not shared and grad.stride() == leaf.stride()
+        leaf.grad = grad if owned else torch.empty_like(leaf, requires_grad=False).copy_(grad)
+
+
+class NoiseScale:
+    """The gradient noise scale from averages of its two unbiased parts over steps.
+
+        S = Γ B/(B − 1)     |G|² = ‖ḡ‖² − S/B     noise scale = ⟨S⟩ / ⟨|G|²⟩
+
+    The plug-in ratio Γ/‖ḡ‖² of one batch saturates near B; averaging the parts before dividing does not.
+
+    Args:
+        decay: weight of the past in the running means, bias-corrected; 1 averages all steps alike.
+
+    Source: McCandlish et al., arXiv 1812.06162, appendix A.
+    """
+
+    def __init__(self, decay: float = 0.99):
+        """Start with no steps."""
+        if not 0 < decay <= 1:
+            raise ArgumentError(f"decay must be in (0, 1]; got {decay}")
+        self.decay = decay
+        self.steps = 0
+        self._weight = self._trace = self._sq_norm = 0.0
+
+    def update(self, moments) -> float:
+        """Take in one batch: anything with ``covariance_trace``, ``sq_mean_norm`` and ``batch_size``; returns the value."""
+        B = moments.batch_size
+        if B < 2:
+            raise ArgumentError("the noise scale needs batches of at least two samples; got one")
+        trace = float(moments.covariance_trace) * B / (B - 1)
+        sq_norm = float(moments.sq_mean_norm) - trace / B
+        new = 1.0 if self.decay == 1 else 1 - self.decay
+        self._weight = self._weight * self.decay + new
+        self._trace = self._trace * self.decay + new * trace
+        self._sq_norm = self._sq_norm * self.decay + new * sq_norm
+        self.steps += 1
+        return self.value
+
+    @property
+    def covariance_trace(self) -> float:
+        """⟨S⟩, the averaged unbiased covariance trace; nan before the first step."""
+        return self._trace / self._weight if self.steps else float("nan")
+
+    @property
+    def sq_mean_norm(self) -> float:
+        """⟨|G|²⟩, the averaged unbiased squared norm of the true gradient; may be negative; nan before the first step."""
+        return self._sq_norm / self._weight if self.steps else float("nan")
+
+    @property
+    def value(self) -> float:
+        """The ratio; inf where the denominator is not positive, nan where nothing is known. `reason` says why."""
+        if not self.steps or (self._sq_norm <= 0 and self._trace <= 0):
+            return float("nan")
+        return float("inf") if self._sq_norm <= 0 else self._trace / self._sq_norm
+
+    @property
+    def reason(self) -> str | None:
+        """Why the value is not a number, or None."""
+        if not self.steps:
+            return "no step has been taken in"
+        if self._sq_norm > 0:
+            return None
+        if self._trace <= 0:
+            return "all gradients were zero"
+        return f"the gradient's squared norm is lost in the noise: its estimate over {self.steps} steps is not positive"
+
+    def state_dict(self) -> dict:
+        """The averages, to go on from."""
+        return {"decay": self.decay, "steps": self.steps, "parts": [self._weight, self._trace, self._sq_norm]}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on from a `state_dict`."""
+        self.decay, self.steps = state["decay"], state["steps"]
+        self._weight, self._trace, self._sq_norm = state["parts"]
+

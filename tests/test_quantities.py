@@ -1,0 +1,169 @@
+"""Every quantity of the library, first and second order, on every way of using parameters, against the oracle in float64."""
+
+import pytest
+import torch
+
+import bootgrad
+from bootgrad import reference
+
+from .models import SHAPES, loss_of, make
+
+pytestmark = pytest.mark.filterwarnings("ignore::bootgrad.BootgradWarning")
+KINDS = pytest.mark.parametrize("kind", SHAPES, ids=lambda k: k.__name__)
+TOLERANCE = dict(rtol=1e-10, atol=1e-11)
+
+
+def parameters_of(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def recorded(model, x, target, seed=7):
+    torch.manual_seed(seed)
+    with bootgrad.record(model) as rec:
+        losses = loss_of(model(x), target)
+    return rec, losses
+
+
+def oracle(model, x, target, seed=7, create_graph=False):
+    """{name: (B, *shape)} by one backward pass per sample."""
+    torch.manual_seed(seed)
+    losses = loss_of(model(x), target)
+    return losses, reference.per_sample_gradients_of(losses, parameters_of(model), create_graph=create_graph)
+
+
+def flat(rows):
+    return torch.cat([g.reshape(len(g), -1) for g in rows.values()], 1)
+
+
+def random_like(parameters, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(p.shape, generator=g, dtype=p.dtype) for name, p in parameters.items()}
+
+
+def check(ours, expected):
+    torch.testing.assert_close(ours, expected, **TOLERANCE)
+
+
+@KINDS
+def test_backward_fills_grad_and_statistics(kind):
+    model, x, target = make(kind)
+    losses, rows = oracle(model, x, target)
+    G = flat(rows)
+    losses.mean().backward()
+    expected = {name: p.grad for name, p in parameters_of(model).items()}
+    model.zero_grad()
+    center = random_like(parameters_of(model))
+    c = torch.cat([t.flatten() for t in center.values()])
+    for with_center in (None, center):
+        model.zero_grad()
+        rec, losses = recorded(model, x, target)
+        stats = rec.backward(losses, center=with_center)
+        for name, p in parameters_of(model).items():
+            assert (p.grad is None) == (expected[name] is None), name
+            if p.grad is not None:
+                check(p.grad, expected[name])
+            check(stats.per_parameter[name].sq_norms, rows[name].reshape(len(x), -1).square().sum(1))
+            check(stats.per_parameter[name].sq_mean_norm, rows[name].mean(0).square().sum())
+        check(stats.sq_norms, G.square().sum(1))
+        check(stats.sq_mean_norm, G.mean(0).square().sum())
+        check(stats.covariance_trace, (G - G.mean(0)).square().sum(1).mean())
+        check(stats.minibatch_covariance_trace, stats.covariance_trace / len(G))
+        check(stats.noise_scale, stats.covariance_trace / stats.sq_mean_norm)
+        check(stats.mean_sq_norm, G.square().sum(1).mean())
+    check(stats.deviation_sq_norms, (G - c).square().sum(1))
+    check(stats.reg1, (G - c).square().sum(1).mean())
+    check(stats.reg2, (G.mean(0) - c).square().sum())
+
+
+@KINDS
+@pytest.mark.parametrize("reduction", ["sum", "weights", "zeros"])
+def test_reductions(kind, reduction):
+    model, x, target = make(kind)
+    losses, rows = oracle(model, x, target)
+    weights = {"sum": torch.ones(4), "weights": torch.tensor([1.0, -2.0, 0.0, 0.5]), "zeros": torch.zeros(4)}[reduction]
+    weights = weights.double()
+    rec, losses = recorded(model, x, target)
+    stats = rec.backward(losses, reduction="sum" if reduction == "sum" else weights)
+    check(stats.sq_norms, flat(rows).square().sum(1))
+    for name, p in parameters_of(model).items():
+        if p.grad is not None:
+            check(p.grad, torch.einsum("b,b...->...", weights, rows[name]))
+
+
+@KINDS
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_matrix(kind, create_graph):
+    model, x, target = make(kind)
+    _, rows = oracle(model, x, target)
+    dense = flat(rows)
+    rec, losses = recorded(model, x, target)
+    G = rec.per_sample_gradients(losses, create_graph=create_graph)
+    parameters = parameters_of(model)
+    v, w = random_like(parameters), torch.randn(4, dtype=torch.float64)
+    flat_v = torch.cat([t.flatten() for t in v.values()])
+    if not create_graph:
+        losses.mean().backward()  # G outlives the graph
+    for subset, index in ((G, slice(None)), (G[1:3], slice(1, 3)), (G[[3, 0]], [3, 0]), (G[2], slice(2, 3))):
+        D, u = dense[index], w[index]
+        assert subset.shape == tuple(D.shape)
+        check(subset.sq_norms().detach(), D.square().sum(1))
+        check(subset.deviation_sq_norms().detach(), (D - D.mean(0)).square().sum(1))
+        check(subset.deviation_sq_norms(center=v).detach(), (D - flat_v).square().sum(1))
+        check(subset.deviation_sq_norms(flat_v).detach(), (D - flat_v).square().sum(1))
+        check(subset.covariance_trace().detach(), (D - D.mean(0)).square().sum(1).mean())
+        if len(D) > 1:
+            check(subset.covariance_trace(unbiased=True).detach(), D.var(0).sum())
+        check((subset @ v).detach(), D @ flat_v)
+        check((subset @ flat_v).detach(), D @ flat_v)
+        check(subset.gram().detach(), D @ D.T)
+        check(torch.cat([t.flatten() for t in (subset.T @ u).values()]).detach(), u @ D)
+        check(torch.cat([t.flatten() for t in subset.mean().values()]).detach(), D.mean(0))
+        check(flat(subset.materialize()).detach(), D)
+        assert subset.sq_norms().requires_grad == create_graph
+
+
+def second_order(model, x, target, penalty, recorded_penalty):
+    """Gradients of mean loss + penalty, by the oracle and by the library."""
+    parameters = list(parameters_of(model).values())
+    losses, rows = oracle(model, x, target, create_graph=True)
+    total = losses.mean() + penalty(flat(rows))
+    expected = torch.autograd.grad(total, parameters, allow_unused=True)
+    plain = torch.autograd.grad(oracle(model, x, target)[0].mean(), parameters, allow_unused=True)
+    rec, losses = recorded(model, x, target)
+    G = rec.per_sample_gradients(losses, create_graph=True)
+    (losses.mean() + recorded_penalty(G)).backward()
+    changed = 0.0
+    for p, e, without in zip(parameters, expected, plain, strict=True):
+        if e is None:
+            assert p.grad is None or not p.grad.any()
+        else:
+            torch.testing.assert_close(p.grad, e, rtol=1e-9, atol=1e-9 * float(e.abs().max() + 1))
+            changed += float((p.grad - (0 if without is None else without)).norm())
+    assert changed > 1e-3  # the penalty does something
+
+
+W = torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64)
+PENALTIES = {
+    "reg1": (lambda D, c: (D - D.mean(0)).square().sum(1).mean(), lambda G, c: bootgrad.reg1(G)),
+    "reg1 center": (lambda D, c: (D - c).square().sum(1).mean(), lambda G, c: bootgrad.reg1(G, center=c)),
+    "reg2": (lambda D, c: (D.mean(0) - c).square().sum(), lambda G, c: bootgrad.reg2(G, center=c)),
+    "norms": (lambda D, c: W @ D.square().sum(1), lambda G, c: W @ G.sq_norms()),
+    "deviations": (lambda D, c: W @ (D - D.mean(0)).square().sum(1), lambda G, c: W @ G.deviation_sq_norms()),
+    "jvp": (lambda D, c: (D @ c).sin().sum(), lambda G, c: (G @ c).sin().sum()),
+    "weighted sum": (
+        lambda D, c: ((W @ D) * c).sin().sum(),
+        lambda G, c: (torch.cat([t.flatten() for t in (G.T @ W).values()]) * c).sin().sum(),
+    ),
+    "gram": (lambda D, c: (D @ D.T).cos().sum(), lambda G, c: G.gram().cos().sum()),
+    "rows": (lambda D, c: (D * c).sin().sum(), lambda G, c: (flat(G.materialize()) * c).sin().sum()),
+    "subset": (lambda D, c: D[1:3].var(0).sum(), lambda G, c: G[1:3].covariance_trace(unbiased=True)),
+}
+
+
+@KINDS
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_second_order(kind, penalty):
+    model, x, target = make(kind)
+    c = torch.cat([t.flatten() for t in random_like(parameters_of(model)).values()])
+    theirs, ours = PENALTIES[penalty]
+    second_order(model, x, target, lambda D: theirs(D, c), lambda G: ours(G, c))
