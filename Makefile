@@ -1,0 +1,88 @@
+# What a developer does: demo, test, measure, package. Needs python3 (3.10 to 3.13) with venv, make and a C++ compiler.
+# Environments are made below $(VENV): torch first, everything else under a constraint that keeps it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALL := $(PIP) install --no-build-isolation --constraint $(VENV)/constraints.txt
+CXX_FILES = $(shell find csrc tests \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+BUILD_INPUTS = setup.py pyproject.toml $(shell find csrc -type f)
+PY_DIRS = bootgrad kernels tests benchmarks setup.py
+
+.PHONY: help demo test test-all lint format bench wheel clean
+
+help:
+	@echo 'make demo      train on digits, plain and regularized side by side; writes demo/comparison.png'
+	@echo 'make test      lint and tests in an environment of its own'
+	@echo 'make test-all  second tier: sanitizers, long fuzzing, the wheel'
+	@echo 'make lint      ruff, clang-format, mypy          make format  rewrite the sources in form'
+	@echo 'make bench     benchmarks/ into benchmarks/results/'
+	@echo 'make wheel     sdist and wheel in dist/, tried in an empty environment'
+	@echo 'make clean     remove all that these make, the environment too'
+
+demo: $(VENV)/.demo
+	$(BIN)/bootgrad compare --data digits --train-size 256 --batch-size 64 --lr 0.02 --epochs 60 --reg1 0.01 --reg2 0.01 \
+		--center ema --out demo --overwrite
+
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(VENV)/.dev
+	$(BIN)/pytest -m slow
+	$(MAKE) wheel
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: $(VENV)/.dev
+	$(BIN)/pytest benchmarks --benchmark-only
+	$(BIN)/python benchmarks/training_step.py
+
+wheel: $(VENV)/.dev
+	rm -rf dist build
+	BOOTGRAD_REQUIRE_EXT=1 $(BIN)/python -m build --no-isolation
+	ls dist/*-py3-none-*.whl
+	empty=$$(mktemp -d) && trap 'rm -rf "$$empty"' EXIT && \
+		$(PYTHON) -m venv "$$empty/env" && \
+		"$$empty/env/bin/python" -m pip --disable-pip-version-check --quiet install '$(TORCH)' && \
+		"$$empty/env/bin/python" -m pip --disable-pip-version-check --quiet install \
+			--constraint $(VENV)/constraints.txt dist/*.whl && \
+		cp tests/wheel_smoke.py "$$empty" && cd "$$empty" && env/bin/python wheel_smoke.py && env/bin/bootgrad info
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find bootgrad kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f bootgrad/*.so
+
+# torch alone, so that nothing that comes after can choose another one
+$(VENV)/constraints.txt:
+	$(PYTHON) -c 'import sys; v = sys.version_info; \
+		sys.exit(None if (3, 10) <= v < (3, 14) else f"Python 3.10 to 3.13 is needed; {sys.executable} is {v[0]}.{v[1]}: set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install '$(TORCH)'
+	$(PIP) install --upgrade 'setuptools>=77' wheel ninja numpy
+	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__.partition("+")[0])' > $@
+
+$(VENV)/.demo: $(VENV)/constraints.txt $(BUILD_INPUTS)
+	if [ -e $(VENV)/.dev ]; then $(MAKE) $(VENV)/.dev; else BOOTGRAD_CUDA=0 $(INSTALL) --editable '.[cli]'; fi
+	touch $@
+
+$(VENV)/.dev: $(VENV)/constraints.txt $(BUILD_INPUTS)
+	BOOTGRAD_REQUIRE_EXT=1 $(INSTALL) --editable '.[dev,cli,triton]'
+	touch $@

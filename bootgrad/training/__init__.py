@@ -1,0 +1,1 @@
+"""What the command line trains: image data, the reference CNN, the loop, its checkpoints and its pictures."""
