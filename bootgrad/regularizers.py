@@ -212,11 +212,12 @@ class GradientRegularizer:
             recording, self._recording = self._recording, None
         strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
         parameters = recording.parameters
-        values = {id(c): c.value(parameters) for c in self.centers.values()}
+        distinct = list({id(c): c for c in self.centers.values()}.values())
+        values = {id(c): c.value(parameters) for c in distinct}
         centers = {name: values[id(c)] for name, c in self.centers.items()}
         report, leaves, grads, mean = self._gradients(recording, losses, strengths, centers)
         accumulate(leaves, grads)
-        for center in {id(c): c for c in self.centers.values()}.values():
+        for center in distinct:
             center.update(mean)
         self.step += 1
         return report

@@ -1,0 +1,334 @@
+"""Penalties and the training object against explicit formulas, and what they refuse."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bootgrad
+from bootgrad import centers
+
+from .models import Residual, loss_of, make
+
+
+@pytest.fixture
+def setting():
+    return make(Residual, batch=6)
+
+
+def explicit(model, x, target):
+    """Losses, and the rows (B, P) with their graph."""
+    losses = loss_of(model(x), target)
+    parameters = list(model.parameters())
+    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(ell, parameters, create_graph=True)]) for ell in losses]
+    return losses, torch.stack(rows)
+
+
+def flat_grad(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def expected_gradient(model, x, target, lambda1, lambda2, c1, c2):
+    losses, G = explicit(model, x, target)
+    total = losses.mean()
+    mean = G.mean(0)
+    total = total + lambda1 * (G - (mean if c1 is None else c1)).square().sum(1).mean()
+    if c2 is not None:
+        total = total + lambda2 * (mean - c2).square().sum()
+    grads = torch.autograd.grad(total, list(model.parameters()))
+    return torch.cat([g.flatten() for g in grads]), losses.detach(), G.detach()
+
+
+def estimate(center, past, P):
+    """The center after the mini-batch gradients ``past``, written out."""
+    if center == "zero":
+        return torch.zeros(P, dtype=torch.float64)
+    if center == "batch_mean" or not past:
+        return None
+    if center == "ema":
+        weights = torch.tensor([0.1 * 0.9 ** (len(past) - 1 - k) for k in range(len(past))], dtype=torch.float64)
+        return (weights[:, None] * torch.stack(past)).sum(0) / (1 - 0.9 ** len(past))
+    return torch.stack(past[-2:]).mean(0)
+
+
+@pytest.mark.parametrize("form", ["closure", "record"])
+@pytest.mark.parametrize("center", ["batch_mean", "zero", "ema", "window"])
+def test_trains_as_the_formulas_say(setting, center, form):
+    model, x, target = setting
+    chosen = centers.WindowMean(2) if center == "window" else center
+    spec = {"reg1": chosen, "reg2": "zero"} if center == "batch_mean" else chosen
+    reg = bootgrad.GradientRegularizer(model, reg1=lambda step: 0.1 + 0.01 * step, reg2=0.2, center=spec)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    past = []
+    P = sum(p.numel() for p in model.parameters())
+    for step in range(4):
+        x = torch.randn_like(x)
+        c1 = estimate(center, past, P)
+        c2 = torch.zeros(P, dtype=torch.float64) if center == "batch_mean" else c1
+        expected, losses, G = expected_gradient(model, x, target, 0.1 + 0.01 * step, 0.2, c1, c2)
+        optimizer.zero_grad()
+        if form == "closure":
+            report = reg.backward(lambda x, t: loss_of(model(x), t), x, target)
+        else:
+            with reg.record():
+                losses_ = loss_of(model(x), target)
+            report = reg.backward(losses_)
+        torch.testing.assert_close(flat_grad(model), expected, rtol=1e-9, atol=1e-10)
+        mean = G.mean(0)
+        torch.testing.assert_close(report.loss, losses.mean())
+        around = mean if c1 is None else c1
+        torch.testing.assert_close(report.reg1, (G - around).square().sum(1).mean(), rtol=1e-10, atol=1e-12)
+        if c2 is None:
+            assert report.reg2 is None and any("reg2 was left out" in note for note in report.notes)
+            assert any("reg1 was taken about the batch mean" in note for note in report.notes)
+        else:
+            torch.testing.assert_close(report.reg2, (mean - c2).square().sum(), rtol=1e-10, atol=1e-12)
+            assert report.notes == ()
+        gamma = (G - mean).square().sum(1).mean()
+        torch.testing.assert_close(report.covariance_trace, gamma, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(report.noise_scale, gamma / mean.square().sum(), rtol=1e-9, atol=1e-12)
+        assert not any(t.requires_grad for t in (report.loss, report.reg1, report.covariance_trace))
+        optimizer.step()
+        past.append(mean)
+
+
+def test_gradients_accumulate_and_leaves_outside_the_model_get_theirs(setting):
+    model, x, target = setting
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    x = x.requires_grad_()
+    reg = bootgrad.GradientRegularizer(model, reg1=0.3, center="zero")
+
+    def losses(x, t):
+        return loss_of(model(x) * scale, t)
+
+    values, G = losses(x, target), None
+    parameters = list(model.parameters())
+    G = torch.stack(
+        [torch.cat([g.flatten() for g in torch.autograd.grad(v, parameters, create_graph=True)]) for v in values]
+    )
+    leaves = [*parameters, scale, x]
+    expected = torch.autograd.grad(values.mean() + 0.3 * G.square().sum(1).mean(), leaves)
+    for leaf in leaves:
+        leaf.grad = torch.ones_like(leaf)
+    reg.backward(losses, x, target)
+    for leaf, e in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, 1 + e, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_full_batch_center_averaged_over_batches(differentiable):
+    """Over all mini-batches of a small set, Reg2 about ∇L(S): what the constant center drops has zero mean.
+
+    The derivative of ‖ḡ − ∇L‖² is 2 (H̄ − H) (ḡ − ∇L). A constant center leaves out the part with H, whose mean over all
+    batches vanishes, as that of ḡ − ∇L does.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.randint(0, 2, (6,))
+    parameters = list(model.parameters())
+
+    def loss_fn(x, y):
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    def gradient(index, create_graph=True):
+        grads = torch.autograd.grad(loss_fn(x[index], y[index]).mean(), parameters, create_graph=create_graph)
+        return torch.cat([g.flatten() for g in grads])
+
+    everything = list(range(6))
+    batches = [[i, j, k] for i in range(6) for j in range(i) for k in range(j)]
+    ours, exact, gaps = [], [], []
+    for index in batches:
+        center = centers.FullBatchMean([(x[:4], y[:4]), (x[4:], y[4:])], loss_fn, differentiable=differentiable)
+        reg = bootgrad.GradientRegularizer(model, reg2=1.0, reg1=0.5, center={"reg1": "zero", "reg2": center})
+        model.zero_grad()
+        reg.backward(loss_fn, x[index], y[index])
+        rows = [gradient([i]) for i in index]
+        mean_norm = sum(g.square().sum() for g in rows) / 3
+        penalty = (gradient(index) - gradient(everything)).square().sum()
+        grads = torch.autograd.grad(loss_fn(x[index], y[index]).mean() + 0.5 * mean_norm + penalty, parameters)
+        ours.append(flat_grad(model))
+        exact.append(torch.cat([g.flatten() for g in grads]))
+        gaps.append(float((ours[-1] - exact[-1]).norm() / exact[-1].norm()))
+    if differentiable:
+        assert max(gaps) < 1e-10
+    else:
+        assert max(gaps) > 0.05
+    torch.testing.assert_close(torch.stack(ours).mean(0), torch.stack(exact).mean(0), rtol=1e-10, atol=1e-12)
+
+
+def test_full_batch_center_is_kept_between_refreshes(setting):
+    model, x, target = setting
+    calls = []
+
+    def loss_fn(x, t):
+        calls.append(len(x))
+        return loss_of(model(x), t)
+
+    center = centers.FullBatchMean([(x[:2], target[:2]), (x[2:], target[2:])], loss_fn, refresh_every=3)
+    reg = bootgrad.GradientRegularizer(model, reg1=0.1, center=center)
+    for _ in range(4):
+        reg.backward(lambda x, t: loss_of(model(x), t), x, target)
+    assert calls == [2, 4, 2, 4]
+
+
+@pytest.mark.parametrize("center", ["ema", "window"])
+def test_state_goes_on_where_it_was(setting, center):
+    model, x, target = setting
+    make_reg = lambda m: bootgrad.GradientRegularizer(m, reg1=0.1, reg2=0.3, center=center)  # noqa: E731
+    reg = make_reg(model)
+    batches = [torch.randn_like(x) for _ in range(5)]
+    for batch in batches[:3]:
+        reg.backward(lambda x: loss_of(model(x), target), batch)
+    model.zero_grad()
+    twin = copy.deepcopy(model)
+    twin_reg = make_reg(twin)
+    twin_reg.load_state_dict(copy.deepcopy(reg.state_dict()))
+    assert twin_reg.step == 3
+    for batch in batches[3:]:
+        reg.backward(lambda x: loss_of(model(x), target), batch)
+        twin_reg.backward(lambda x: loss_of(twin(x), target), batch)
+        assert torch.equal(flat_grad(model), flat_grad(twin))
+
+
+def test_window_mean_does_not_drift():
+    window = centers.WindowMean(3)
+    parameters = {"w": torch.zeros(5)}
+    torch.manual_seed(0)
+    past = [{"w": torch.randn(5) * 10.0 ** (k % 7)} for k in range(200)]
+    for k, g in enumerate(past):
+        window.update(g)
+        expected = torch.stack([h["w"].double() for h in past[max(0, k - 2) : k + 1]]).mean(0)
+        torch.testing.assert_close(window.value(parameters)["w"].double(), expected, rtol=1e-5, atol=1.0)
+
+
+def test_a_failed_step_changes_nothing(setting):
+    model, x, target = setting
+    reg = bootgrad.GradientRegularizer(model, reg1=0.1, reg2=0.1, center="ema")
+    reg.backward(lambda x: loss_of(model(x), target), x)
+    before = copy.deepcopy((reg.state_dict(), [p.grad for p in model.parameters()]))
+
+    class Own(Exception):
+        pass
+
+    def fails(x):
+        raise Own
+
+    with pytest.raises(Own):
+        reg.backward(fails, x)
+    with pytest.raises(bootgrad.BootgradError, match="samples: 0, 1, 2"):
+        reg.backward(lambda x: loss_of(model(x), target) * math.nan, x)
+    with pytest.raises(bootgrad.BootgradError, match="nothing was recorded"):
+        reg.backward(loss_of(model(x), target))
+    after = (reg.state_dict(), [p.grad for p in model.parameters()])
+    assert before[0]["step"] == after[0]["step"] == 1
+    for name, t in before[0]["centers"]["reg1"]["average"].items():
+        assert torch.equal(t, after[0]["centers"]["reg1"]["average"][name])
+    assert all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+
+
+def test_the_model_is_left_alone(setting):
+    model, x, target = setting
+    before = (type(model), list(model.state_dict()), model.forward, dict(model._forward_hooks), dict(model._backward_hooks))
+    reg = bootgrad.GradientRegularizer(model, reg1=0.1)
+    reg.backward(lambda x: loss_of(model(x), target), x)
+    assert before == (type(model), list(model.state_dict()), model.forward, dict(model._forward_hooks), dict(model._backward_hooks))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reg2": 0.1}, "identically zero"),
+        ({"reg2": lambda step: 0.1}, "identically zero"),
+        ({"reg1": -0.1}, "not negative"),
+        ({"reg1": math.nan}, "finite"),
+        ({"reg1": math.inf}, "finite"),
+        ({"reg1": "much"}, "number"),
+        ({"reg1": 0.1, "center": "mean"}, "center must be one of batch_mean, zero, ema, window"),
+        ({"reg1": 0.1, "center": 3}, "center must be a name"),
+        ({"reg1": 0.1, "method": "guess"}, "method must be one of exact"),
+        ({"reg1": 0.1, "fraction": 0.5}, "fraction must be 1"),
+        ({"reg1": 0.1, "every": 2}, "every must be 1"),
+    ],
+)
+def test_bad_options(setting, options, message):
+    with pytest.raises(bootgrad.BootgradError, match=message):
+        bootgrad.GradientRegularizer(setting[0], **options)
+
+
+def test_bad_strength_of_a_later_step_and_bad_centers(setting):
+    model, x, target = setting
+    reg = bootgrad.GradientRegularizer(model, reg1=lambda step: -1.0)
+    with pytest.raises(bootgrad.BootgradError, match="not negative"):
+        reg.backward(lambda x: loss_of(model(x), target), x)
+    good = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    first = next(iter(good))
+    for center, message in (
+        ({k: v for k, v in good.items() if k != first}, f"lacks {first}"),
+        (good | {"other": torch.zeros(1)}, "unknown other"),
+        (good | {first: torch.zeros(3)}, f"for {first}"),
+        (good | {first: 0.0}, "must hold tensors"),
+        (torch.zeros(3), "must be flat"),
+    ):
+        reg = bootgrad.GradientRegularizer(model, reg1=0.1, center=center)
+        with pytest.raises(bootgrad.BootgradError, match=message):
+            reg.backward(lambda x: loss_of(model(x), target), x)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_penalties_that_would_do_nothing(setting):
+    model, x, target = setting
+    with pytest.warns(bootgrad.BootgradWarning, match="both 0"):
+        reg = bootgrad.GradientRegularizer(model)
+    reg.backward(lambda x: loss_of(model(x), target), x)
+    plain = torch.autograd.grad(loss_of(model(x), target).mean(), list(model.parameters()))
+    torch.testing.assert_close(flat_grad(model), torch.cat([g.flatten() for g in plain]))
+    with bootgrad.record(model) as rec:
+        losses = loss_of(model(x), target)
+    G = rec.per_sample_gradients(losses)
+    with pytest.raises(bootgrad.BootgradError, match="create_graph=True"):
+        bootgrad.reg1(G)
+    with pytest.raises(bootgrad.BootgradError, match="create_graph=True"):
+        bootgrad.reg2(G, center=torch.zeros(G.shape[1]))
+    with pytest.raises(bootgrad.BootgradError, match="identically zero"):
+        bootgrad.reg2(rec.per_sample_gradients(losses, create_graph=True), center=None)
+    model.requires_grad_(False)
+    with pytest.raises(bootgrad.BootgradError, match="no parameter that requires grad"):
+        bootgrad.GradientRegularizer(model, reg1=0.1)
+
+
+def test_noise_scale_is_unbiased_where_the_plug_in_ratio_saturates():
+    """Gradients of known mean and covariance: true noise scale 1000, batches of 32."""
+    torch.manual_seed(0)
+    P, B = 1000, 32
+    true = torch.zeros(P)
+    true[0] = 1.0
+    average = bootgrad.NoiseScale(decay=1)
+    plug_in = []
+    for _ in range(2000):
+        G = true + torch.randn(B, P)
+        mean = G.mean(0)
+        moments = bootgrad.statistics.Moments(G.square().sum(1), mean.square().sum())
+        average.update(moments)
+        plug_in.append(float(moments.noise_scale))
+    assert average.value == pytest.approx(1000, rel=0.1)
+    assert sum(plug_in) / len(plug_in) < 40
+    assert average.reason is None and average.covariance_trace == pytest.approx(1000, rel=0.01)
+    restored = bootgrad.NoiseScale()
+    restored.load_state_dict(average.state_dict())
+    assert restored.value == average.value
+
+
+def test_noise_scale_says_why_it_has_no_value():
+    average = bootgrad.NoiseScale()
+    assert math.isnan(average.value) and average.reason == "no step has been taken in"
+    average.update(bootgrad.statistics.Moments(torch.zeros(4), torch.tensor(0.0)))
+    assert math.isnan(average.value) and "zero" in average.reason
+    average.update(bootgrad.statistics.Moments(torch.ones(4), torch.tensor(0.0)))
+    assert average.value == math.inf and "lost in the noise" in average.reason
+    with pytest.raises(bootgrad.BootgradError, match="at least two"):
+        average.update(bootgrad.statistics.Moments(torch.ones(1), torch.tensor(1.0)))
+    with pytest.raises(bootgrad.BootgradError, match="decay"):
+        bootgrad.NoiseScale(decay=0)
