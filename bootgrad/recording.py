@@ -248,14 +248,13 @@ class Recording(TorchFunctionMode):
         signature = (self.batch_size, tuple((o.name, tuple(map(self.name_of, o.tracked)), o.output_rows) for o in operations))
         if self.check == "never" or (self.check == "first" and signature in self._state.checked):
             return
-        generator = torch.Generator().manual_seed(0x5EED)
-        a = (0.5 + torch.rand(self.batch_size, generator=generator)).to(losses)
+        a = _powers_of_two(self.batch_size).to(losses)
         plain = self.output_gradients(losses, torch.ones_like(losses), operations)
         scaled = self.output_gradients(losses, a, operations)
         for operation, gy, gy_a in zip(operations, plain, scaled, strict=True):
             rows = gy.reshape(self.batch_size, -1)
             error = gy_a.reshape(self.batch_size, -1) - rows * a[:, None].to(rows.dtype)
-            if error.norm() > _CHECK_TOLERANCE * gy_a.norm():
+            if float(error.norm()) > _CHECK_TOLERANCE * float(gy_a.norm()):
                 raise UnsupportedError(
                     f"samples are coupled after {self._describe(operation)}, or not in dimension 0 there: scaling one "
                     "sample's loss changes other samples' gradients, so per-sample gradients do not exist. Look for batch "
@@ -320,6 +319,14 @@ class Recording(TorchFunctionMode):
                 s, deviation = grad[2 * k : 2 * k + 2, : self.batch_size]
                 out[self.name_of(tracked)] = (s, deviation)
         return out
+
+
+def _powers_of_two(batch_size: int) -> Tensor:
+    """Weights ½, 1 or 2, not all alike: scaling by them is exact, so that even rounding errors of independent samples scale."""
+    generator = torch.Generator().manual_seed(0x5EED)
+    a = 2.0 ** torch.randint(-1, 2, (batch_size,), generator=generator)
+    a[:2] = torch.tensor([0.5, 2.0])[:batch_size]
+    return a
 
 
 class _InPhase:

@@ -3,6 +3,7 @@
 Right wherever the operation treats samples alike; slow, and its rows are made in full, in chunks of samples.
 """
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -84,7 +85,9 @@ class FallbackOperation(Operation):
             return pull(gy_i)[0]
 
         try:
-            return torch.func.vmap(one)(of_samples(gy), *(of_samples(t) for t, c in zip(values, cut, strict=True) if c))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")  # said by our own warning already
+                return torch.func.vmap(one)(of_samples(gy), *(of_samples(t) for t, c in zip(values, cut, strict=True) if c))
         except Exception as error:
             raise UnsupportedError(
                 f"{self.name} has no rule and cannot be run one sample at a time: its parameter's per-sample gradients "

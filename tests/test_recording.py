@@ -1,0 +1,346 @@
+"""What a recording refuses, when, and that nothing of the user's is touched when it does."""
+
+import copy
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bootgrad
+from bootgrad import BootgradError
+
+from .models import Residual, Sequence, Unknown, loss_of, make
+
+
+class BatchFirstForgotten(nn.Module):
+    """Inputs (T, B, d) with T = B, as recurrent code has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x)).mean(0)
+
+
+class Coupled(nn.Module):
+    """``between`` couples samples after a linear layer."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.between = between
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.between(self.first(x))))
+
+
+def contrastive(z):
+    return F.cross_entropy(z @ z.t(), torch.arange(len(z)), reduction="none")
+
+
+def batch_norm(z):
+    return (z - z.mean(0)) / z.std(0)
+
+
+def refused(model, x, loss, message, **options):
+    """The model is refused with ``message``, and no gradient is touched."""
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(BootgradError, match=message):
+        rec = bootgrad.record(model, **options)
+        with rec:
+            losses = loss(model(x))
+        rec.backward(losses)
+    with pytest.raises(BootgradError, match=message):
+        rec = bootgrad.record(model, **options)
+        with rec:
+            losses = loss(model(x))
+        rec.per_sample_gradients(losses, create_graph=True)
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+
+
+def per_sample(z):
+    return z.square().flatten(1).sum(1)
+
+
+def test_samples_that_are_coupled_or_elsewhere_are_refused_by_operation():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3)
+    refused(BatchFirstForgotten(), torch.randn(4, 4, 3), per_sample, r"after linear \(parameter linear.weight, linear.bias\)")
+    refused(Coupled(lambda z: z - z.mean(0)), x, per_sample, r"after linear \(parameter first.weight")
+    refused(Coupled(batch_norm), x, per_sample, r"after linear \(parameter first.weight")
+    refused(Coupled(nn.Identity()), x, contrastive, r"after linear \(parameter first.weight")
+    refused(Coupled(nn.BatchNorm1d(4, affine=False)), x, per_sample, "batch_norm in training mode.*replace_batchnorm")
+    refused(Coupled(nn.BatchNorm1d(4)), x, per_sample, "batch_norm in training mode.*eval()")
+    refused(BatchFirstForgotten(), torch.randn(5, 4, 3), per_sample, "puts out 5 rows in dimension 0 for 4 losses")
+
+
+def test_the_check_runs_on_the_first_step_of_each_signature_only(monkeypatch):
+    model, x, target = make(Residual)
+    calls = []
+    original = bootgrad.record.output_gradients
+
+    def counted(self, *args, **kwargs):
+        calls.append(self.batch_size)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(bootgrad.record, "output_gradients", counted)
+
+    def step(n, **options):
+        with bootgrad.record(model, **options) as rec:
+            losses = loss_of(model(x[:n]), target[:n])
+        rec.backward(losses)
+
+    for n in (4, 4, 3, 4, 3):
+        step(n)
+    assert calls == [4, 4, 3, 3]
+    step(4, check="always")
+    assert calls[4:] == [4, 4]
+    step(2, check="never")
+    assert len(calls) == 6
+    with pytest.raises(BootgradError, match="check must be one of first, always, never"):
+        bootgrad.record(model, check="sometimes")
+
+
+def test_batchnorm_is_replaced():
+    model = nn.Sequential(nn.Conv2d(3, 48, 3), nn.BatchNorm2d(48), nn.Sequential(nn.BatchNorm2d(48, affine=False)))
+    weight = model[1].weight
+    model[2].eval()
+    assert bootgrad.replace_batchnorm(model) is model
+    assert (model[1].num_groups, model[1].num_channels, model[1].weight is weight) == (24, 48, True)
+    assert not model[2][0].affine and not model[2][0].training
+    x = torch.randn(4, 3, 6, 6)
+    with bootgrad.record(model) as rec:
+        losses = per_sample(model(x))
+    assert rec.backward(losses).sq_norms.shape == (4,)
+    assert isinstance(bootgrad.replace_batchnorm(nn.BatchNorm1d(7), groups=3), nn.GroupNorm)
+    with pytest.raises(BootgradError, match="groups must be"):
+        bootgrad.replace_batchnorm(model, groups=0)
+
+
+def test_parameters_that_are_not_seen_are_named():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.gain = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return self.linear(x)
+
+    model, x = Hidden(), torch.randn(4, 3)
+    with bootgrad.record(model) as rec:
+        z = model(x)
+    with pytest.raises(BootgradError, match="parameter gain reaches the losses through"):
+        rec.backward(per_sample(z * model.gain))
+    assert model.linear.weight.grad is None
+    lstm = nn.LSTM(3, 3, batch_first=True)
+    with pytest.raises(BootgradError, match="lstm hides how it uses weight_ih_l0"), bootgrad.record(lstm):
+        lstm(x.unsqueeze(0))
+    with pytest.raises(BootgradError, match="ScriptModule"):
+        bootgrad.record(torch.jit.script(nn.Linear(2, 2)))
+
+
+def test_operations_without_a_rule_warn_once():
+    model, x, target = make(Unknown)
+
+    def step():
+        with bootgrad.record(model) as rec:
+            losses = loss_of(model(x), target)
+        rec.backward(losses)
+
+    with pytest.warns(bootgrad.BootgradWarning, match="embedding on embed.weight has no rule"):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+
+
+def test_operations_that_cannot_run_per_sample_are_refused():
+    class Sorted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(4, 3))
+
+        def forward(self, x):
+            return torch.cat([x, self.w]).cumsum(0)[:4]
+
+    with pytest.warns(bootgrad.BootgradWarning):
+        refused(Sorted(), torch.randn(4, 3, requires_grad=True), per_sample, "cat|coupled")
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        (lambda losses: losses.mean(), r'shape \(B,\).*reduction="none"'),
+        (lambda losses: losses[:, None], "one loss per sample"),
+        (lambda losses: losses[:0], "at least one sample"),
+        (lambda losses: losses[:3], "rows in dimension 0 for 3 losses"),
+        (lambda losses: losses.detach(), "requires grad"),
+        (lambda losses: torch.ones(4, requires_grad=True) * 2, "do not depend on any recorded parameter"),
+        (lambda losses: losses / torch.tensor([1.0, 0.0, 1.0, 0.0]), "NaN or infinite at 2 of 4 samples: 1, 3"),
+        (lambda losses: losses * torch.tensor([1.0, 1.0, 1.0, float("nan")]), "at 1 of 4 samples: 3"),
+        (lambda losses: losses.tolist(), "must be a tensor"),
+    ],
+)
+def test_bad_losses(losses, message):
+    model, x, target = make(Residual)
+    with bootgrad.record(model) as rec:
+        good = loss_of(model(x), target)
+    with pytest.raises(BootgradError, match=message):
+        rec.backward(losses(good))
+    with pytest.raises(BootgradError, match=message):
+        rec.per_sample_gradients(losses(good))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_use_at_the_wrong_time():
+    model, x, target = make(Residual)
+    rec = bootgrad.record(model)
+    with pytest.raises(BootgradError, match="nothing was recorded"):
+        rec.backward(loss_of(model(x), target))
+    with rec:
+        pass
+    with pytest.raises(BootgradError, match="do not depend on any recorded parameter|outside of the recorded"):
+        rec.backward(loss_of(model(x), target))
+    with pytest.raises(BootgradError, match="used already"), rec:
+        pass
+    with bootgrad.record(model) as rec:
+        losses = loss_of(model(x), target)
+    rec.backward(losses, retain_graph=True)
+    rec.backward(losses)
+    for use in (rec.backward, rec.per_sample_gradients):
+        with pytest.raises(BootgradError, match="freed"):
+            use(losses)
+    with bootgrad.record(model) as rec:
+        losses = loss_of(model(x), target)
+    losses.sum().backward()
+    for use in (rec.backward, rec.per_sample_gradients):
+        with pytest.raises(BootgradError, match="freed"):
+            use(losses)
+    with torch.no_grad(), bootgrad.record(model) as rec:
+        losses = loss_of(model(x), target)
+    with pytest.raises(BootgradError, match="no_grad"):
+        rec.backward(losses)
+    with pytest.raises(BootgradError, match="at least one module"):
+        bootgrad.record()
+    with pytest.raises(BootgradError, match="Module objects"):
+        bootgrad.record(model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda G: G.T @ torch.ones(3), r"w must have shape \(4,\)"),
+        (lambda G: G.T @ [1, 2, 3, 4], "w must have shape"),
+        (lambda G: G @ torch.ones(5), "must be flat"),
+        (lambda G: G @ {"first.weight": torch.ones(1)}, "lacks"),
+        (lambda G: G @ 3, "must be a mapping"),
+        (lambda G: G[7], "indexed within 0 … 3"),
+        (lambda G: G[[0, 9]], "indexed within 0 … 3"),
+        (lambda G: G["x"], "indexed within"),
+        (lambda G: G[2:2], "no rows"),
+        (lambda G: G[1].covariance_trace(unbiased=True), "at least two"),
+    ],
+)
+def test_bad_arguments_of_the_matrix(use, message):
+    model, x, target = make(Residual)
+    with bootgrad.record(model) as rec:
+        losses = loss_of(model(x), target)
+    with pytest.raises(BootgradError, match=message):
+        use(rec.per_sample_gradients(losses))
+
+
+def test_bad_options_of_backward():
+    model, x, target = make(Residual)
+    with bootgrad.record(model) as rec:
+        losses = loss_of(model(x), target)
+    for options, message in (
+        ({"reduction": "median"}, 'must be "mean", "sum"'),
+        ({"reduction": 3}, 'must be "mean", "sum"'),
+        ({"reduction": torch.ones(3)}, r"weights must have shape \(4,\)"),
+        ({"reduction": torch.tensor([1.0, 2.0, 3.0, float("inf")])}, "finite"),
+        ({"center": {}}, "lacks"),
+        ({"center": torch.zeros(2)}, "must be flat"),
+    ):
+        with pytest.raises(BootgradError, match=message):
+            rec.backward(losses, **options)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_batch_of_one_is_plain_autograd():
+    """No operation need be understood, and none is refused."""
+    model = nn.LSTM(3, 2, batch_first=True)
+    model.requires_grad_(True)
+    linear, x = nn.Linear(3, 2), torch.randn(1, 3)
+    with bootgrad.record(linear) as rec:
+        losses = per_sample(linear(x))
+    stats = rec.backward(losses)
+    total = sum(float(p.grad.square().sum()) for p in linear.parameters())
+    assert float(stats.sq_norms) == pytest.approx(total, rel=1e-5)
+    assert float(stats.covariance_trace) == pytest.approx(0, abs=1e-4 * total)
+
+
+def test_grad_memory_is_not_shared():
+    """Two parameters that receive one and the same gradient tensor get memory of their own, as from torch."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+
+        def forward(self, x):
+            return x + self.a + self.b
+
+    model = Sum()
+    with bootgrad.record(model) as rec:
+        losses = model(torch.randn(4, 3)).sum(1)
+    rec.backward(losses)
+    model.a.grad.zero_()
+    torch.testing.assert_close(model.b.grad, torch.ones(3))
+
+
+def test_changes_in_place_after_the_call_are_noticed():
+    model, x, target = make(Sequence)
+    with bootgrad.record(model) as rec:
+        losses = loss_of(model(x), target)
+    x.add_(1)
+    with pytest.raises((BootgradError, RuntimeError), match="modified by an inplace operation"):
+        rec.backward(losses)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_graph_goes_with_the_recording():
+    model, x, target = make(Residual)
+    rec = bootgrad.record(model)
+    with rec:
+        hidden = torch.relu(model.first(x))
+        alive = weakref.ref(hidden)
+        losses = hidden.square().flatten(1).sum(1)
+        del hidden
+    rec.backward(losses)
+    del losses
+    gc.collect()
+    assert alive() is None
+
+
+def test_several_modules_and_leaves_outside():
+    torch.manual_seed(0)
+    a, b = nn.Linear(3, 4), nn.Linear(4, 2)
+    x = torch.randn(4, 3, requires_grad=True)
+    outside = torch.randn(2, requires_grad=True)
+    twin = copy.deepcopy((a, b))
+    with bootgrad.record(a, b) as rec:
+        losses = (b(torch.tanh(a(x))) * outside).square().sum(1)
+    stats = rec.backward(losses)
+    assert list(stats.per_parameter) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    expected = torch.autograd.grad(
+        (twin[1](torch.tanh(twin[0](x))) * outside).square().sum(1).mean(), [*twin[0].parameters(), x, outside]
+    )
+    for ours, theirs in zip([*a.parameters(), x, outside], expected, strict=True):
+        torch.testing.assert_close(ours.grad, theirs)
