@@ -1,0 +1,233 @@
+"""The cost model: what each way to the per-sample norms costs for a layer's shape, and which one to take.
+
+    rank-1    ‖u‖² ‖gy‖², one position only
+    direct    form G_i = Σ_t gy_t ⊗ u_t, square, add
+    Gram      ⟨U Uᵀ, Gy Gyᵀ⟩ over T×T; for a convolution U Uᵀ comes from the patches, or as shifted
+              sums of the pixel Gram P = X Xᵀ:  (U Uᵀ)[t, t'] = Σ_o P[s·t + o, s·t' + o]
+
+Counts are multiply-adds per sample, with symmetric products counted half. Purposes: ``norms``, ‖G_i − c‖² alone;
+``grad``, with the derivatives by x and gy; ``statistics``, with the weight gradient Σ_i G_i, which the direct path's
+tiles add up to anyway. ``centered`` says that c is not zero: a subtraction on the direct path, else the product c ∗ x,
+and cᵀ ∗ gy for the derivative.
+
+Letters: ``B`` samples, ``T`` positions, ``N`` pixels, ``I`` in, ``O`` out, ``C`` channels in, ``K`` kernel positions,
+``S`` space, c a center. No torch here: shapes in, numbers out.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+PURPOSES = ("norms", "grad", "statistics")
+
+# Seconds per multiply-add of a path, relative to the direct path's tiles.
+RELATIVE_TIME = {
+    "rank1": 1.0,
+    "direct": 1.0,
+    # Counted half by symmetry, but a matrix product makes both halves; and T×T is often too small to run at full rate.
+    "gram": 2.0,
+}
+# An intermediate number (an entry of a tile or a Gram matrix) is written, read and squared: as long as this many
+# multiply-adds of a matrix product, whose operands stay in cache.
+ENTRY_TIME = 8.0
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer: x (B, T, I), gy (B, T, O)."""
+
+    B: int
+    T: int
+    I: int  # noqa: E741 — the letter of the formulas
+    O: int  # noqa: E741
+
+    def __str__(self) -> str:
+        """The shapes in and out."""
+        return f"linear {self.I}→{self.O}, T = {self.T}"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths that there are."""
+        return ("rank1",) if self.T == 1 else ("direct", "gram")
+
+    @property
+    def forward_operations(self) -> int:
+        """Multiply-adds of the layer itself, per sample: the unit that costs are compared with."""
+        return self.T * self.O * self.I
+
+    @property
+    def weight_entries(self) -> int:
+        """Entries of the weight, and of a G_i."""
+        return self.O * self.I
+
+    def rank1(self, grad: bool) -> tuple[float, float]:
+        """(operations, intermediate numbers) of the rank-1 path."""
+        return (1 + grad) * (self.I + self.O), 0
+
+    def gram(self, grad: bool) -> tuple[float, float]:
+        """(operations, intermediate numbers) of the Gram path."""
+        return (0.5 + grad) * self.T**2 * (self.I + self.O), 2 * self.T**2
+
+
+@dataclass(frozen=True)
+class ConvLayer:
+    """A convolution: x (B, C, *S), gy (B, O, *S'), weights (O, C/groups, *K); one number per dimension of space."""
+
+    B: int
+    C: int
+    S: tuple[int, ...]
+    O: int  # noqa: E741 — the letter of the formulas
+    K: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    def __str__(self) -> str:
+        """The shapes in and out."""
+        size, kernel = ("×".join(map(str, v)) for v in (self.S, self.K))
+        grouped = f", groups = {self.groups}" if self.groups > 1 else ""
+        return f"conv {kernel}, {self.C}→{self.O}, {size}, T = {self.T}{grouped}"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths that there are."""
+        return ("direct", "gram")
+
+    @property
+    def T(self) -> int:
+        """Output positions."""
+        geometry = zip(self.S, self.K, self.stride, self.padding, self.dilation, strict=True)
+        return math.prod([(s + 2 * p - d * (k - 1) - 1) // st + 1 for s, k, st, p, d in geometry])
+
+    @property
+    def weight_entries(self) -> int:
+        """Entries of the weight, and of a G_i."""
+        return self.O * (self.C // self.groups) * math.prod(self.K)
+
+    @property
+    def forward_operations(self) -> int:
+        """Multiply-adds of the layer itself, per sample: the unit that costs are compared with."""
+        return self.T * self.weight_entries
+
+    def pixel_gram(self, grad: bool) -> tuple[float, float]:
+        """(operations, intermediate numbers) of the Gram path by way of the pixel Gram."""
+        TT, NN = self.T**2, math.prod(self.S) ** 2
+        shifts = (0.5 + 0.5 * grad) * self.groups * TT * math.prod(self.K)
+        return (0.5 + grad) * (TT * self.O + NN * self.C) + shifts, self.groups * (2 * TT + (1 + grad) * NN)
+
+    def patch_gram(self, grad: bool) -> tuple[float, float]:
+        """(operations, intermediate numbers) of the Gram path with the patches U written out."""
+        T, patch = self.T, self.C * math.prod(self.K)
+        return (0.5 + grad) * T**2 * (self.O + patch), 2 * self.groups * T**2 + (1 + grad) * T * patch
+
+    @property
+    def pixels_first(self) -> bool:
+        """Whether the pixel Gram is the cheaper way to U Uᵀ: it is not where strides leave most pixels unused."""
+        return _time("gram", *self.pixel_gram(False)) <= _time("gram", *self.patch_gram(False))
+
+    def gram(self, grad: bool) -> tuple[float, float]:
+        """(operations, intermediate numbers) of the Gram path, by pixels or by patches, whichever is cheaper."""
+        return self.pixel_gram(grad) if self.pixels_first else self.patch_gram(grad)
+
+
+Layer = LinearLayer | ConvLayer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a path takes for one sample.
+
+    Attributes:
+        operations: multiply-adds.
+        bytes: working memory beside x, gy and the results, in the accumulation dtype: the tile or the Gram matrices.
+        time: the estimate that paths are compared by, in multiply-adds of the direct path.
+    """
+
+    operations: float
+    bytes: float
+    time: float
+
+
+def cost(layer: Layer, path: str, purpose: str = "norms", centered: bool = False, itemsize: int = 4) -> Cost:
+    """The cost of a path for one sample of a layer.
+
+    Args:
+        layer: the layer's shape.
+        path: ``"rank1"`` (a linear layer with T = 1), ``"direct"`` or ``"gram"``.
+        purpose: ``"norms"``, ``"grad"`` or ``"statistics"``.
+        centered: norms of G_i − c rather than of G_i.
+        itemsize: bytes of a number of the accumulation dtype.
+
+    Raises:
+        ValueError: an unknown purpose, or a path that the layer does not have.
+    """
+    if purpose not in PURPOSES:
+        raise ValueError(f"purpose must be one of {', '.join(PURPOSES)}; got {purpose!r}")
+    if path not in layer.paths:
+        raise ValueError(f"path of {layer} must be one of {', '.join(layer.paths)}; got {path!r}")
+    operations, entries = _count(layer, path, purpose, centered)
+    return Cost(operations, itemsize * entries, _time(path, operations, entries))
+
+
+def choose_path(layer: Layer, purpose: str = "norms", centered: bool = False) -> str:
+    """The quickest path by the estimate: ``"rank1"``, ``"direct"`` or ``"gram"``. Arguments as `cost`."""
+    if purpose not in PURPOSES:
+        raise ValueError(f"purpose must be one of {', '.join(PURPOSES)}; got {purpose!r}")
+    paths = layer.paths
+    if len(paths) == 1:
+        return paths[0]
+    return min(paths, key=lambda path: _time(path, *_count(layer, path, purpose, centered)))
+
+
+def format_table(rows: Iterable[tuple[str, Layer]], purpose: str = "norms", centered: bool = False) -> str:
+    """A table of layers for people: shape, path, and what it costs per sample.
+
+    Args:
+        rows: (name, layer) each.
+        purpose: as in `cost`.
+        centered: as in `cost`.
+
+    Returns:
+        Lines of text; ``units`` are the operations over those of the layer's forward pass.
+    """
+    table = [("layer", "shape", "path", "multiply-adds", "units", "memory")]
+    total = forward = 0.0
+    for name, layer in rows:
+        path = choose_path(layer, purpose, centered)
+        c = cost(layer, path, purpose, centered)
+        total, forward = total + c.operations, forward + layer.forward_operations
+        units = _ratio(c.operations, layer.forward_operations)
+        table.append((name, str(layer), path, _scaled(c.operations, 1000), units, _scaled(c.bytes, 1024, "B")))
+    table.append(("all", "", "", _scaled(total, 1000), _ratio(total, forward), ""))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    # Text to the left, numbers to the right.
+    lines = (
+        "  ".join(f"{v:{'<' if i < 3 else '>'}{w}}" for i, (v, w) in enumerate(zip(r, widths, strict=True)))
+        for r in table
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _count(layer: Layer, path: str, purpose: str, centered: bool) -> tuple[float, float]:
+    """(operations, intermediate numbers) per sample."""
+    grad, unit = purpose == "grad", layer.forward_operations
+    if path == "direct":
+        return (1 + 2 * grad) * unit, layer.weight_entries
+    operations, entries = layer.rank1(grad) if path == "rank1" else layer.gram(grad)
+    # The weight gradient and the products with c are whole forward-sized products here.
+    return operations + unit * ((purpose == "statistics") + centered * (1 + grad)), entries
+
+
+def _time(path: str, operations: float, entries: float) -> float:
+    return RELATIVE_TIME[path] * operations + ENTRY_TIME * entries
+
+
+def _ratio(operations: float, forward: float) -> str:
+    return f"{operations / forward:.2f}" if forward else "-"
+
+
+def _scaled(value: float, step: int, unit: str = "") -> str:
+    prefixes = ["", "k", "M", "G", "T"] if step == 1000 else ["", "Ki", "Mi", "Gi", "Ti"]
+    power = min(int(math.log(value, step)), len(prefixes) - 1) if value >= 1 else 0
+    return f"{value / step**power:.3g} {prefixes[power]}{unit}".rstrip()
