@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 
 from .derived import Derived, derive, is_batch_free, pull_back
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
-from .rules.base import RULES, Operation, Phase
+from .planning import ConvLayer, LinearLayer
+from .rules.base import RULES, Operation, Phase, ProductOperation
 from .rules.fallback import FallbackOperation
 from .rules.normalization import refuse_batch_statistics
 from .rules.terms import SumTerm, Term
@@ -181,6 +182,14 @@ class Recording(TorchFunctionMode):
         """The parameters that a tracked tensor is or is made of."""
         derived = self._known[id(tracked)]
         return [tracked] if derived is None else derived.leaves()
+
+    def plan(self, batch_size: int) -> list[tuple[str, LinearLayer | ConvLayer]]:
+        """The linear and convolution layers that were recorded, by their weight's name, with shapes for the cost model."""
+        out = []
+        for operation in self.operations:
+            if isinstance(operation, ProductOperation) and operation.weight is not None:
+                out.append((self.name_of(operation.weight), operation.layer(batch_size)))
+        return out
 
     # What the losses reach
 

@@ -16,6 +16,7 @@ from .. import planning
 from ..errors import ArgumentError, UnsupportedError
 from . import product
 from .product import LayerStatistics, Product
+from .schema import argument_errors, check_conv, check_shape, weight_shape
 
 _raw = torch.ops.bootgrad
 IntOrInts = int | Sequence[int]
@@ -49,7 +50,7 @@ def conv_sq_norms(
     Raises:
         ArgumentError: shapes, dtypes or devices do not fit together.
     """
-    return product.sq_norms(_conv(x, kernel_size, stride, padding, dilation, groups), x, gy)
+    return product.sq_norms(_conv(x, gy, kernel_size, stride, padding, dilation, groups), x, gy)
 
 
 def conv_deviation_sq_norms(
@@ -65,7 +66,8 @@ def conv_deviation_sq_norms(
 
     The rest as `conv_sq_norms`; the result is (B,) and differentiable by the center, too.
     """
-    return product.sq_norms(_conv(x, center.shape[2:], stride, padding, dilation, groups), x, gy, center)
+    conv = _conv(x, gy, center.shape[2:], stride, padding, dilation, groups, center=center)
+    return product.sq_norms(conv, x, gy, center)
 
 
 def conv_jvp(
@@ -78,7 +80,7 @@ def conv_jvp(
     groups: int = 1,
 ) -> Tensor:
     """Inner products ⟨G_i, v⟩ with v (O, C/groups, *K): the rows of G @ v, (B,). The rest as `conv_sq_norms`."""
-    return product.jvp(_conv(x, v.shape[2:], stride, padding, dilation, groups), x, gy, v)
+    return product.jvp(_conv(x, gy, v.shape[2:], stride, padding, dilation, groups, v=v), x, gy, v)
 
 
 def conv_weighted_sum(
@@ -92,14 +94,21 @@ def conv_weighted_sum(
     groups: int = 1,
 ) -> Tensor:
     """Σ_i w_i G_i, (O, C/groups, *K): G.T @ w; with w None the ordinary weight gradient. The rest as `conv_sq_norms`."""
-    return product.weighted_sum(_conv(x, kernel_size, stride, padding, dilation, groups), x, gy, w)
+    return product.weighted_sum(_conv(x, gy, kernel_size, stride, padding, dilation, groups, w=w), x, gy, w)
 
 
-def _conv(x: Tensor, kernel_size, stride, padding, dilation, groups) -> "ConvProduct":
+def _conv(x: Tensor, gy: Tensor, kernel_size, stride, padding, dilation, groups, w=None, **layers: Tensor) -> "ConvProduct":
+    """The geometry, checked against x, gy, weights w (B,) and tensors of the weight's shape."""
     n = x.dim() - 2
     if n < 1:
         raise ArgumentError(f"x must be (B, C, *S); got shape {tuple(x.shape)}")
-    return ConvProduct(*(expand(v, n) for v in (kernel_size, stride, padding, dilation)), groups)
+    geometry = [expand(v, n) for v in (kernel_size, stride, padding, dilation)]
+    with argument_errors():
+        check_conv(x, gy, *geometry, groups)
+        check_shape("w", w, x.shape[:1])
+        for name, tensor in layers.items():
+            check_shape(name, tensor, weight_shape(x, gy, geometry[0], groups))
+    return ConvProduct(*geometry, groups)
 
 
 def expand(value: IntOrInts, n: int) -> tuple[int, ...]:

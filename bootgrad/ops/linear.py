@@ -17,7 +17,7 @@ from .. import planning
 from ..errors import ArgumentError
 from . import product
 from .product import LayerStatistics, Product, per_sample
-from .schema import accumulation_dtype
+from .schema import accumulation_dtype, argument_errors, check_linear, check_shape
 
 _raw = torch.ops.bootgrad
 
@@ -37,7 +37,7 @@ def linear_sq_norms(x: Tensor, gy: Tensor) -> Tensor:
     Raises:
         ArgumentError: shapes, dtypes or devices do not fit together.
     """
-    return product.sq_norms(LINEAR, *LINEAR.canonical(x, gy))
+    return product.sq_norms(LINEAR, *_pair(x, gy))
 
 
 def linear_deviation_sq_norms(x: Tensor, gy: Tensor, center: Tensor) -> Tensor:
@@ -45,17 +45,30 @@ def linear_deviation_sq_norms(x: Tensor, gy: Tensor, center: Tensor) -> Tensor:
 
     Args and raises as `linear_sq_norms`; the result is (B,) and differentiable by the center, too.
     """
-    return product.sq_norms(LINEAR, *LINEAR.canonical(x, gy), center)
+    return product.sq_norms(LINEAR, *_pair(x, gy, center=center), center)
 
 
 def linear_jvp(x: Tensor, gy: Tensor, v: Tensor) -> Tensor:
     """Inner products ⟨G_i, v⟩ of a linear layer's per-sample weight gradients with v (O, I): the rows of G @ v, (B,)."""
-    return product.jvp(LINEAR, *LINEAR.canonical(x, gy), v)
+    return product.jvp(LINEAR, *_pair(x, gy, v=v), v)
 
 
 def linear_weighted_sum(x: Tensor, gy: Tensor, w: Tensor | None = None) -> Tensor:
     """Σ_i w_i G_i of a linear layer, (O, I): G.T @ w; with w (B,) absent the ordinary weight gradient."""
-    return product.weighted_sum(LINEAR, *LINEAR.canonical(x, gy), w)
+    return product.weighted_sum(LINEAR, *_pair(x, gy, w=w), w)
+
+
+def _pair(x: Tensor, gy: Tensor, w: Tensor | None = None, **layers: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, gy) as (B, T, ·), checked against weights w (B,) and tensors of the weight's shape."""
+    if x.dim() < 2:
+        raise ArgumentError(f"x must be (B, …, I); got shape {tuple(x.shape)}")
+    x, gy = LINEAR.canonical(x, gy)
+    with argument_errors():
+        check_linear(x, gy)
+        check_shape("w", w, x.shape[:1])
+        for name, tensor in layers.items():
+            check_shape(name, tensor, (gy.size(2), x.size(2)))
+    return x, gy
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,6 @@ class LinearProduct(Product):
         return torch.einsum("bto,bti->boi", gy, x)
 
     def statistics(self, x, gy, center):  # noqa: D102
-        bias_rows = None
         if x.size(1) == 1:
             s = _raw.linear_rank1_sq_norms(x.squeeze(1), gy.squeeze(1))
             deviation = None if center is None else s - 2 * self.jvp(x, gy, center) + center.square().sum()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..planning import ConvLayer, LinearLayer
 from .schema import accumulation_dtype
 
 
@@ -79,6 +80,10 @@ class Product(ABC):
     @abstractmethod
     def jvp(self, x: Tensor, gy: Tensor, v: Tensor) -> Tensor:
         """⟨G_i, v⟩, (B,); not differentiable."""
+
+    @abstractmethod
+    def layer(self, x: Tensor, gy: Tensor) -> LinearLayer | ConvLayer:
+        """The shape of the layer, for the cost model."""
 
     @abstractmethod
     def rows(self, x: Tensor, gy: Tensor) -> Tensor:

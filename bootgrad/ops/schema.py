@@ -16,9 +16,12 @@ implementations in `ops.backends.eager` are the defaults for every device; compi
 """
 
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from ..errors import ArgumentError
 
 NAMESPACE = "bootgrad"
 PATHS = ("direct", "gram")
@@ -94,14 +97,28 @@ def check_pair(x: Tensor, gy: Tensor) -> None:
     )
 
 
-def check_layer(name: str, tensor: Tensor | None, shape: Sequence[int], x: Tensor) -> None:
-    """Raise unless ``tensor`` (or None) has ``shape`` and the accumulation dtype of ``x``."""
-    if tensor is None:
-        return
+@contextmanager
+def argument_errors():
+    """Report failing checks as errors of the caller's arguments."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ArgumentError(str(error)) from None
+
+
+def check_shape(name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
+    """Raise unless ``tensor`` (or None) has ``shape``."""
     torch._check(
-        list(tensor.shape) == list(shape),
+        tensor is None or list(tensor.shape) == list(shape),
         lambda: f"{name} must have shape {tuple(shape)}; got {tuple(tensor.shape)}",
     )
+
+
+def check_layer(name: str, tensor: Tensor | None, shape: Sequence[int], x: Tensor) -> None:
+    """Raise unless ``tensor`` (or None) has ``shape`` and the accumulation dtype of ``x``."""
+    check_shape(name, tensor, shape)
+    if tensor is None:
+        return
     dtype = accumulation_dtype(x.dtype)
     torch._check(tensor.dtype == dtype, lambda: f"{name} must have dtype {dtype}; got {tensor.dtype}")
 

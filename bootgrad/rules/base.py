@@ -21,6 +21,7 @@ from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..errors import RecordingError
+from ..planning import ConvLayer, LinearLayer
 from ..ops.product import InputGrad, Product, WeightGrad
 from ..ops.schema import accumulation_dtype
 from .terms import DenseTerm, FactoredTerm, Term
@@ -136,7 +137,17 @@ class ProductOperation(Operation):
         """The layer's output."""
         weight, bias = (self.recorder.alias(t) if any(t is u for u in self.tracked) else t for t in (weight, bias))
         rows = x.size(0) if x.dim() else 1
-        return self.attach(RecordedProduct.apply(self, self.new_probe(rows, x), x, weight, bias))
+        y = RecordedProduct.apply(self, self.new_probe(rows, x), x, weight, bias)
+        self.shapes = x.shape, y.shape
+        return self.attach(y)
+
+    def layer(self, batch_size: int) -> LinearLayer | ConvLayer | None:
+        """The layer's shape for the cost model; None where the weight is not tracked."""
+        if self.weight is None:
+            return None
+        x, gy = (torch.empty(shape, device="meta") for shape in self.shapes)
+        product, x, gy, _ = self.product.factor(x, gy, self.weight.shape, batch_size)
+        return product.layer(x, gy)
 
     def factored(self, x: Tensor, gy: Tensor, batch_size: int) -> FactoredTerm:
         """The weight's term."""
