@@ -1,0 +1,18 @@
+// The instruction sets compiled into this library, and the choice among them.
+
+#pragma once
+
+#include "bootgrad/layer.hpp"
+
+namespace bootgrad {
+
+#if defined(__x86_64__)
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx2Kernels;
+#endif
+extern const Kernels kBaselineKernels;
+
+// The best that this machine runs; BOOTGRAD_ISA=avx512|avx2|baseline in the environment asks for a lesser one.
+const Kernels& kernels();
+
+}  // namespace bootgrad

@@ -1,0 +1,29 @@
+// The kernels with 64-byte vectors, for machines with AVX-512.
+
+#include <cstddef>
+#include <cstdint>
+
+#include "bootgrad/layer.hpp"
+#include "kernels.h"
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx2"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx2,prefer-vector-width=512")
+#endif
+
+#define BOOTGRAD_ISA avx512
+#define BOOTGRAD_VECTOR_BYTES 64
+#include "bootgrad/kernels.hpp"
+
+namespace bootgrad {
+const Kernels kAvx512Kernels{"avx512", avx512::conv, nullptr};
+}  // namespace bootgrad
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif

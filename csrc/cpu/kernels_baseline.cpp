@@ -1,0 +1,15 @@
+// The kernels with 16-byte vectors, which every 64-bit machine has (SSE2, NEON).
+
+#include <cstddef>
+#include <cstdint>
+
+#include "bootgrad/layer.hpp"
+#include "kernels.h"
+
+#define BOOTGRAD_ISA baseline
+#define BOOTGRAD_VECTOR_BYTES 16
+#include "bootgrad/kernels.hpp"
+
+namespace bootgrad {
+const Kernels kBaselineKernels{"baseline", baseline::conv, nullptr};
+}  // namespace bootgrad

@@ -1,0 +1,104 @@
+// What the kernels are told about a layer: shapes, offset tables, and the services of the host program.
+//
+// Letters: B samples, C channels in, O out, K kernel positions, T output positions, R = (C/groups)·K rows of a sample's
+// gradient. Space has three dimensions here; one- and two-dimensional layers carry leading ones.
+//
+// Implicit im2col is separable: in a zero-padded copy of x the patch is U[r, t] = x_padded[tap[r] + pos[t]], so a patch
+// matrix is two short tables and is never stored.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace bootgrad {
+
+enum class DType { f32, f64, bf16, f16 };
+
+struct bf16 {
+  uint16_t bits;
+};
+
+struct f16 {
+  uint16_t bits;
+};
+
+// Services of the host: a pool of threads and memory that each thread keeps from call to call.
+struct Runtime {
+  // Calls work(ctx) once on each of up to `threads` threads.
+  void (*parallel)(int64_t threads, void (*work)(void*), void* ctx);
+  int64_t (*threads)();
+  // Memory of the calling thread, 64-byte aligned, unspecified content; valid until its next call with the same slot.
+  void* (*scratch)(int slot, size_t bytes);
+};
+
+// Slots of Runtime::scratch: what a worker needs for its samples, and what the calling thread keeps for all workers.
+constexpr int kWorkerScratch = 0;
+constexpr int kSharedScratch = 1;
+constexpr int kCenterScratch = 2;
+
+// The pixels of x that meet the same kernel positions: those congruent modulo the stride.
+struct Phase {
+  int64_t pixels;        // M
+  int64_t taps;          // kernel positions that reach them
+  int64_t first_tap;     // position of the first of them in ConvPlan::tap_order
+  const int64_t* rows;   // [pixels]  offset of the pixel in the padded gy
+  const int64_t* out;    // [pixels]  number of the pixel in x
+  const int64_t* depth;  // [taps·Og] offset of (tap, o) in the padded gy
+};
+
+struct ConvPlan {
+  int64_t B, C, O, groups, Cg, Og, K, T, R;
+  int64_t pixels;          // positions of x
+  bool pointwise;          // one kernel position, stride 1, no padding: x and gy need no padded copy
+  bool unit_stride;        //
+  int64_t S[3], P[3];      // spatial size of x and of gy
+  int64_t kernel[3], stride[3], padding[3], dilation[3];
+  int64_t xs[3], x_plane;  // padded size of x, their product
+  int64_t gs[3], glow[3], g_plane;  // padded size of gy, its margin in front, product
+  const int64_t* tap;        // [R] offset of (c, k) in a group's padded x
+  const int64_t* pos;        // [T] offset of t in the padded x
+  const int64_t* tap_order;  // [K] kernel positions, those of one phase together
+  const Phase* phases;
+  int64_t n_phases;
+};
+
+struct ConvCall {
+  const ConvPlan* plan;
+  const Runtime* runtime;
+  DType dtype;
+  bool gram;
+  const void* x;       // (B, C, *S)
+  const void* gy;      // (B, O, *S')
+  const void* center;  // (O, C/groups, *K) or null
+  const void* w;       // (B,) or null
+  // Results; null where not wanted.
+  void* sum;        // (O, C/groups, *K)  Σ_i w_i G_i
+  void* sq_norms;   // (B,)  ‖G_i‖²
+  void* deviation;  // (B,)  ‖G_i − center‖²
+  void* inner;      // (B,)  ⟨G_i, center⟩
+  void* bias;       // (B, O)
+  void* dx;         // as x   derivative of ‖G_i − center‖²
+  void* dgy;        // as gy
+};
+
+struct LinearCall {
+  const Runtime* runtime;
+  DType dtype;
+  bool gram;
+  int64_t B, T, I, O;
+  const void* x;       // (B, T, I)
+  const void* gy;      // (B, T, O)
+  const void* center;  // (O, I) or null
+  const void* w;       // (B,) or null
+  void *sum, *sq_norms, *deviation, *inner, *bias, *dx, *dgy;  // as in ConvCall
+};
+
+// One instruction set's implementations.
+struct Kernels {
+  const char* name;
+  void (*conv)(const ConvCall&);
+  void (*linear)(const LinearCall&);
+};
+
+}  // namespace bootgrad

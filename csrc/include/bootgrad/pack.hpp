@@ -1,0 +1,105 @@
+// Copies that give the micro-kernel its operands, and the work sharing between threads.
+
+namespace bootgrad::BOOTGRAD_ISA {
+
+// Hands out pieces of one piece of memory. With base 0 it only counts, so that one function states sizes and places.
+struct Carver {
+  uintptr_t base;
+  size_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(base + used);
+    used += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return p;
+  }
+};
+
+template <class T>
+BOOTGRAD_INLINE void clear(T* p, int64_t count) {
+  if (count > 0) __builtin_memset(p, 0, static_cast<size_t>(count) * sizeof(T));
+}
+
+template <class In, class T>
+BOOTGRAD_INLINE void copy_row(const In* in, T* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = widen(in[i]);
+}
+template <class T>
+BOOTGRAD_INLINE void copy_row(const T* in, T* out, int64_t count) {
+  __builtin_memcpy(out, in, static_cast<size_t>(count) * sizeof(T));
+}
+
+// Copies planes of `size` into planes of `padded`, `low` elements in from the front; the margins are left alone.
+template <class In, class T>
+void pad(const In* in, int64_t planes, const int64_t size[3], T* out, const int64_t padded[3], const int64_t low[3]) {
+  const int64_t plane = padded[0] * padded[1] * padded[2];
+  for (int64_t c = 0; c < planes; ++c, out += plane)
+    for (int64_t d = 0; d < size[0]; ++d)
+      for (int64_t h = 0; h < size[1]; ++h, in += size[2])
+        copy_row(in, out + ((d + low[0]) * padded[1] + h + low[1]) * padded[2] + low[2], size[2]);
+}
+
+// Runs body(task, scratch) for every task, tasks handed out one by one. prepare(Carver&) lays out a worker's memory and is
+// called twice: to count, and to place; it returns what body gets. `begin` sees a worker's memory once before its tasks.
+template <class Prepare, class Begin, class Body>
+void share(const Runtime& runtime, int64_t tasks, const Prepare& prepare, const Begin& begin, const Body& body) {
+  if (tasks <= 0) return;
+  Carver count{0};
+  prepare(count);
+  struct Job {
+    const Runtime& runtime;
+    int64_t tasks, next;
+    size_t bytes;
+    const Prepare& prepare;
+    const Begin& begin;
+    const Body& body;
+  } job{runtime, tasks, 0, count.used, prepare, begin, body};
+  const int64_t threads = runtime.threads();
+  runtime.parallel(
+      threads < tasks ? threads : tasks,
+      [](void* ctx) {
+        Job& shared = *static_cast<Job*>(ctx);
+        int64_t task = __atomic_fetch_add(&shared.next, 1, __ATOMIC_RELAXED);
+        if (task >= shared.tasks) return;
+        Carver carver{reinterpret_cast<uintptr_t>(shared.runtime.scratch(kWorkerScratch, shared.bytes))};
+        auto memory = shared.prepare(carver);
+        shared.begin(memory);
+        for (; task < shared.tasks; task = __atomic_fetch_add(&shared.next, 1, __ATOMIC_RELAXED))
+          shared.body(task, memory);
+      },
+      &job);
+}
+
+// Sums over samples are kept per block of samples and added up in the order of the blocks, so that results do not depend
+// on the number of threads or on who did what. Sixteen blocks, fewer where their sums would take more than 64 MiB.
+inline int64_t sample_blocks(int64_t B, int64_t sum_bytes) {
+  int64_t blocks = sum_bytes > 0 ? (int64_t{64} << 20) / sum_bytes : 16;
+  blocks = blocks < 1 ? 1 : blocks > 16 ? 16 : blocks;
+  return blocks < B ? blocks : B;
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+inline Range part(int64_t n, int64_t parts, int64_t i) { return {n * i / parts, n * (i + 1) / parts}; }
+
+// out[n, m] = Σ_blocks partial[block][m, n], the partials with rows of ld.
+template <class T>
+void combine(const Runtime& runtime, const T* partial, int64_t blocks, int64_t stride, int64_t M, int64_t N, int64_t ld,
+             T* out) {
+  constexpr int64_t rows = 64;
+  share(
+      runtime, (M + rows - 1) / rows, [&](Carver& c) { return c.take<T>(rows * ld); }, [](T*) {},
+      [&](int64_t task, T* total) {
+        const int64_t begin = task * rows, count = M - begin < rows ? M - begin : rows;
+        clear(total, count * ld);
+        for (int64_t block = 0; block < blocks; ++block) {
+          const T* from = partial + block * stride + begin * ld;
+          for (int64_t i = 0; i < count * ld; i += kLanes<T>) store<T>(total + i, load<T>(total + i) + load<T>(from + i));
+        }
+        transpose<T>(total, ld, count, N, out + begin, M, T(1));
+      });
+}
+
+}  // namespace bootgrad::BOOTGRAD_ISA
