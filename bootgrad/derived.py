@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import UnsupportedError
-from .rules.terms import ComputedTerm, Term
+from .rules.terms import ComputedTerm, Term, vmap
 
 _T = torch.Tensor
 ISOMETRIES = {
@@ -123,7 +123,7 @@ def pull_back(term: Term, derived: Derived, leaf: Tensor) -> Term:
         _, pull = torch.func.vjp(lambda t: derived.replay(current | {id(leaf): t}), value)
         chosen = term.select(index)
         rows = chosen.rows(0, chosen.batch_size).to(derived.tensor.dtype)
-        return torch.func.vmap(lambda g: pull(g)[0])(rows)
+        return vmap(lambda g: pull(g)[0], rows)
 
     return ComputedTerm(compute, torch.arange(term.batch_size, device=leaf.device), leaf.shape, [term, *leaves])
 
@@ -142,7 +142,7 @@ class ViewTerm(Term):
         return self.term.batch_size
 
     def rows(self, start, stop):  # noqa: D102
-        return torch.func.vmap(self._back)(self.term.rows(start, stop))
+        return vmap(self._back, self.term.rows(start, stop))
 
     def sq_norms(self, center=None):  # noqa: D102
         return self.term.sq_norms(None if center is None else self._forward(center))

@@ -8,7 +8,7 @@ from bootgrad import reference
 
 from .models import SHAPES, loss_of, make
 
-pytestmark = pytest.mark.filterwarnings("ignore::bootgrad.BootgradWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::bootgrad.BootgradWarning", "ignore:Using padding='same' with even")
 KINDS = pytest.mark.parametrize("kind", SHAPES, ids=lambda k: k.__name__)
 TOLERANCE = dict(rtol=1e-10, atol=1e-11)
 

@@ -33,6 +33,7 @@ class Phase(Enum):
     PLAIN = auto()  # gradients of everything, as without a recording
     OUTPUTS = auto()  # gradients of the operations' outputs only
     STATISTICS = auto()  # gradients of everything, and the probes
+    ROW_NORMS = auto()  # the norms of the rows of gy, in the probes
 
 
 class Recorder(Protocol):
@@ -111,6 +112,12 @@ class Operation(ABC):
             out[2 * k, : s.numel()] = s
             if deviation is not None:
                 out[2 * k + 1, : s.numel()] = deviation
+        return out
+
+    def row_norms(self, gy: Tensor) -> Tensor:
+        """The probe's gradient from the norms of the rows of gy."""
+        out = torch.zeros_like(self.probe, requires_grad=False)
+        out[0] = torch.linalg.vector_norm(gy.reshape(self.output_rows, -1), dim=1, dtype=out.dtype)
         return out
 
     def saved(self) -> tuple[Tensor, ...]:
@@ -206,6 +213,8 @@ class RecordedProduct(Function):
         gx = InputGrad.apply(product, gy, weight, ctx.x_shape) if ctx.needs_input_grad[2] else None
         if recorder.phase is Phase.OUTPUTS:
             return None, None, gx, None, None
+        if recorder.phase is Phase.ROW_NORMS:
+            return None, operation.row_norms(gy), gx, None, None
         if recorder.takes_statistics(operation):
             gw, gb, probe = operation.statistics(x, gy)
             return None, probe, gx, gw, gb
@@ -246,6 +255,8 @@ class Tap(Function):
         """Pass gy on, and read the probe."""
         operation, probe = ctx.operation, None
         recorder = operation.recorder
+        if recorder.phase is Phase.ROW_NORMS:
+            probe = operation.row_norms(gy)
         if recorder.takes_statistics(operation):
             rows = operation.rows_of(gy, recorder.batch_size, *ctx.saved_tensors)
             centers = [recorder.center_of(t) for t in operation.tracked]

@@ -3,7 +3,6 @@
 Right wherever the operation treats samples alike; slow, and its rows are made in full, in chunks of samples.
 """
 
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import RecordingError, UnsupportedError
 from .base import Operation, Recorder
-from .terms import ComputedTerm
+from .terms import ComputedTerm, vmap
 
 # The mode sees these as one opaque call, and their kernels have no rule under vmap.
 _REFUSED = {f for n in ("lstm", "gru", "rnn_tanh", "rnn_relu") if (f := getattr(torch, n, None)) is not None}
@@ -85,9 +84,7 @@ class FallbackOperation(Operation):
             return pull(gy_i)[0]
 
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "There is a performance drop")  # said by our own warning already
-                return torch.func.vmap(one)(of_samples(gy), *(of_samples(t) for t, c in zip(values, cut, strict=True) if c))
+            return vmap(one, of_samples(gy), *(of_samples(t) for t, c in zip(values, cut, strict=True) if c))
         except Exception as error:
             raise UnsupportedError(
                 f"{self.name} has no rule and cannot be run one sample at a time: its parameter's per-sample gradients "

@@ -9,6 +9,7 @@ Every method is differentiable when the tensors inside have a graph. Results are
 """
 
 import functools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -118,6 +119,13 @@ class _Recomputed(Function):
             wanted = [t for t in aliases if t.requires_grad]
             grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph, allow_unused=True))
         return None, None, *(next(grads) if t.requires_grad else None for t in aliases)
+
+
+def vmap(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """`torch.func.vmap`, without its warning where a kernel is run row by row: that rows are slow here is known."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        return torch.func.vmap(function)(*rows)
 
 
 def _sq_norms(rows: Tensor) -> Tensor:

@@ -1,0 +1,167 @@
+"""Whole training steps: time and peak memory of each way, as ratios to the plain step.
+
+Variants take turns in one process, so that the machine's moods meet them alike; a ratio is the median over rounds of a
+variant's time to the plain step's in the same round. Memory is measured in a fresh process per variant: the rise of VmHWM
+over three steps, from its value just before them. Results are checked first; a wrong one is not timed.
+
+    python -m benchmarks.training_step [--model reference] [--batch 128] [--threads 2] [--rounds 15] [--csv FILE]
+"""
+
+import argparse
+import csv
+import datetime
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import bootgrad
+from bootgrad.ops.library import build_info
+
+from .models import MODELS, batch
+
+RESULTS = Path(__file__).parent / "results" / "training_step.csv"
+
+
+def make_variants(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], None]]:
+    """One function per way to take a step's gradient."""
+
+    def losses(x, y):
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    def plain():
+        losses(x, y).mean().backward()
+
+    def statistics_of_backward():
+        with bootgrad.record(model) as rec:
+            values = losses(x, y)
+        rec.backward(values)
+
+    def regularized(**options):
+        reg = bootgrad.GradientRegularizer(model, **options)
+        return lambda: reg.backward(losses, x, y)
+
+    return {
+        "plain": plain,
+        "rec.backward": statistics_of_backward,
+        "reg1 batch_mean": regularized(reg1=0.1),
+        "reg1 ema": regularized(reg1=0.1, center="ema"),
+        "reg1 zero": regularized(reg1=0.1, center="zero"),
+        "reg2 ema": regularized(reg2=0.1, center="ema"),
+    }
+
+
+def build(name: str, size: int):
+    """Model, variants and batch."""
+    torch.manual_seed(0)
+    model, shape = MODELS[name]()
+    x, y = batch(shape, size)
+    return model, make_variants(model, x, y), x, y
+
+
+def check(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Stop unless the library agrees with plain autograd on this model."""
+    result = bootgrad.verify(model, lambda x, y: F.cross_entropy(model(x), y, reduction="none"), x, y)
+    if not result.ok:
+        sys.exit("results are wrong: not timed")
+
+
+def measure_time(model, variants, rounds: int, warmup: int = 3) -> dict[str, list[float]]:
+    """Seconds of each variant, by round."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for k in range(-warmup, rounds):
+        for name, step in variants.items():
+            model.zero_grad()
+            start = time.perf_counter()
+            step()
+            elapsed = time.perf_counter() - start
+            if k >= 0:
+                times[name].append(elapsed)
+    return times
+
+
+def high_water_mark() -> int:
+    """VmHWM of this process in bytes."""
+    line = next(ln for ln in Path("/proc/self/status").read_text().splitlines() if ln.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def measure_memory(options: argparse.Namespace, variant: str) -> int:
+    """Bytes that three steps of a variant raise the high-water mark by, in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.training_step", "--memory-of", variant, "--model", options.model]
+    command += ["--batch", str(options.batch), "--threads", str(options.threads)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def report_memory(options: argparse.Namespace) -> None:
+    """The other end of `measure_memory`."""
+    model, variants, *_ = build(options.model, options.batch)
+    step = variants[options.memory_of]
+    before = high_water_mark()
+    for _ in range(3):
+        model.zero_grad()
+        step()
+    print(high_water_mark() - before)
+
+
+def main() -> None:
+    """Measure, print the table, append to the CSV file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="reference")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        return report_memory(options)
+    model, variants, x, y = build(options.model, options.batch)
+    check(model, x, y)
+    times = measure_time(model, variants, options.rounds)
+    memory = {name: measure_memory(options, name) for name in variants}
+    rows = []
+    for name, values in times.items():
+        ratios = sorted(t / p for t, p in zip(values, times["plain"], strict=True))
+        rows.append(
+            {
+                "date": datetime.date.today().isoformat(),
+                "device": platform.processor() or platform.machine(),
+                "torch": torch.__version__,
+                "bootgrad": bootgrad.__version__,
+                "backend": build_info().used,
+                "threads": options.threads,
+                "model": options.model,
+                "batch": options.batch,
+                "step": name,
+                "milliseconds": f"{1e3 * statistics.median(values):.1f}",
+                "ratio": f"{statistics.median(ratios):.2f}",
+                "ratio_low": f"{ratios[len(ratios) // 10]:.2f}",
+                "ratio_high": f"{ratios[-1 - len(ratios) // 10]:.2f}",
+                "memory_mib": f"{memory[name] / 2**20:.0f}",
+                "memory_ratio": f"{memory[name] / memory['plain']:.2f}",
+            }
+        )
+    print(f"\n{options.model} CNN, batch {options.batch}, {options.threads} threads, {rows[0]['backend']}")
+    print(f"{'step':18}{'ms':>8}{'ratio':>8}{'(10–90 %)':>14}{'MiB':>7}{'ratio':>7}")
+    for row in rows:
+        spread = f"{row['ratio_low']}–{row['ratio_high']}"
+        print(f"{row['step']:18}{row['milliseconds']:>8}{row['ratio']:>8}{spread:>14}{row['memory_mib']:>7}{row['memory_ratio']:>7}")
+    options.csv.parent.mkdir(parents=True, exist_ok=True)
+    new = not options.csv.exists()
+    with options.csv.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=rows[0])
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
