@@ -1,0 +1,95 @@
+"""Whole models in lower precision against the float64 oracle, and where digits are easily lost."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import bootgrad
+from bootgrad import reference
+
+from .models import SHAPES, DerivedWeights, Unknown, loss_of, make
+
+pytestmark = pytest.mark.filterwarnings("ignore::bootgrad.BootgradWarning", "ignore:Using padding='same' with even")
+
+
+@pytest.mark.parametrize("kind", [k for k in SHAPES if k not in (DerivedWeights, Unknown)], ids=lambda k: k.__name__)
+def test_float32(kind):
+    """Relative errors of 1e-5, forward and backward pass of the model included, and of 1e-4 after a double backward pass."""
+    model, x, target = make(kind)
+    single = copy.deepcopy(model).float()
+    torch.manual_seed(7)
+    losses = loss_of(model(x), target)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    rows = reference.per_sample_gradients_of(losses, parameters, create_graph=True)
+    G = torch.cat([r.reshape(len(x), -1) for r in rows.values()], 1)
+    trace = (G - G.mean(0)).square().sum(1).mean()
+    expected = torch.autograd.grad(trace, list(parameters.values()), allow_unused=True)
+    torch.manual_seed(7)
+    with bootgrad.record(single) as rec:
+        losses = loss_of(single(x.float() if x.is_floating_point() else x), target.float())
+    stats = rec.backward(losses, retain_graph=True)
+    torch.testing.assert_close(stats.sq_norms.double(), G.square().sum(1).detach(), rtol=1e-5, atol=0)
+    single.zero_grad()
+    reg = bootgrad.reg1(rec.per_sample_gradients(losses, create_graph=True))
+    torch.testing.assert_close(reg.double(), trace, rtol=1e-5, atol=0, check_dtype=False)
+    reg.backward()
+    scale = max(float(e.norm()) for e in expected if e is not None)
+    for p, e in zip((p for p in single.parameters() if p.requires_grad), expected, strict=True):
+        error = 0.0 if e is None else float((p.grad.double() - e).norm())
+        assert error <= 1e-4 * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_statistics(dtype):
+    """Against plain autograd of the same half-precision model: what is compared is our accumulation, not theirs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 5)).to(dtype)
+    x, target = torch.randn(6, 2, 8, 8, dtype=dtype), torch.randn(6, 5, dtype=dtype)
+    losses = loss_of(model(x), target)
+    rows = reference.per_sample_gradients_of(losses, dict(model.named_parameters()))
+    G = torch.cat([r.reshape(6, -1) for r in rows.values()], 1).double()
+    with bootgrad.record(model) as rec:
+        losses = loss_of(model(x), target)
+    stats = rec.backward(losses)
+    assert stats.sq_norms.dtype == torch.float32
+    # The oracle's gradients are rounded to 8 bits, which squaring doubles.
+    torch.testing.assert_close(stats.sq_norms.double(), G.square().sum(1), rtol=3e-2, atol=0)
+    assert all(p.grad.dtype == dtype for p in model.parameters())
+
+
+def test_samples_that_nearly_agree():
+    """Γ is 1e-8 of ‖ḡ‖²: lost in s_i − ‖ḡ‖² in float32, kept about a center on the direct path."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(2, 3, 3, bias=False)
+    x = torch.randn(1, 2, 8, 8) + 3e-5 * torch.randn(16, 2, 8, 8)
+    double = copy.deepcopy(model).double()
+
+    def losses_of(model, x):
+        return model(x).square().flatten(1).sum(1)
+
+    rows = reference.per_sample_gradients_of(losses_of(double, x.double()), dict(double.named_parameters()))
+    G = rows["weight"].flatten(1)
+    exact = (G - G.mean(0)).square().sum(1).mean()
+    assert exact < 1e-7 * G.mean(0).square().sum()
+    with bootgrad.record(model) as rec:
+        losses = losses_of(model, x)
+    center = {"weight": G[0].reshape(model.weight.shape).float()}
+    matrix = rec.per_sample_gradients(losses)
+    assert float(matrix.covariance_trace()) == pytest.approx(float(exact), rel=0.05)
+    stats = rec.backward(losses, center=center)
+    assert float(stats.covariance_trace) == pytest.approx(float(exact), rel=0.05)
+
+
+def test_near_interpolation():
+    """Γ ≫ ‖ḡ‖²: the trace is kept, and the noise scale grows without bound instead of failing."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1, bias=False)
+    x = torch.randn(8, 4)
+    x = torch.cat([x, -x])  # gradients in pairs that cancel
+    with bootgrad.record(model) as rec:
+        losses = (model(x) * torch.ones(16, 1)).sum(1)
+    stats = rec.backward(losses)
+    assert float(stats.covariance_trace) == pytest.approx(float(x.square().sum(1).mean()), rel=1e-5)
+    assert float(stats.noise_scale) > 1e6
