@@ -1,0 +1,78 @@
+"""The compilers of the CUDA tests: g++ with the emulation of CUDA on the CPU, and nvcc where it is installed."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+INCLUDE = ROOT / "csrc/include"
+ARCHITECTURES = (80, 90)
+TORCH_INCLUDE = Path(torch.__file__).parent / "include"
+
+SANITIZERS = {
+    "plain": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+
+
+@functools.cache
+def cxx20(sanitizer: str = "plain") -> str | None:
+    """A C++ compiler with std::barrier, _Float16 and the sanitizer, or None."""
+    program = "#include <barrier>\nint main() { std::barrier<> b(1); _Float16 h = 1; return int(h) - 1; }"
+    for name in filter(None, (os.environ.get("CXX"), "g++", "clang++")):
+        command = [name, "-std=c++20", *SANITIZERS[sanitizer], "-x", "c++", "-", "-o", os.devnull, "-pthread"]
+        if (
+            shutil.which(name)
+            and subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
+        ):
+            return name
+    return None
+
+
+def needs_cxx20(sanitizer: str = "plain"):
+    """Skip a test where no compiler can build the emulation."""
+    return pytest.mark.skipif(
+        cxx20(sanitizer) is None,
+        reason=f"no C++20 compiler with <barrier>, _Float16 and sanitizer={sanitizer} ($CXX, g++, clang++)",
+    )
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+
+
+def build_emulated(stem: str, sanitizer: str, folder: Path) -> Path:
+    """Compile tests/cuda/<stem>.cpp against the emulation; returns the program."""
+    program = folder / stem
+    # Wide loads read numbers through another type, as CUDA allows and standard C++ does not.
+    flags = ["-std=c++20", "-O1", "-g", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    include = [f"-I{ROOT / 'tests/csrc/emulation'}", f"-I{INCLUDE}"]
+    source = [HERE / f"{stem}.cpp", "-o", program, "-pthread"]
+    run([cxx20(sanitizer), *flags, *SANITIZERS[sanitizer], *include, *source])
+    return program
+
+
+def run(command) -> str:
+    """Output of a command that must succeed."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def resource_usage(report: str) -> dict[str, dict[str, int]]:
+    """Kernel → registers and bytes spilled, from what ``ptxas -v`` says."""
+    pattern = re.compile(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    return {
+        name: {"registers": int(registers), "spilled": int(stores) + int(loads)}
+        for name, stores, loads, registers in pattern.findall(report)
+    }
