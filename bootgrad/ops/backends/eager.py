@@ -26,8 +26,10 @@ Layer = type[Linear] | Conv
 @torch.no_grad()
 def linear_rank1_sq_norms(x: Tensor, gy: Tensor) -> Tensor:
     """‖x_i‖² ‖gy_i‖²."""
+    torch._check(x.dim() == 2 and gy.dim() == 2, lambda: "x and gy must be (B, I) and (B, O)")
     schema.check_pair(x, gy)
-    return _squares(x.to(accumulation_dtype(x.dtype))) * _squares(gy.to(accumulation_dtype(x.dtype)))
+    dtype = accumulation_dtype(x.dtype)
+    return _squares(x.to(dtype)) * _squares(gy.to(dtype))
 
 
 @torch.no_grad()

@@ -148,12 +148,12 @@ class Conv:
         P = (pixels.mT @ pixels).view(-1, *space, *space)
         uu = x.new_zeros(x.size(0), *out, *out)
         for t, p in self._shifts(space, out):
-            uu[..., *t, *t] += P[..., *p, *p]
+            uu[(..., *t, *t)] += P[(..., *p, *p)]
         if not with_dx:
             return uu.view_as(gg), None
         Q, gg = P.zero_(), gg.view_as(uu)
         for t, p in self._shifts(space, out):
-            Q[..., *p, *p] += gg[..., *t, *t]
+            Q[(..., *p, *p)] += gg[(..., *t, *t)]
         N = pixels.size(2)
         return uu.view(-1, *[math.prod(out)] * 2), 2 * (pixels @ Q.view(-1, N, N))
 
@@ -161,14 +161,14 @@ class Conv:
         shifts = list(self._shifts(x.shape[2:], out))
         u = x.new_zeros(*x.shape[:2], len(shifts), *out)  # (b·g, C/g, K, *S')
         for k, (t, p) in enumerate(shifts):
-            u[:, :, k, *t] = x[..., *p]
+            u[(..., k, *t)] = x[(..., *p)]
         patches = u.view(x.size(0), -1, gg.size(1))
         uu = patches.mT @ patches
         if not with_dx:
             return uu, None
         du, dx = (2 * (patches @ gg)).view_as(u), torch.zeros_like(x)
         for k, (t, p) in enumerate(shifts):
-            dx[..., *p] += du[:, :, k, *t]
+            dx[(..., *p)] += du[(..., k, *t)]
         return uu, dx
 
     def _shifts(

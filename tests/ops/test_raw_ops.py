@@ -1,0 +1,225 @@
+"""Every op, backend, dtype and path against the oracle."""
+
+import pytest
+import torch
+from hypothesis import example, given
+from torch.library import opcheck
+
+from bootgrad import reference
+from bootgrad.ops import schema
+from bootgrad.ops.backends import eager
+
+from .cases import CONV_OPS, DTYPES, LINEAR_OPS, arguments, check, conv_case, conv_shapes, linear_case, takes, variants
+
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+# B, T, I, O
+LINEAR_SIZES = [
+    (3, 1, 1, 1),
+    (0, 63, 63, 1),
+    (2, 0, 63, 127),
+    (1, 1, 127, 63),
+    (2, 63, 1, 127),
+    (3, 127, 63, 1),
+    (2, 127, 127, 63),
+    (5, 4, 63, 127),
+    (2, 700, 3, 2),
+]
+CONV_SIZES = {
+    "3×3": (3, 17, (9, 7), 33, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "1×1, strided": (2, 63, (7, 9), 16, (1, 1), (2, 2), (0, 0), (1, 1), 1),
+    "depthwise": (2, 63, (11, 13), 63, (3, 3), (1, 1), (1, 1), (1, 1), 63),
+    "multiplied depthwise": (2, 5, (8, 8), 15, (3, 3), (2, 2), (1, 1), (1, 1), 5),
+    "grouped": (2, 36, (6, 6), 20, (2, 2), (1, 1), (0, 0), (1, 1), 4),
+    "dilated": (1, 8, (31, 3), 8, (5, 2), (1, 1), (4, 1), (3, 2), 1),
+    "patches larger than the image": (2, 7, (3, 3), 9, (7, 7), (1, 1), (3, 3), (1, 1), 1),
+    "mostly padding": (2, 3, (2, 2), 4, (3, 3), (2, 1), (7, 5), (1, 1), 1),
+    "1d": (2, 12, (127,), 31, (5,), (3,), (2,), (2,), 1),
+    "3d": (2, 6, (5, 4, 7), 10, (3, 2, 3), (1, 2, 2), (1, 0, 1), (1, 1, 2), 2),
+    "one position": (3, 63, (4, 4), 127, (4, 4), (1, 1), (0, 0), (1, 1), 1),
+    "no samples": (0, 4, (5, 5), 6, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "no positions": (2, 4, (2, 5), 6, (3, 3), (1, 1), (0, 0), (1, 1), 1),
+}
+
+
+def over_paths(names):
+    """(op, path), where a path is no argument once."""
+    return pytest.mark.parametrize(
+        "name, path", [(n, p) for n in names for p in (schema.PATHS if takes(n, "path") else schema.PATHS[:1])]
+    )
+
+
+def run(backend, name, case, path):
+    """Check one op on all variants of a case, and that it leaves its arguments alone."""
+    op = backend.op(name)
+    for variant in variants(name, case):
+        before = [t.clone() for t in variant.tensors()]
+        ours = op(*arguments(name, variant, path))
+        check(backend.name, name, variant, ours, path)
+        assert all(map(torch.equal, before, variant.tensors()))
+
+
+@EVERY_DTYPE
+@over_paths(LINEAR_OPS)
+@pytest.mark.parametrize("sizes", LINEAR_SIZES, ids=str)
+def test_linear(backend, name, path, sizes, dtype):
+    run(backend, name, linear_case(*sizes, dtype), path)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (0, 63, 1), (2, 127, 63), (1, 1, 127), (3, 0, 63)], ids=str)
+def test_rank1(backend, sizes, dtype):
+    B, I, O = sizes  # noqa: E741
+    case = linear_case(B, 1, I, O, dtype)
+    case = case.but(x=case.x[:, 0], gy=case.gy[:, 0])
+    run(backend, "linear_rank1_sq_norms", case, "direct")
+
+
+@EVERY_DTYPE
+@over_paths(CONV_OPS)
+@pytest.mark.parametrize("sizes", CONV_SIZES.values(), ids=CONV_SIZES)
+def test_convolution(backend, name, path, sizes, dtype):
+    run(backend, name, conv_case(*sizes, dtype), path)
+
+
+@EVERY_DTYPE
+@over_paths(CONV_OPS)
+@given(sizes=conv_shapes())
+@example(sizes=(1, 3, (5,), 2, (3,), (2,), (3,), (2,), 1))
+def test_drawn_convolutions(backend, name, path, dtype, sizes):
+    op, case = backend.op(name), conv_case(*sizes, dtype)
+    check(backend.name, name, case, op(*arguments(name, case, path)), path)
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "channels last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
+    "samples last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    "cut out": lambda t: torch.nn.functional.pad(t, (1, 2))[..., 1:-2],
+    "every other": lambda t: t.repeat_interleave(2, dim=0)[::2],
+}
+LINEAR_LAYOUT, CONV_LAYOUT = (3, 5, 17, 9), (3, 6, (7, 5), 10, (3, 2), (1, 2), (1, 0), (1, 1), 2)
+
+
+def laid_out(name, dtype, layout):
+    case = linear_case(*LINEAR_LAYOUT, dtype) if name in LINEAR_OPS else conv_case(*CONV_LAYOUT, dtype)
+    changed = {"x": layout(case.x), "gy": layout(case.gy), "center": layout(case.center), "v": layout(case.v)}
+    assert all(torch.equal(t, getattr(case, a)) for a, t in changed.items())
+    return case.but(**changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@over_paths(LINEAR_OPS + CONV_OPS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(backend, name, path, layout, dtype):
+    run(backend, name, laid_out(name, dtype, layout), path)
+
+
+@over_paths(LINEAR_OPS + CONV_OPS)
+def test_expanded_inputs(backend, name, path):
+    """A sum's gradient is one number with strides of zero."""
+    case = laid_out(name, torch.float32, lambda t: t)
+    run(backend, name, case.but(gy=torch.tensor(0.7).expand(case.gy.shape)), path)
+    run(backend, name, case.but(x=case.x[:, :1, :1].expand(case.x.shape)), path)
+
+
+@pytest.mark.parametrize("name", [n for n in schema.SCHEMAS if takes(n, "center")])
+def test_deviations_of_samples_that_nearly_agree(backend, name):
+    """The direct path subtracts before it squares; ‖G_i‖² − 2⟨G_i, c⟩ + ‖c‖² has no digit left here."""
+    case = laid_out(name, torch.float32, lambda t: t)
+    x, gy = (t[:1] + 1e-4 * t for t in (case.x, case.gy))
+    is_linear = name in LINEAR_OPS
+    rows = (
+        reference.linear_rows(x, gy)
+        if is_linear
+        else reference.conv_rows(x, gy, tuple(case.v.shape[2:]), *case.geometry)
+    )
+    case = case.but(x=x, gy=gy, center=rows.mean(0).float())
+    flat, c = rows.float().flatten(1), case.center.flatten()
+    deviation = (rows - case.center).flatten(1).square().sum(1)
+    expanded = flat.square().sum(1) - 2 * flat @ c + c.square().sum()
+    assert ((expanded - deviation).abs() / deviation).max() > 0.1
+    check(backend.name, name, case, backend.op(name)(*arguments(name, case)))
+
+
+@over_paths(LINEAR_OPS + CONV_OPS)
+def test_same_input_same_bits(backend, name, path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        if name in LINEAR_OPS:
+            case = linear_case(33, 20, 63, 65, torch.float32)
+        else:
+            case = conv_case(33, 16, (9, 9), 24, (3, 3), (1, 1), (1, 1), (1, 1), 1, torch.float32)
+        results = [backend.op(name)(*arguments(name, case, path)) for _ in range(3)]
+    finally:
+        torch.set_num_threads(threads)
+    check(backend.name, name, case, results[0], path)
+    for again in results[1:]:
+        for a, b in zip(*((r if isinstance(r, tuple) else (r,)) for r in (results[0], again)), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", LINEAR_OPS + CONV_OPS)
+def test_eager_chunks_add_up(monkeypatch, name):
+    """One sample a chunk, two, and all at once."""
+    case = laid_out(name, torch.float64, lambda t: t)
+    for path in schema.PATHS if takes(name, "path") else schema.PATHS[:1]:
+        for budget in (1, 12_000, 2**30):
+            monkeypatch.setitem(eager.CHUNK_BYTES, "cpu", budget)
+            check("eager", name, case, getattr(eager, name)(*arguments(name, case, path)), path)
+
+
+OPCHECK_LAYOUTS = {"contiguous": lambda t: t} | {k: LAYOUTS[k] for k in ("transposed", "channels last", "samples last")}
+
+
+@over_paths(LINEAR_OPS + CONV_OPS)
+@pytest.mark.parametrize("layout", OPCHECK_LAYOUTS.values(), ids=OPCHECK_LAYOUTS)
+def test_opcheck(name, path, layout):
+    """The op that the dispatcher finds, which is the compiled one where there is one."""
+    case = laid_out(name, torch.float32, layout)
+    for variant in variants(name, case)[:2]:
+        opcheck(getattr(torch.ops.bootgrad, name).default, arguments(name, variant, path))
+
+
+def test_opcheck_rank1():
+    for dtype in DTYPES:
+        x, gy = torch.randn(3, 5, dtype=dtype), torch.randn(4, 3, dtype=dtype).t()
+        opcheck(torch.ops.bootgrad.linear_rank1_sq_norms.default, (x, gy))
+
+
+LINEAR, CONV = "linear_sq_norms_with_grad", "conv_sq_norms_with_grad"
+WRONG = {
+    "linear: dimensions": (LINEAR, lambda c: dict(x=c.x[0]), r"must be \(B, T, ·\); got 2 and 3"),
+    "linear: positions": (LINEAR, lambda c: dict(x=c.x[:, 1:]), "must share T; got 4 and 5"),
+    "linear: samples": (LINEAR, lambda c: dict(gy=c.gy[1:]), "must have one batch size; got 3 and 2"),
+    "linear: dtypes": (LINEAR, lambda c: dict(gy=c.gy.double()), "must have one dtype; got torch.float32 and"),
+    "linear: integers": (LINEAR, lambda c: dict(x=c.x.long(), gy=c.gy.long()), "must be a floating-point tensor"),
+    "linear: center": (LINEAR, lambda c: dict(center=c.center.t()), r"must have shape \(9, 17\); got \(17, 9\)"),
+    "linear: center's dtype": (LINEAR, lambda c: dict(center=c.center.double()), "must have dtype torch.float32"),
+    "linear: v": ("linear_jvp", lambda c: dict(v=c.v[1:]), r"v must have shape \(9, 17\); got \(8, 17\)"),
+    "linear: w": ("linear_weighted_sum", lambda c: dict(w=c.w[1:]), r"w must have shape \(3,\); got \(2,\)"),
+    "conv: no space": (CONV, lambda c: dict(x=c.x[:, :, 0, 0]), r"must be \(B, C, \*S\)"),
+    "conv: kernel": (CONV, lambda c: dict(kernel_size=(3,)), "kernel_size must have 2 numbers"),
+    "conv: stride": (CONV, lambda c: dict(stride=(1, 2, 1)), "stride must have 2 numbers"),
+    "conv: groups": (CONV, lambda c: dict(groups=4), "groups must divide the channels; got 4 for 6 in and 10 out"),
+    "conv: no groups": (CONV, lambda c: dict(groups=0), "groups must divide the channels; got 0"),
+    "conv: space": (CONV, lambda c: dict(padding=(1, 1)), r"gy must have spatial size \(7, 3\)"),
+    "conv: dtypes": (CONV, lambda c: dict(x=c.x.half()), "must have one dtype"),
+    "conv: center": (CONV, lambda c: dict(center=c.center[:, :2]), r"center must have shape \(10, 3, 3, 2\)"),
+    "conv: v": ("conv_jvp", lambda c: dict(v=c.v[1:]), r"v must have shape \(10, 3, 3, 2\)"),
+    "conv: w's dtype": ("conv_weighted_sum", lambda c: dict(w=c.w.double()), "w must have dtype torch.float32"),
+}
+
+
+@pytest.mark.parametrize("name, change, message", WRONG.values(), ids=WRONG)
+def test_wrong_arguments_are_named(backend, name, change, message):
+    case = laid_out(name, torch.float32, lambda t: t)
+    with pytest.raises(RuntimeError, match=message):
+        backend.op(name)(*arguments(name, case.but(**change(case)), "direct"))
+
+
+@pytest.mark.parametrize("name", [n for n in schema.SCHEMAS if takes(n, "path")])
+def test_unknown_paths_are_named(backend, name):
+    case = laid_out(name, torch.float32, lambda t: t)
+    with pytest.raises(RuntimeError, match="path must be one of direct, gram; got 'ghost'"):
+        backend.op(name)(*arguments(name, case, "ghost"))
