@@ -31,11 +31,11 @@ def test_backend_chooses(registered, name, expected):
     assert registered == [(op, getattr(backend, op), "CUDA") for op in expected]
 
 
-def test_compiled_kernels_come_first_unless_triton_is_forced(registered, monkeypatch):
+@pytest.mark.parametrize("name", ["auto", "triton"])
+def test_what_is_registered_stays(registered, monkeypatch, name):
     monkeypatch.setattr(backend, "has_cuda_kernel", lambda name: name == "linear_rank1_sq_norms")
-    assert backend.register("auto") == ()
+    assert backend.register(name) == ()
     assert registered == []
-    assert backend.register("triton") == OPS
 
 
 def test_without_triton_nothing_is_registered_and_nothing_said(registered, monkeypatch, recwarn):
@@ -44,11 +44,6 @@ def test_without_triton_nothing_is_registered_and_nothing_said(registered, monke
     assert (registered, list(recwarn)) == ([], [])
     with pytest.raises(ArgumentError, match="needs the package triton"):
         backend.register("triton")
-
-
-def test_unknown_backend_is_refused(registered):
-    with pytest.raises(ArgumentError, match="must be one of auto, eager, triton, cuda; got 'gpu'"):
-        backend.register("gpu")
 
 
 def test_arguments_are_checked():
@@ -72,7 +67,8 @@ load_kernels()
 from bootgrad.ops.backends import triton as backend
 op, cuda = torch.ops.bootgrad.linear_rank1_sq_norms.default, torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 x, gy = torch.arange(6.).view(2, 3), torch.arange(8.).view(2, 4)
-print(backend.REGISTERED, backend.has_cuda_kernel("linear_rank1_sq_norms"), op.redispatch(cuda, x, gy).tolist())
+backend.register("auto")
+print(backend.has_cuda_kernel("linear_rank1_sq_norms"), op.redispatch(cuda, x, gy).tolist())
 """
 
 
@@ -80,7 +76,7 @@ def test_the_dispatcher_reaches_the_launcher():
     pytest.importorskip("triton", reason="Triton is not installed")
     squares = [[0 + 1 + 4, 9 + 16 + 25], [0 + 1 + 4 + 9, 16 + 25 + 36 + 49]]
     expected = [float(a * b) for a, b in zip(*squares, strict=True)]
-    assert run_interpreted("-c", DISPATCH).strip() == f"{OPS} True {expected}"
+    assert run_interpreted("-c", DISPATCH).strip() == f"True {expected}"
 
 
 # None in sys.modules is how Python says that a module is not there.
@@ -91,8 +87,9 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import bootgrad
     from bootgrad.ops.backends import triton as backend
+    registered = backend.register("auto")
 said = [str(w.message) for w in caught if "triton" in str(w.message).lower()]
-print(backend.REGISTERED, backend.has_cuda_kernel("linear_rank1_sq_norms"), said)
+print(registered, backend.has_cuda_kernel("linear_rank1_sq_norms"), said)
 """
 
 

@@ -2,11 +2,10 @@
 
 ``BOOTGRAD_BACKEND`` chooses what GPUs run: ``auto`` (default) is the compiled CUDA library's kernel, else Triton's,
 else plain torch; ``eager``, ``triton`` and ``cuda`` force one kind, and an op that has none of it stays in plain torch.
-Import this module when the compiled libraries are loaded. Triton itself is imported by the first call only.
+Triton itself is imported by the first call only.
 """
 
 import importlib.util
-import os
 
 import torch
 from torch import Tensor
@@ -14,30 +13,17 @@ from torch import Tensor
 from ...errors import ArgumentError
 from .. import schema
 
-BACKENDS = ("auto", "eager", "triton", "cuda")
-
-
-def linear_rank1_sq_norms(x: Tensor, gy: Tensor) -> Tensor:
-    """‖x_i‖² ‖gy_i‖²."""
-    from ...kernels.linear_rank1_sq_norms import linear_rank1_sq_norms as launch
-
-    torch._check(x.dim() == 2 and gy.dim() == 2, lambda: f"x and gy must be (B, I) and (B, O); got {_shapes(x, gy)}")
-    schema.check_pair(x, gy)
-    return launch(x, gy)
-
-
-IMPLEMENTATIONS = {"linear_rank1_sq_norms": linear_rank1_sq_norms}
-
 
 def register(backend: str) -> tuple[str, ...]:
-    """Register the implementations for CUDA devices as ``backend`` asks; returns the names of the ops.
+    """Register the implementations for CUDA devices as ``backend`` asks, once the compiled libraries are loaded.
+
+    Returns:
+        The names of the ops that were registered.
 
     Raises:
-        ArgumentError: an unknown backend, or ``triton`` where Triton cannot be imported.
+        ArgumentError: ``triton`` is forced and cannot be imported.
     """
-    if backend not in BACKENDS:
-        raise ArgumentError(f"BOOTGRAD_BACKEND must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend in ("eager", "cuda"):
+    if backend not in ("auto", "triton"):
         return ()
     if not all(map(importlib.util.find_spec, ("triton", "bootgrad.kernels"))):
         if backend == "triton":
@@ -46,7 +32,7 @@ def register(backend: str) -> tuple[str, ...]:
                 "pip install 'bootgrad[triton]', or unset BOOTGRAD_BACKEND"
             )
         return ()
-    names = tuple(name for name in IMPLEMENTATIONS if backend == "triton" or not has_cuda_kernel(name))
+    names = tuple(name for name in IMPLEMENTATIONS if not has_cuda_kernel(name))
     for name in names:
         schema.library.impl(name, IMPLEMENTATIONS[name], "CUDA")
     return names
@@ -57,8 +43,16 @@ def has_cuda_kernel(name: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{schema.NAMESPACE}::{name}", "CUDA")
 
 
-def _shapes(x: Tensor, gy: Tensor) -> str:
-    return f"{tuple(x.shape)} and {tuple(gy.shape)}"
+def linear_rank1_sq_norms(x: Tensor, gy: Tensor) -> Tensor:
+    """‖x_i‖² ‖gy_i‖²."""
+    from ...kernels.linear_rank1_sq_norms import linear_rank1_sq_norms as launch
+
+    torch._check(
+        x.dim() == 2 and gy.dim() == 2,
+        lambda: f"x and gy must be (B, I) and (B, O); got {tuple(x.shape)} and {tuple(gy.shape)}",
+    )
+    schema.check_pair(x, gy)
+    return launch(x, gy)
 
 
-REGISTERED = register(os.environ.get("BOOTGRAD_BACKEND", "auto"))
+IMPLEMENTATIONS = {"linear_rank1_sq_norms": linear_rank1_sq_norms}
