@@ -29,7 +29,7 @@ RELATIVE_TIME = {
 }
 # An intermediate number (an entry of a tile or a Gram matrix) is written, read and squared: as long as this many
 # multiply-adds of a matrix product, whose operands stay in cache.
-ENTRY_TIME = 8.0
+ENTRY_TIME = {"rank1": 0.0, "direct": 8.0, "gram": 8.0}
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,7 @@ def cost(layer: Layer, path: str, purpose: str = "norms", centered: bool = False
         raise ValueError(f"purpose must be one of {', '.join(PURPOSES)}; got {purpose!r}")
     if path not in layer.paths:
         raise ValueError(f"path of {layer} must be one of {', '.join(layer.paths)}; got {path!r}")
-    operations, entries = _count(layer, path, purpose, centered)
-    return Cost(operations, itemsize * entries, _time(path, operations, entries))
+    return _cost(layer, path, purpose, centered, itemsize)
 
 
 def choose_path(layer: Layer, purpose: str = "norms", centered: bool = False) -> str:
@@ -177,7 +176,7 @@ def choose_path(layer: Layer, purpose: str = "norms", centered: bool = False) ->
     paths = layer.paths
     if len(paths) == 1:
         return paths[0]
-    return min(paths, key=lambda path: _time(path, *_count(layer, path, purpose, centered)))
+    return min(paths, key=lambda path: _cost(layer, path, purpose, centered, 4).time)
 
 
 def format_table(rows: Iterable[tuple[str, Layer]], purpose: str = "norms", centered: bool = False) -> str:
@@ -209,18 +208,19 @@ def format_table(rows: Iterable[tuple[str, Layer]], purpose: str = "norms", cent
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _count(layer: Layer, path: str, purpose: str, centered: bool) -> tuple[float, float]:
-    """(operations, intermediate numbers) per sample."""
+def _cost(layer: Layer, path: str, purpose: str, centered: bool, itemsize: int) -> Cost:
     grad, unit = purpose == "grad", layer.forward_operations
     if path == "direct":
-        return (1 + 2 * grad) * unit, layer.weight_entries
-    operations, entries = layer.rank1(grad) if path == "rank1" else layer.gram(grad)
-    # The weight gradient and the products with c are whole forward-sized products here.
-    return operations + unit * ((purpose == "statistics") + centered * (1 + grad)), entries
+        operations, entries, products = (1 + 2 * grad) * unit, layer.weight_entries, 0
+    else:
+        operations, entries = layer.rank1(grad) if path == "rank1" else layer.gram(grad)
+        # The weight gradient, c ∗ x and cᵀ ∗ gy are whole forward-sized products here.
+        products = unit * ((purpose == "statistics") + centered * (1 + grad))
+    return Cost(operations + products, itemsize * entries, _time(path, operations, entries) + products)
 
 
 def _time(path: str, operations: float, entries: float) -> float:
-    return RELATIVE_TIME[path] * operations + ENTRY_TIME * entries
+    return RELATIVE_TIME[path] * operations + ENTRY_TIME[path] * entries
 
 
 def _ratio(operations: float, forward: float) -> str:
