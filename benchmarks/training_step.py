@@ -57,6 +57,12 @@ def make_variants(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> d
     }
 
 
+def backend() -> str:
+    """What the ops run on: the compiled CPU kernels with their instruction set, or plain torch."""
+    cpu = build_info()[0]
+    return f"C++ {cpu.isa}" if cpu.loaded else "eager"
+
+
 def build(name: str, size: int):
     """Model, variants and batch."""
     torch.manual_seed(0)
@@ -136,7 +142,7 @@ def main() -> None:
                 "device": platform.processor() or platform.machine(),
                 "torch": torch.__version__,
                 "bootgrad": bootgrad.__version__,
-                "backend": build_info().used,
+                "backend": backend(),
                 "threads": options.threads,
                 "model": options.model,
                 "batch": options.batch,

@@ -13,16 +13,16 @@ from pathlib import Path
 from .errors import ArgumentError, BootgradError, BootgradWarning
 
 _OPTIONS = (
-    ("--data", str, "SOURCE", "digits (scikit-learn's, no download), an NPZ file with x_train, y_train, x_test, y_test, "
-     "a folder with MNIST's four IDX files, or torchvision:NAME"),
+    ("--data", str, "SOURCE", "digits (scikit-learn's, no download), an NPZ file with x_train, y_train, x_test, "
+     "y_test, a folder with MNIST's four IDX files, or torchvision:NAME"),
     ("--data-root", str, "DIR", "where torchvision keeps its downloads"),
     ("--train-size", int, "N", "use the first N training images only"),
     ("--reg1", float, "F", "λ₁, the factor of Reg1 = (1/B) Σ ‖g_i − c‖²"),
     ("--reg2", float, "F", "λ₂, the factor of Reg2 = ‖ḡ − c‖²"),
-    ("--center", str, "NAME", "c: batch_mean, zero, ema or window; two names with a comma give Reg1 and Reg2 their own"),
+    ("--center", str, "NAME", "c: batch_mean, zero, ema or window; two with a comma between for Reg1 and Reg2"),
     ("--epochs", int, "N", "passes over the training images"),
     ("--batch-size", int, "N", "images in a batch"),
-    ("--optimizer", str, "NAME", "sgd or adam"),
+    ("--optimizer", str, "NAME", "adam or sgd"),
     ("--lr", float, "F", "learning rate"),
     ("--momentum", float, "F", "of sgd; β₁ of adam"),
     ("--seed", int, "N", "of the initial weights and of the order of the images"),
@@ -61,15 +61,22 @@ def _parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", _train, "train the reference CNN and measure its gradients' noise")
     _add_settings(train)
     train.add_argument("--out", metavar="DIR", help="folder of the run; default: run, or the checkpoint's folder")
-    train.add_argument("--resume", nargs="?", const="", metavar="CKPT", help="go on from a checkpoint; default: that in --out")
-    train.add_argument("--overwrite", action="store_true", help="replace a run that --out holds")
-    train.add_argument("--check", action="store_true", help="first compare the library with plain autograd on a few images")
+    train.add_argument(
+        "--resume", nargs="?", const="", metavar="CKPT", help="go on from a checkpoint; default: that in --out"
+    )
+    either.add_argument("--overwrite", action="store_true", help="replace a run that --out holds")
+    train.add_argument(
+        "--check", action="store_true", help="first compare the library with plain autograd on a few images"
+    )
 
     compare = _command(commands, "compare", _compare, "train plainly, with Reg1 and with Reg1 + Reg2, side by side")
     _add_settings(compare)
-    compare.add_argument("--out", metavar="DIR", default="comparison", help="folder of the picture, the table and the runs")
-    compare.add_argument("--resume", action="store_true", help="go on with the runs that --out holds")
-    compare.add_argument("--overwrite", action="store_true", help="replace the runs that --out holds")
+    compare.add_argument(
+        "--out", metavar="DIR", default="comparison", help="folder of the picture, the table and the runs"
+    )
+    either = compare.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on with the runs that --out holds")
+    either.add_argument("--overwrite", action="store_true", help="replace the runs that --out holds")
 
     plan = _command(commands, "plan", _plan, "show per layer how its norms are computed, and what that costs")
     plan.add_argument("model", metavar="FILE.py:FUNCTION", help="a function without arguments that returns the model")
@@ -93,7 +100,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         name = option[2:].replace("-", "_")
         default = getattr(Settings, name)
         shown = "" if default is None else f"; default: {default}"
-        parser.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=(text + shown).replace("%", "%%"))
+        parser.add_argument(
+            option, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=(text + shown).replace("%", "%%")
+        )
 
 
 def _settings_given(arguments: argparse.Namespace) -> dict:
@@ -132,6 +141,69 @@ def _compare(arguments: argparse.Namespace) -> int:
         return 0
     print(f"bootgrad: interrupted: go on with the same options and --resume --out {out}", file=sys.stderr)
     return 130
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from . import planning, record
+
+    if not 1 <= arguments.batch <= 1 << 20:
+        raise ArgumentError(f"--batch must be a whole number in 1…2²⁰; got {arguments.batch}")
+    shape = _shape(arguments.input)
+    model = _load_model(arguments.model)
+    recording = record(model)
+    try:
+        with recording:
+            model(torch.zeros(arguments.batch, *shape))
+    except BootgradError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise ArgumentError(
+            f"the model of {arguments.model} fails on an input {(arguments.batch, *shape)} ({type(error).__name__}: {error}): "
+            "give --input the shape of one sample"
+        ) from error
+    print(f"{arguments.model}: batch {arguments.batch}, input {'×'.join(map(str, shape))}; counts are per sample\n")
+    print(planning.format_table(recording.plan()))
+    return 0
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = text.lower().split("x")
+    if not all(size.isascii() and size.isdigit() and len(size) < 7 and int(size) > 0 for size in sizes):
+        raise ArgumentError(f"--input must be sizes with x between, such as 1x28x28; got {text!r}")
+    return tuple(map(int, sizes))
+
+
+def _load_model(text: str):
+    from torch import nn
+
+    file, _, function = text.rpartition(":")
+    if not file or not function:
+        raise ArgumentError(f"the model must be given as FILE.py:FUNCTION; got {text!r}")
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise ArgumentError(f"there is no Python file {file!r}: check the path")
+    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("_bootgrad_plan", file))
+    try:
+        spec.loader.exec_module(module)
+        make = getattr(module, function, None)
+        model = make() if callable(make) else None
+    except Exception as error:  # the user's own code may raise anything
+        raise ArgumentError(f"{text} could not be run ({type(error).__name__}: {error})") from error
+    if make is None:
+        raise ArgumentError(f"{file} has no function {function!r}")
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{text} must return a torch.nn.Module; got {type(model).__name__}")
+    return model
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from .ops.library import build_info
+    from .training.environment import versions
+
+    for name, value in {**versions(), **build_info()}.items():
+        print(f"{name:20} {'not installed' if value is None else value}")
+    return 0
 
 
 def _require_extras() -> None:

@@ -40,6 +40,18 @@ class Derived:
     position: int
     parents: Mapping[int, "Derived | None"]  # id of a tracked argument -> how it was derived; None for a parameter
 
+    def __post_init__(self):
+        """Note the tensor's version."""
+        self._version = self.tensor._version
+
+    def check_unchanged(self) -> None:
+        """Raise if the tensor was changed in place, after which it is no longer what the call made."""
+        if self.tensor._version != self._version:
+            raise UnsupportedError(
+                f"a weight made by {getattr(self.func, '__name__', self.func)} was changed in place afterwards: "
+                "write the change as a call that returns a new tensor"
+            )
+
     @property
     def isometric(self) -> bool:
         """Whether the tensor holds each entry of one parameter once."""

@@ -70,6 +70,7 @@ class Recording(TorchFunctionMode):
         if check not in CHECKS:
             raise ArgumentError(f"check must be one of {', '.join(CHECKS)}; got {check!r}")
         self.check = check
+        self.modules = modules
         self.parameters = named_parameters(*modules)
         self.phase = Phase.PLAIN
         self.batch_size = 0
@@ -151,6 +152,9 @@ class Recording(TorchFunctionMode):
 
     def alias(self, tracked: Tensor) -> Tensor:
         """``tracked`` behind a node of its own, at which the walk stops."""
+        derived = self._known[id(tracked)]
+        if derived is not None:
+            derived.check_unchanged()
         alias = tracked.view_as(tracked)
         self._aliases[id(alias.grad_fn)] = alias.grad_fn
         return alias
@@ -225,7 +229,7 @@ class Recording(TorchFunctionMode):
 
     def _walk(self, losses: Tensor) -> Reach:
         seen = {losses.grad_fn}
-        stack = [losses.grad_fn]
+        stack = [node for node in seen if node is not None]
         leaves: dict[int, Tensor] = {}
         while stack:
             node = stack.pop()
@@ -256,7 +260,8 @@ class Recording(TorchFunctionMode):
 
         Norms of rows are compared, so that no gradient is kept; they scale exactly where samples are independent.
         """
-        signature = (self.batch_size, tuple((o.name, tuple(map(self.name_of, o.tracked)), o.output_rows) for o in operations))
+        modes = tuple(module.training for module in self.modules)
+        signature = (self.batch_size, modes, tuple((o.name, tuple(map(self.name_of, o.tracked)), o.output_rows) for o in operations))
         if self.check == "never" or (self.check == "first" and signature in self._state.checked):
             return
         a = _powers_of_two(self.batch_size).to(losses)

@@ -185,6 +185,7 @@ def test_operations_that_cannot_run_per_sample_are_refused():
         (lambda losses: losses[:0], "at least one sample"),
         (lambda losses: losses[:3], "rows in dimension 0 for 3 losses"),
         (lambda losses: losses.detach(), "requires grad"),
+        (lambda losses: torch.ones(4, requires_grad=True), "do not depend on any recorded parameter"),
         (lambda losses: torch.ones(4, requires_grad=True) * 2, "do not depend on any recorded parameter"),
         (lambda losses: losses / torch.tensor([1.0, 0.0, 1.0, 0.0]), "NaN or infinite at 2 of 4 samples: 1, 3"),
         (lambda losses: losses * torch.tensor([1.0, 1.0, 1.0, float("nan")]), "at 1 of 4 samples: 3"),
@@ -316,6 +317,81 @@ def test_changes_in_place_after_the_call_are_noticed():
     with pytest.raises((BootgradError, RuntimeError), match="modified by an inplace operation"):
         rec.backward(losses)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_matrix_notices_that_its_inputs_changed():
+    model, x, target = make(Residual)
+    with bootgrad.record(model) as rec:
+        losses = loss_of(model(x), target)
+    G = rec.per_sample_gradients(losses)
+    before = G.sq_norms()
+    x.mul_(2)
+    with pytest.raises(BootgradError, match="changed in place"):
+        G.gram()
+    assert torch.equal(G.sq_norms(), before)  # a value that was made already
+
+
+class InPlace(nn.Module):
+    """Products, sums and differences in place with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+        self.a, self.b, self.c = (nn.Parameter(torch.randn(4)) for _ in range(3))
+
+    def forward(self, x):
+        x = self.linear(x)
+        x *= self.a
+        x += self.b
+        x.sub_(self.c * 2)
+        return torch.tanh(x)
+
+
+def test_operations_in_place_with_a_parameter():
+    torch.manual_seed(0)
+    model = InPlace().double()
+    assert bootgrad.verify(model, lambda x: per_sample(model(x)), torch.randn(4, 3, dtype=torch.float64)).ok
+
+
+def test_weights_changed_in_place_are_refused():
+    class Clamped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x):
+            w = self.w.clone()
+            w.relu_()
+            return F.linear(x, w)
+
+    class Power(Clamped):
+        def forward(self, x):
+            return (x * 1.5).pow_(self.w[0])
+
+    with pytest.raises(BootgradError, match="clone was changed in place"), bootgrad.record(model := Clamped()):
+        model(torch.randn(4, 3))
+    with pytest.raises(BootgradError, match="pow_ uses w in place"), bootgrad.record(model := Power()):
+        model(torch.rand(4, 3))
+
+
+def test_autocast_records_what_autocast_computes():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)), torch.randn(4, 2, 5, 5)
+
+    def losses():
+        with torch.autocast("cpu", torch.bfloat16):
+            return per_sample(model(x).float())
+
+    parameters = list(model.parameters())
+    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(losses()[i], parameters)]) for i in range(4)]
+    expected = torch.stack(rows).double()
+    with bootgrad.record(model) as rec:
+        values = losses()
+    stats = rec.backward(values)
+    torch.testing.assert_close(stats.sq_norms.double(), expected.square().sum(1), rtol=3e-2, atol=0)
+    grads = torch.cat([p.grad.flatten() for p in parameters])
+    assert all(p.grad.dtype == torch.float32 for p in parameters)
+    torch.testing.assert_close(grads.double(), expected.mean(0), rtol=5e-2, atol=2e-3 * float(expected.abs().max()))
 
 
 def test_the_graph_goes_with_the_recording():

@@ -143,8 +143,13 @@ class ProductOperation(Operation):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
         weight, bias = (self.recorder.alias(t) if any(t is u for u in self.tracked) else t for t in (weight, bias))
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
         rows = x.size(0) if x.dim() else 1
-        y = RecordedProduct.apply(self, self.new_probe(rows, x), x, weight, bias)
+        with torch.autocast(device, enabled=False):
+            y = RecordedProduct.apply(self, self.new_probe(rows, x), x, weight, bias)
         self.shapes = x.shape, y.shape
         return self.attach(y)
 

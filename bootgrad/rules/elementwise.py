@@ -66,5 +66,20 @@ def _mul(recorder: Recorder, func, args, kwargs):
 
 @rule(_T.add_, _T.__iadd__)
 def _add_(recorder: Recorder, func, args, kwargs):
-    out = _add(recorder, torch.add, args, kwargs)
-    return out if out is NotImplemented else args[0].copy_(out)
+    return _in_place(_add(recorder, torch.add, args, kwargs), args[0])
+
+
+@rule(_T.sub_, _T.__isub__)
+def _sub_(recorder: Recorder, func, args, kwargs):
+    return _in_place(_sub(recorder, torch.sub, args, kwargs), args[0])
+
+
+@rule(_T.mul_, _T.__imul__)
+def _mul_(recorder: Recorder, func, args, kwargs):
+    if not _applies(recorder, *args[:2]):
+        return NotImplemented
+    return _in_place(_mul(recorder, torch.mul, (args[0].clone(), *args[1:]), kwargs), args[0])
+
+
+def _in_place(out, target: Tensor):
+    return out if out is NotImplemented or out.shape != target.shape else target.copy_(out)

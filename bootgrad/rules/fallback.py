@@ -35,6 +35,10 @@ class FallbackOperation(Operation):
                 f"{self.name} hides how it uses {names}: its per-sample gradients cannot be had. "
                 "Freeze these parameters (requires_grad_(False)), or write the recurrence with linear layers"
             )
+        if self.name.endswith("_") and (not self.name.endswith("__") or self.name.startswith("__i")):
+            raise UnsupportedError(
+                f"{self.name} uses {names} in place, and has no rule: write it as a call that returns a new tensor"
+            )
         position = {id(t): k for k, t in enumerate(self.tracked)}
         self.slots = [position.get(id(t)) if isinstance(t, Tensor) else None for t in self.leaves]
         aliases = [self.recorder.alias(t) for t in self.tracked]

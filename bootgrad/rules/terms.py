@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..errors import RecordingError
 from ..ops import product
 from ..ops.product import CovarianceTrace, LayerStatistics, Product, WeightGrad
 from ..ops.schema import accumulation_dtype
@@ -150,14 +151,26 @@ class FactoredTerm(Term):
     def batch_size(self) -> int:  # noqa: D102
         return self.x.size(0)
 
+    def __post_init__(self):
+        """Note the versions of x and gy."""
+        self._versions = self.x._version, self.gy._version
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(x, gy), which must be as they were when the term was made."""
+        if self._versions != (self.x._version, self.gy._version):
+            raise RecordingError(
+                "an input of a recorded layer was changed in place since the per-sample gradients were made: clone it first"
+            )
+        return self.x, self.gy
+
     def map(self, function):  # noqa: D102
-        return FactoredTerm(self.product, function(self.x), function(self.gy), self.shape, self.inner)
+        return FactoredTerm(self.product, *map(function, self.pair()), self.shape, self.inner)
 
     @functools.cached_property
     def visit(self) -> LayerStatistics:
         """Σ G_i and ‖G_i‖² in one visit, values without a graph."""
         with torch.no_grad():
-            return self.product.statistics(self.x.detach(), self.gy.detach(), None)
+            return self.product.statistics(*(t.detach() for t in self.pair()), None)
 
     @property
     def differentiable(self) -> bool:
@@ -165,27 +178,27 @@ class FactoredTerm(Term):
         return torch.is_grad_enabled() and (self.x.requires_grad or self.gy.requires_grad)
 
     def rows(self, start, stop):  # noqa: D102
-        return self.product.rows(self.x[start:stop], self.gy[start:stop]).reshape(-1, *self.shape)
+        return self.product.rows(*(t[start:stop] for t in self.pair())).reshape(-1, *self.shape)
 
     def sq_norms(self, center=None):  # noqa: D102
         if center is None and not self.differentiable:
             return self.visit.sq_norms
         center = None if center is None else center.reshape(self.inner)
-        return product.sq_norms(self.product, self.x, self.gy, center)
+        return product.sq_norms(self.product, *self.pair(), center)
 
     def covariance(self, mean):  # noqa: D102
         mean = mean.detach().to(accumulation_dtype(self.x.dtype)).reshape(self.inner)
-        return CovarianceTrace.apply(self.product, self.x, self.gy, mean)
+        return CovarianceTrace.apply(self.product, *self.pair(), mean)
 
     def jvp(self, v):  # noqa: D102
-        return product.jvp(self.product, self.x, self.gy, v.reshape(self.inner))
+        return product.jvp(self.product, *self.pair(), v.reshape(self.inner))
 
     def weighted_sum(self, w):  # noqa: D102
         if w is not None:
-            return product.weighted_sum(self.product, self.x, self.gy, w).reshape(self.shape)
+            return product.weighted_sum(self.product, *self.pair(), w).reshape(self.shape)
         total = self.visit.weight_grad
         if self.differentiable:
-            total = WeightGrad.apply(self.product, self.x, self.gy, total.dtype, total)
+            total = WeightGrad.apply(self.product, *self.pair(), total.dtype, total)
         return total.reshape(self.shape)
 
     def select(self, index):  # noqa: D102
