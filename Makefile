@@ -29,8 +29,8 @@ help:
 	@echo 'make clean     remove all that these make, the environment too'
 
 demo: $(VENV)/.demo
-	$(BIN)/bootgrad compare --data digits --train-size 256 --batch-size 64 --lr 0.02 --epochs 60 --reg1 0.01 --reg2 0.01 \
-		--center ema --out demo --overwrite
+	$(BIN)/bootgrad compare --data digits --train-size 256 --batch-size 32 --epochs 40 --lr 0.0005 \
+		--reg1 0.01 --reg2 0.03 --center ema --out demo --overwrite
 
 test: lint
 	$(BIN)/pytest -m "not slow"

@@ -61,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", _train, "train the reference CNN and measure its gradients' noise")
     _add_settings(train)
     train.add_argument("--out", metavar="DIR", help="folder of the run; default: run, or the checkpoint's folder")
-    train.add_argument(
+    either = train.add_mutually_exclusive_group()
+    either.add_argument(
         "--resume", nargs="?", const="", metavar="CKPT", help="go on from a checkpoint; default: that in --out"
     )
     either.add_argument("--overwrite", action="store_true", help="replace a run that --out holds")
@@ -160,8 +161,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise
     except Exception as error:  # the user's own code may raise anything
         raise ArgumentError(
-            f"the model of {arguments.model} fails on an input {(arguments.batch, *shape)} ({type(error).__name__}: {error}): "
-            "give --input the shape of one sample"
+            f"the model of {arguments.model} fails on an input {(arguments.batch, *shape)} "
+            f"({type(error).__name__}: {error}): give --input the shape of one sample"
         ) from error
     print(f"{arguments.model}: batch {arguments.batch}, input {'×'.join(map(str, shape))}; counts are per sample\n")
     print(planning.format_table(recording.plan()))
@@ -199,10 +200,14 @@ def _load_model(text: str):
 
 def _info(arguments: argparse.Namespace) -> int:
     from .ops.library import build_info
-    from .training.environment import versions
+    from .training.environment import processor_name, versions
 
-    for name, value in {**versions(), **build_info()}.items():
-        print(f"{name:20} {'not installed' if value is None else value}")
+    for name, value in {**versions(), "processor": processor_name()}.items():
+        print(f"{name:14}{'not installed' if value is None else value}")
+    for library in build_info():
+        built = "built" if library.built else "not built"
+        used = f"loaded and used{f' ({library.isa})' if library.isa else ''}" if library.loaded else "not used"
+        print(f"{library.name:14}{', '.join(dict.fromkeys(filter(None, (built, used, library.reason))))}")
     return 0
 
 

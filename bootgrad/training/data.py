@@ -1,6 +1,6 @@
 """Image data sets for training, as tensors: N images (N, C, H, W), standardized per channel, and labels (N,).
 
-Every source is brought to uint8 first and goes through the same checks; mean and deviation are those of the training set.
+Every source is brought to uint8 first and goes through the same checks. Mean and deviation are the training set's.
 """
 
 import zlib
@@ -41,8 +41,8 @@ def load(source: str, *, root: str = "data") -> ImageData:
     """Load images by name.
 
     Args:
-        source: ``digits`` (scikit-learn's, no download), ``torchvision:NAME``, the path of an NPZ file in the Keras layout,
-            or of a folder with the four IDX files of MNIST.
+        source: ``digits`` (scikit-learn's, no download), ``torchvision:NAME``, the path of an NPZ file in the Keras
+            layout, or of a folder with the four IDX files of MNIST.
         root: folder in which torchvision keeps its downloads.
 
     Returns:
@@ -66,8 +66,8 @@ def load(source: str, *, root: str = "data") -> ImageData:
             raise
         raise DataError(f"{source!r} is no path that can be read: {error}") from error
     raise DataError(
-        f"there is no data set {source!r}: --data takes digits, torchvision:NAME, an NPZ file (x_train, y_train, x_test, "
-        "y_test) or a folder of IDX files; no file or folder of that name exists"
+        f"there is no data set {source!r}: --data takes digits, torchvision:NAME, an NPZ file (x_train, y_train, "
+        "x_test, y_test) or a folder of IDX files; no file or folder of that name exists"
     )
 
 

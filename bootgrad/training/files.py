@@ -1,8 +1,8 @@
 """Image files as strangers ship them: NPZ in the Keras layout, IDX as MNIST has it.
 
-Both readers return uint8 images (N, H, W, C) and int64 labels (N,), for training and for testing, and trust nothing that
-a file says of itself: a size is compared with the bytes that are there before memory is asked for, pickled objects are
-never loaded, and whatever is wrong becomes a `DataError` that says what was expected, what came and what to do.
+Both readers return uint8 images (N, H, W, C) and int64 labels (N,), for training and for testing, and trust nothing
+that a file says of itself: a size is compared with the bytes that are there before memory is asked for, pickled objects
+are never loaded, and whatever is wrong becomes a `DataError` that says what was expected, what came and what to do.
 """
 
 import gzip
@@ -77,7 +77,8 @@ def check_images(
     x_test, y_test = _check_split(x_test, y_test, "test", origin)
     if x_train.shape[1:] != x_test.shape[1:]:
         raise DataError(
-            f"x_train and x_test in {origin} must hold images of one shape; got {x_train.shape[1:]} and {x_test.shape[1:]}"
+            f"x_train and x_test in {origin} must hold images of one shape; "
+            f"got {x_train.shape[1:]} and {x_test.shape[1:]}"
         )
     classes = int(y_train.max()) + 1
     if not 2 <= classes <= MAX_CLASSES:
@@ -97,7 +98,8 @@ def _check_split(x: np.ndarray, y: np.ndarray, split: str, origin: str) -> tuple
     name = f"x_{split} in {origin}"
     if x.dtype != np.uint8:
         raise DataError(
-            f"{name} must be uint8 in 0…255; got {x.dtype}: convert it, for images in 0…1 by (255 * x).round().astype('uint8')"
+            f"{name} must be uint8 in 0…255; got {x.dtype}: convert it, "
+            "for images in 0…1 by (255 * x).round().astype('uint8')"
         )
     if x.ndim == 3:
         x = x[..., None]

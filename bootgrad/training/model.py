@@ -4,7 +4,7 @@ from torch import nn
 
 
 def reference_cnn(image_shape: tuple[int, int, int], classes: int) -> nn.Sequential:
-    """Three 3×3 convolutions of 32, 64 and 64 channels, the first two pooled by 2, then layers of 128 and ``classes`` units.
+    """Three 3×3 convolutions of 32, 64 and 64 channels, two of them pooled, then 128 and ``classes`` units.
 
     Args:
         image_shape: (C, H, W) of one image, H and W at least 4.

@@ -1,0 +1,100 @@
+"""Pictures of runs: loss, Γ and noise scale over steps.
+
+Colours are Okabe and Ito's, told apart by people who see red and green alike; runs differ in line style too.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from .checkpoint import replacing
+from .history import History
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+STYLES = ("-", "--", "-.", ":")
+_GAMMA = ("Covariance trace Γ of the per-sample gradients", "loss² / parameter²")
+_NOISE = ("Gradient noise scale, averaged over steps", "samples")
+
+
+def draw_run(history: History, title: str, path: Path) -> None:
+    """Draw one run's losses, Γ and noise scale, one below the other."""
+    figure, axes = _figure(3, 1, (8, 9))
+    steps, epochs = history.steps, history.epochs
+    for ax, column, colour in ((axes[0], "loss", COLOURS[0]), (axes[1], "covariance_trace", COLOURS[2])):
+        ax.plot(steps["step"], steps[column], color=colour, alpha=0.3, linewidth=1, label="each batch")
+        ax.plot(steps["step"], smooth(steps[column]), color=colour, label="smoothed")
+    axes[0].plot(epochs["step"], epochs["test_loss"], color=COLOURS[1], marker="o", markersize=4, label="test images")
+    axes[2].plot(steps["step"], _finite(steps["noise_scale"]), color=COLOURS[3], label="noise scale")
+    labels = (("Mean loss", "nats"), _GAMMA, _NOISE)
+    for ax, (name, unit) in zip(axes, labels, strict=True):
+        _finish(ax, name, unit)
+        ax.legend()
+    axes[2].set_xlabel("step")
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def draw_comparison(runs: Mapping[str, History], title: str, path: Path) -> None:
+    """Draw several runs over each other: training loss, test loss, Γ, noise scale; one legend for all."""
+    figure, axes = _figure(2, 2, (11, 7.5))
+    for (name, history), colour, style in zip(runs.items(), COLOURS, STYLES, strict=False):
+        steps, epochs = history.steps, history.epochs
+        line = {"color": colour, "linestyle": style, "linewidth": 1.8}
+        axes[0].plot(steps["step"], smooth(steps["loss"]), label=name, **line)
+        axes[1].plot(epochs["step"], epochs["test_loss"], **line)
+        axes[2].plot(steps["step"], smooth(steps["covariance_trace"]), **line)
+        axes[3].plot(steps["step"], _finite(steps["noise_scale"]), **line)
+    labels = (("Training loss, smoothed", "nats"), ("Test loss", "nats"), (_GAMMA[0] + ", smoothed", _GAMMA[1]), _NOISE)
+    for ax, (name, unit) in zip(axes, labels, strict=True):
+        _finish(ax, name, unit)
+    for ax in axes[2:]:
+        ax.set_xlabel("step")
+    figure.suptitle(title)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), frameon=False)
+    _save(figure, path)
+
+
+def smooth(values: list[float], decay: float = 0.8) -> list[float]:
+    """Bias-corrected exponential running mean; geometric where all are positive, as suits a logarithmic axis."""
+    geometric = all(value > 0 for value in values)
+    out, total, weight = [], 0.0, 0.0
+    for value in values:
+        total = decay * total + (1 - decay) * (math.log(value) if geometric else value)
+        weight = decay * weight + (1 - decay)
+        out.append(math.exp(total / weight) if geometric else total / weight)
+    return out
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
+
+
+def _finish(ax, title: str, unit: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    values = [v for line in ax.get_lines() for v in line.get_ydata() if v > 0]
+    if values:
+        ax.set_yscale("log")
+        decades = math.log10(max(values) / min(values))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,)))
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_title(title, fontsize="medium")
+    ax.set_ylabel(unit)
+    ax.grid(True, which="both", alpha=0.25)
+    ax.margins(x=0.02)
+
+
+def _finite(values: list[float]) -> list[float]:
+    """The values, with gaps where they are not finite."""
+    return [value if math.isfinite(value) else math.nan for value in values]
+
+
+def _save(figure, path: Path) -> None:
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=110)

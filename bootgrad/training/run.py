@@ -1,0 +1,257 @@
+"""Runs in folders: train with a progress bar, write what was measured, stop on Ctrl-C and go on again.
+
+A folder holds ``checkpoint.pt`` (after each epoch, and when interrupted), ``run.csv`` (a row per step), ``run.json``
+(settings, versions, device, epochs) and ``run.png``.
+"""
+
+import datetime
+import json
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+
+import bootgrad
+
+from ..errors import ArgumentError, DataError
+from . import checkpoint, tables
+from .data import load
+from .environment import device_info, versions
+from .figures import draw_comparison, draw_run
+from .history import EPOCH_COLUMNS, finite, write_csv
+from .loop import Trainer, TrainingError
+from .settings import SETTING_NAMES, Settings
+
+CHECKPOINT = "checkpoint.pt"
+MAY_CHANGE = (
+    "epochs",
+    "threads",
+    "device",
+    "data",
+    "data_root",
+)  # between a checkpoint and the run that goes on from it
+VARIANT_NAMES = ("plain", "Reg1", "Reg1 + Reg2")
+_CHECKED_SAMPLES = 4
+_MOST_ROWS = 20  # of a run's table on the terminal
+_WIDTHS = [max(10, len(name)) for name in tables.EPOCH_HEADER]
+
+
+class Interruption:
+    """A context in which the first Ctrl-C is only noted, to be obeyed after the step; the second one acts as ever."""
+
+    requested = False
+
+    def __enter__(self):
+        """Take over SIGINT, where this thread may."""
+        self._before = None
+        is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        if threading.current_thread() is threading.main_thread() and not is_ignored:
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *exc):
+        """Give SIGINT back."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number, frame):
+        self.requested = True
+        signal.signal(signal.SIGINT, self._before)
+
+
+def train(
+    options: Mapping[str, Any],
+    out: Path,
+    *,
+    resume: Path | None = None,
+    overwrite: bool = False,
+    check: bool = False,
+    say: Callable[[str], None] = print,
+) -> tuple[Trainer, bool]:
+    """Train into the folder ``out``, from the start or from a checkpoint.
+
+    Args:
+        options: settings by name, those that were given; others come from the checkpoint or are the defaults.
+        out: folder of the run, made if need be.
+        resume: checkpoint to go on from.
+        overwrite: start anew even if the folder holds a checkpoint.
+        check: compare the library with plain autograd on a few images first, and print the table.
+        say: prints a line.
+
+    Returns:
+        The run, and whether it came to its end; if not, it was interrupted and its checkpoint is in the folder.
+
+    Raises:
+        BootgradError: bad options, data or checkpoint.
+    """
+    from tqdm import tqdm
+
+    state = None if resume is None else checkpoint.read(resume)
+    settings = Settings(**options) if state is None else _resumed_settings(state["settings"], options)
+    data = load(settings.data, root=settings.data_root)
+    trainer = Trainer(settings, data)
+    if state is not None:
+        trainer.load_state_dict(state)
+    _prepare_folder(out, may_hold_run=overwrite or resume is not None)
+    say(_describe(trainer))
+    if check:
+        _verify(trainer)
+    checkpoint.save(out / CHECKPOINT, trainer.state_dict())
+    steps = settings.epochs * trainer.steps_per_epoch
+    done = len(trainer.history.steps)
+    with (
+        Interruption() as interruption,
+        tqdm(total=steps, initial=done, unit="step", leave=False, disable=None) as bar,
+    ):
+        rows_apart = -(-settings.epochs // _MOST_ROWS)
+        bar.write(tables.line(tables.EPOCH_HEADER, _WIDTHS))
+        while not trainer.is_finished and not interruption.requested:
+            try:
+                finished = trainer.run_epoch(lambda: interruption.requested, lambda row: _show(bar, row))
+            finally:
+                trainer.history.write_csv(out / "run.csv")
+            checkpoint.save(out / CHECKPOINT, trainer.state_dict())
+            if finished and (trainer.epoch % rows_apart == 0 or trainer.is_finished):
+                bar.write(tables.line(tables.epoch_cells(trainer.history.epochs.row(-1)), _WIDTHS))
+        _write(trainer, out)
+    return trainer, trainer.is_finished
+
+
+def compare(
+    options: Mapping[str, Any],
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Train plainly, with Reg1, and with Reg1 and Reg2, from one seed, and draw and tabulate the runs side by side.
+
+    Args:
+        options: settings by name; ``reg1`` and ``reg2`` are those of the variants that have them.
+        out: folder of ``comparison.png``, ``comparison.csv`` and one folder per variant.
+        resume: go on with each variant's run that is there.
+        overwrite: start anew.
+        say: prints a line.
+
+    Returns:
+        Whether all came to their end.
+    """
+    penalties = ({"reg1": 0.0, "reg2": 0.0}, {"reg2": 0.0}, {})
+    runs = {}
+    for name, penalty in zip(VARIANT_NAMES, penalties, strict=True):
+        folder = out / name.lower().replace(" + ", "_")
+        before = folder / CHECKPOINT
+        say(f"\n{name}")
+        given = {**options, **penalty}
+        going_on = before if resume and before.is_file() else None
+        runs[name], finished = train(given, folder, resume=going_on, overwrite=overwrite, say=say)
+        if not finished:
+            return False
+    header = ("variant", *tables.EPOCH_HEADER[1:])
+    rows = [(name, *tables.epoch_cells(run.history.epochs.row(-1))[1:]) for name, run in runs.items()]
+    say("\n" + tables.table(header, rows))
+    trainer = runs[VARIANT_NAMES[-1]]
+    s = trainer.settings
+    title = f"{s.data}, {trainer.images} training images, batch {s.batch_size}: {s.penalty}"
+    draw_comparison({name: run.history for name, run in runs.items()}, title, out / "comparison.png")
+    _write_comparison(runs, out / "comparison.csv")
+    say(f"\nwritten: {out / 'comparison.png'}, {out / 'comparison.csv'} and a folder per variant")
+    return True
+
+
+def _resumed_settings(stored: Any, given: Mapping[str, Any]) -> Settings:
+    """The checkpoint's settings, with those given that may change."""
+    if not isinstance(stored, dict) or set(stored) != set(SETTING_NAMES):
+        raise DataError("the checkpoint's settings are not those of bootgrad train: start anew")
+    for name, value in given.items():
+        if name not in MAY_CHANGE and value != stored[name]:
+            option = name.replace("_", "-")
+            raise ArgumentError(
+                f"--{option} {value} differs from the checkpoint's {stored[name]}: leave it out, or start a new run"
+            )
+    return Settings(**{**stored, **given})
+
+
+def _prepare_folder(out: Path, may_hold_run: bool) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        exists = (out / CHECKPOINT).exists()
+    except (OSError, ValueError) as error:
+        raise DataError(f"--out {out} cannot be made or entered ({error}): choose another folder") from error
+    if exists and not may_hold_run:
+        raise ArgumentError(
+            f"--out {out} holds a run already: go on with it by --resume, replace it by --overwrite, "
+            "or choose another folder"
+        )
+
+
+def _describe(trainer: Trainer) -> str:
+    s, data = trainer.settings, trainer.data
+    c, h, w = data.image_shape
+    size = sum(p.numel() for p in trainer.model.parameters())
+    begun = f", going on after step {len(trainer.history.steps)}" if len(trainer.history.steps) else ""
+    return (
+        f"{s.data}: {trainer.images} + {len(data.y_test)} images {h}×{w}×{c}, {data.classes} classes; CNN of {size:,} "
+        f"parameters on {s.device}; {s.penalty}; batch {s.batch_size}, seed {s.seed}{begun}"
+    )
+
+
+def _show(bar, row: dict[str, float]) -> None:
+    bar.set_postfix(
+        loss=tables.number(row["loss"], 3),
+        Γ=tables.number(row["covariance_trace"], 3),
+        noise=tables.number(row["noise_scale"], 3),
+        refresh=False,
+    )
+    bar.update()
+
+
+def _verify(trainer: Trainer) -> None:
+    x, y = (t[:_CHECKED_SAMPLES].to(trainer.device) for t in (trainer.data.x_train, trainer.data.y_train))
+    if not bootgrad.verify(trainer.model, lambda x, y: F.cross_entropy(trainer.model(x), y, reduction="none"), x, y).ok:
+        raise TrainingError("bootgrad differs from plain autograd on these images: see the table above, and report it")
+
+
+def _write(trainer: Trainer, out: Path) -> None:
+    s = trainer.settings
+    trainer.history.write_csv(out / "run.csv")
+    ours, plain = trainer.cost
+    record = {
+        "status": "finished" if trainer.is_finished else "interrupted",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "settings": s.as_dict(),
+        "seed": s.seed,
+        "data": {
+            "image_shape": list(trainer.data.image_shape),
+            "classes": trainer.data.classes,
+            "train": trainer.images,
+            "test": len(trainer.data.y_test),
+            "fingerprint": trainer.data.fingerprint,
+        },
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "device": device_info(trainer.device),
+        "versions": versions(),
+        "steps": len(trainer.history.steps),
+        "epochs": trainer.history.epoch_rows(),
+        "noise_scale": finite(trainer.noise_scale.value),
+        "noise_scale_reason": trainer.noise_scale.reason,
+        "seconds_per_step": {
+            "this": finite(ours),
+            "plain": finite(plain),
+            "ratio": finite(ours / plain),
+            "pairs": len(trainer.pairs),
+        },
+    }
+    with checkpoint.replacing(out / "run.json") as file:
+        file.write((json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    if len(trainer.history.steps):
+        draw_run(trainer.history, f"{s.data}, {s.penalty}, batch {s.batch_size}", out / "run.png")
+
+
+def _write_comparison(runs: Mapping[str, Trainer], path: Path) -> None:
+    rows = [[name, *run.history.epochs.fields(k)] for name, run in runs.items() for k in range(len(run.history.epochs))]
+    write_csv(path, ["variant", *EPOCH_COLUMNS], rows)
