@@ -80,14 +80,25 @@ def _check_differentiable(G: PerSampleGradients, name: str) -> None:
         )
 
 
+_FIRST_STEP = {
+    "reg1": "reg1 was taken about the batch mean: its center knows nothing before the first step",
+    "reg2": "reg2 was left out: its center knows nothing before the first step",
+}
+
+
+def _sq_norm(tensors) -> Tensor:
+    """Σ ‖t‖² over tensors, in float64."""
+    return sum(torch.linalg.vector_norm(t).double().square() for t in tensors)
+
+
 @dataclass(frozen=True)
 class Report:
     """What one step of a `GradientRegularizer` saw; detached, and about the loss gradient, never the penalized one.
 
     Attributes:
         loss: mean loss without penalty, ().
-        reg1: Reg1 without λ₁, (), or None when it was left out.
-        reg2: Reg2 without λ₂, (), or None when it was left out.
+        reg1: Reg1 without λ₁, ().
+        reg2: Reg2 without λ₂, (), or None where there is no center to measure it from.
         covariance_trace: Γ of the batch, ().
         mean_sq_norm: (1/B) Σ ‖g_i‖², ().
         sq_mean_norm: ‖ḡ‖², ().
@@ -97,7 +108,7 @@ class Report:
     """
 
     loss: Tensor
-    reg1: Tensor | None
+    reg1: Tensor
     reg2: Tensor | None
     covariance_trace: Tensor
     mean_sq_norm: Tensor
@@ -229,27 +240,15 @@ class GradientRegularizer:
         leaves = [*reach.parameters.values(), *reach.other_leaves]
         notes = []
         total = losses.mean()
-        report: dict[str, Tensor | None] = {"reg1": None, "reg2": None}
-        with torch.no_grad():
-            norms, mean = G.sq_norms(), G.mean()
-        directions: list[tuple[Center, float]] = []
+        penalties: dict[str, Tensor] = {}
         for name, function in (("reg1", reg1), ("reg2", reg2)):
             strength, c, center = strengths[name], centers[name], self.centers[name]
-            if c is None and not isinstance(center, BatchMean):
-                notes.append(
-                    "reg1 was taken about the batch mean: its center knows nothing before the first step"
-                    if name == "reg1"
-                    else "reg2 was left out: its center knows nothing before the first step"
-                )
-            if name == "reg2" and c is None:
-                continue
-            with torch.set_grad_enabled(strength != 0):
-                value = function(G, c)
-            report[name] = value.detach()
-            if strength:
-                total = total + strength * value
-                if c is not None:
-                    directions.append((center, strength))
+            if strength and c is None and not isinstance(center, BatchMean):
+                notes.append(_FIRST_STEP[name])
+            if strength and (name == "reg1" or c is not None):
+                penalties[name] = function(G, c)
+                total = total + strength * penalties[name]
+        report, mean = self._report(G, losses, centers, penalties, notes)
         try:
             grads = list(torch.autograd.grad(total, leaves, allow_unused=True))
         except RuntimeError as error:
@@ -259,25 +258,36 @@ class GradientRegularizer:
                 ) from error
             raise
         recording.release()
-        self._add_center_derivatives(reach, grads, mean, centers, directions)
-        sq_mean = sum(g.double().square().sum() for g in mean.values()).to(norms.dtype)
-        covariance = report["reg1"] if centers["reg1"] is None else difference(norms, sq_mean)
-        moments = (covariance, norms.mean(), sq_mean, G.batch_size)
-        return Report(losses.detach().mean(), report["reg1"], report["reg2"], *moments, self.method, tuple(notes)), leaves, grads, mean
+        for name in penalties:
+            if centers[name] is not None:
+                self._add_center_derivative(reach, grads, mean, centers[name], self.centers[name], strengths[name])
+        return report, leaves, grads, mean
 
-    def _add_center_derivatives(self, reach, grads, mean, centers, directions) -> None:
-        """Both penalties' derivative by c is −2 λ (ḡ − c); a differentiable center takes it on to θ."""
-        for center, strength in directions:
-            c = centers["reg1"] if center is self.centers["reg1"] else centers["reg2"]
-            extra = center.derivative(dict(self._parameters()), {n: mean[n] - c[n] for n in mean})
-            if extra is None:
-                continue
-            for k, name in enumerate(reach.parameters):
-                step = -2 * strength * extra[name]
-                grads[k] = step if grads[k] is None else grads[k] + step
+    @torch.no_grad()
+    def _report(self, G: PerSampleGradients, losses: Tensor, centers, penalties, notes) -> tuple[Report, dict[str, Tensor]]:
+        """The report, and ḡ. A penalty that was not taken follows from (1/B) Σ ‖g_i − c‖² = Γ + ‖ḡ − c‖²."""
+        mean = G.mean()
+        sq_mean = _sq_norm(mean.values())
+        distance = {name: None if c is None else _sq_norm(g - c[n] for n, g in mean.items()) for name, c in centers.items()}
+        values = {name: value.detach() for name, value in penalties.items()}
+        if "reg1" in values:
+            about = 0.0 if distance["reg1"] is None else distance["reg1"]
+            covariance = (values["reg1"].double() - about).clamp(min=0)
+        else:
+            covariance = difference(G.sq_norms().double(), sq_mean)
+            values["reg1"] = covariance + (0.0 if distance["reg1"] is None else distance["reg1"])
+        values.setdefault("reg2", distance["reg2"])
+        dtype = losses.dtype
+        reg1, reg2 = (None if v is None else v.to(dtype) for v in (values["reg1"], values["reg2"]))
+        moments = (t.to(dtype) for t in (covariance, covariance + sq_mean, sq_mean))
+        return Report(losses.detach().mean(), reg1, reg2, *moments, G.batch_size, self.method, tuple(notes)), mean
 
-    def _parameters(self) -> dict[str, Tensor]:
-        return named_parameters(self.model)
+    def _add_center_derivative(self, reach, grads, mean, c, center: Center, strength: float) -> None:
+        """A penalty's derivative by c is −2 λ (ḡ − c); a differentiable center takes it on to θ."""
+        extra = center.derivative(named_parameters(self.model), {n: mean[n] - c[n] for n in mean})
+        for k, name in enumerate(reach.parameters if extra is not None else ()):
+            step = -2 * strength * extra[name]
+            grads[k] = step if grads[k] is None else grads[k] + step
 
     def _strength(self, name: str, strength: Strength) -> float:
         value = strength(self.step) if callable(strength) else strength

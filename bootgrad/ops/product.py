@@ -172,6 +172,8 @@ def weighted_sum(product: Product, x: Tensor, gy: Tensor, w: Tensor | None = Non
 def sq_norms(product: Product, x: Tensor, gy: Tensor, center: Tensor | None = None) -> Tensor:
     """‖G_i − c‖², (B,), c = 0 when absent; differentiable to any order, by the center too."""
     center = None if center is None else center.to(accumulation_dtype(x.dtype))
+    if not torch.is_grad_enabled():
+        return product.sq_norms(x, gy, center)
     return SqNorms.apply(product, x, gy, center)
 
 
