@@ -121,11 +121,16 @@ for x, gy in (z(2, 1, 3), z(2, 4)), (z(2, 3), z(3, 4)), (z(2, 3), z(2, 4).double
 """
 
 
+# What torch's own build command forbids, so that kernels do not lean on implicit conversions.
+STRICT = ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
+
+
 def compile_launcher(object_file: Path, code: str, *flags: str | Path) -> str:
     """Compile the launcher against torch's headers; returns what ptxas reports."""
     return run(
         [
             *("nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC", "-gencode", code, *flags),
+            *(f"-D__CUDA_NO_{name}__" for name in STRICT),
             *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{INCLUDE}", "-isystem", TORCH_INCLUDE),
             *("-c", ROOT / f"csrc/cuda/{STEM}.cu", "-o", object_file),
         ]

@@ -1,4 +1,4 @@
-"""`bootgrad.kernels` for the tests: the installed package, or the checkout's folder ``kernels`` if none is."""
+"""`bootgrad.kernels` for the tests: this checkout's folder ``kernels``, installed or not."""
 
 import importlib
 import importlib.util
@@ -10,22 +10,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_kernels() -> ModuleType:
-    """Import `bootgrad.kernels`."""
-    try:
-        return importlib.import_module("bootgrad.kernels")
-    except ModuleNotFoundError as error:
-        if error.name not in ("bootgrad", "bootgrad.kernels"):
-            raise
-    folder = ROOT / "kernels"
-    spec = importlib.util.spec_from_file_location(
-        "bootgrad.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """`bootgrad.kernels`, imported once."""
+    name, folder = "bootgrad.kernels", ROOT / "kernels"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def load_kernel(stem: str) -> ModuleType:
-    """Import `bootgrad.kernels.<stem>`."""
-    load_kernels()
-    return importlib.import_module(f"bootgrad.kernels.{stem}")
+    """`bootgrad.kernels.<stem>`."""
+    return importlib.import_module(f"{load_kernels().__name__}.{stem}")

@@ -50,7 +50,7 @@ __device__ __forceinline__ Chunk<T> load_chunk(const T* row, int64_t start, int6
   Chunk<T> chunk;
 #pragma unroll
   for (int j = 0; j < Chunk<T>::kSize; ++j) {
-    chunk.values[j] = start + j < length ? row[(start + j) * stride] : T(0.0f);
+    chunk.values[j] = start + j < length ? row[(start + j) * stride] : T();
   }
   return chunk;
 }
