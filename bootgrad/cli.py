@@ -165,7 +165,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             f"({type(error).__name__}: {error}): give --input the shape of one sample"
         ) from error
     print(f"{arguments.model}: batch {arguments.batch}, input {'×'.join(map(str, shape))}; counts are per sample\n")
-    print(planning.format_table(recording.plan()))
+    print(planning.format_table(recording.plan(arguments.batch)))
     return 0
 
 
@@ -189,7 +189,7 @@ def _load_model(text: str):
         spec.loader.exec_module(module)
         make = getattr(module, function, None)
         model = make() if callable(make) else None
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise ArgumentError(f"{text} could not be run ({type(error).__name__}: {error})") from error
     if make is None:
         raise ArgumentError(f"{file} has no function {function!r}")

@@ -69,7 +69,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float]):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
 
@@ -78,9 +78,9 @@ def _finish(ax, title: str, unit: str) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     values = [v for line in ax.get_lines() for v in line.get_ydata() if v > 0]
-    if values:
+    decades = math.log10(max(values) / min(values)) if values else 0
+    if decades > 0.7:
         ax.set_yscale("log")
-        decades = math.log10(max(values) / min(values))
         ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,)))
         ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
@@ -97,4 +97,4 @@ def _finite(values: list[float]) -> list[float]:
 
 def _save(figure, path: Path) -> None:
     with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+        figure.savefig(file, format="png", dpi="figure")

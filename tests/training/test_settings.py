@@ -1,0 +1,56 @@
+"""Settings: what is accepted, and refusals in the words of the command line."""
+
+import pytest
+import torch
+
+from bootgrad import BootgradError
+from bootgrad.training.settings import SETTING_NAMES, Settings
+
+NAN, INF = float("nan"), float("inf")
+
+BAD = [
+    *[(name, value) for name in ("reg1", "reg2", "lr", "momentum") for value in (-1e-9, NAN, INF, -INF, True, "1", None)],
+    ("lr", 0.0),
+    ("momentum", 1.0),
+    *[(name, value) for name in ("epochs", "batch_size") for value in (0, -1, 1.0, None, "1", True)],
+    ("batch_size", 1),
+    *[(name, value) for name in ("train_size", "threads") for value in (0, -3, 2.5, "all")],
+    ("threads", 5000),
+    *[("seed", value) for value in (-1, 1 << 63, 0.5, None)],
+    *[("center", value) for value in ("", "mean", "ema,", "ema,ema,ema", ",", None, 3)],
+    *[("optimizer", value) for value in ("", "lion", None, [])],
+    *[("device", value) for value in ("", "gpu", "cuda:x", "meta", "cuda:99", None)],
+    ("data", None),
+    ("data_root", 7),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_bad_values_are_refused_by_option(name, value):
+    with pytest.raises(BootgradError, match=f"^--{name.replace('_', '-')} ") as caught:
+        Settings(**{name: value})
+    assert isinstance(caught.value, ValueError)
+    assert "\n" not in str(caught.value)
+
+
+def test_reg2_needs_a_center_other_than_the_batch_mean():
+    for center in ("batch_mean", "ema,batch_mean"):
+        with pytest.raises(BootgradError, match="identically zero.*--center ema"):
+            Settings(reg2=0.1, center=center)
+    assert Settings(reg2=0.1, center="batch_mean,ema").centers == {"reg1": "batch_mean", "reg2": "ema"}
+    assert Settings(reg2=0.1, center="window").centers == {"reg1": "window", "reg2": "window"}
+
+
+def test_plainness_and_words():
+    assert Settings().is_plain and Settings().penalty == "plain"
+    regularized = Settings(reg1=0.125, reg2=0.5, center="ema")
+    assert not regularized.is_plain and regularized.penalty == "λ₁ = 0.125, λ₂ = 0.5, center ema"
+    assert Settings(**regularized.as_dict()) == regularized
+    assert tuple(regularized.as_dict()) == SETTING_NAMES
+
+
+def test_a_cuda_device_that_is_there_is_accepted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert Settings(device="cuda:1").device == "cuda:1"
+    with pytest.raises(BootgradError, match="torch sees 2 CUDA devices"):
+        Settings(device="cuda:2")
