@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bootgrad import reference
 from bootgrad.ops import schema
@@ -167,6 +168,46 @@ def test_eager_chunks_add_up(monkeypatch, name):
         for budget in (1, 12_000, 2**30):
             monkeypatch.setitem(eager.CHUNK_BYTES, "cpu", budget)
             check("eager", name, case, getattr(eager, name)(*arguments(name, case, path)), path)
+
+
+class LargestResult(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for t in results if isinstance(results, tuple | list) else (results,):
+            if isinstance(t, torch.Tensor) and not func.is_view and not t.is_meta:
+                self.bytes = max(self.bytes, t.numel() * t.element_size())
+        return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@over_paths(LINEAR_OPS + CONV_OPS)
+def test_eager_holds_a_chunk_and_not_the_batch(monkeypatch, name, path, dtype):
+    """Neither B×P, nor all patches, nor a float32 copy of a half-precision batch: they would be 4, 9 and 2 times x."""
+    if name in LINEAR_OPS:
+        case = linear_case(256, 12, 48, 48, dtype)
+    else:
+        case = conv_case(256, 16, (6, 6), 16, (3, 3), (1, 1), (1, 1), (1, 1), 1, dtype)
+    budget = case.x.numel() * case.x.element_size() // 2
+    monkeypatch.setitem(eager.CHUNK_BYTES, "cpu", budget)
+    with LargestResult() as largest:
+        results = getattr(eager, name)(*arguments(name, case, path))
+    results = results if isinstance(results, tuple) else (results,)
+    assert largest.bytes <= max(budget, *(t.numel() * t.element_size() for t in results))
+
+
+@pytest.mark.parametrize("name", LINEAR_OPS + CONV_OPS)
+def test_eager_keeps_no_graph(name):
+    case = laid_out(name, torch.float32, lambda t: t)
+    for t in case.tensors():
+        t.requires_grad_()
+    results = getattr(eager, name)(*arguments(name, case))
+    assert not any(t.requires_grad for t in (results if isinstance(results, tuple) else (results,)))
 
 
 OPCHECK_LAYOUTS = {"contiguous": lambda t: t} | {k: LAYOUTS[k] for k in ("transposed", "channels last", "samples last")}
