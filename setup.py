@@ -193,7 +193,7 @@ setup(
             include_dirs=["csrc/include"],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("NDEBUG", None)],
             libraries=["torch", "torch_cpu", "c10"],
-            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"],
+            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0"],
         )
     ],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},

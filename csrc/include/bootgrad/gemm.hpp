@@ -75,24 +75,27 @@ void slab(int64_t M, int64_t K, const Gathered<T>& a, const T* b, int64_t ldb, i
   }
 }
 
-// N is counted in whole vectors; columns beyond the matrix are zeros of B.
+// Columns beyond N, up to a whole vector, are zeros of B or left out by the epilogue. With `key`, ascending over the rows,
+// a slab of columns that ends at n takes only the rows whose key is below n + slack: the upper triangle of a Gram matrix.
 template <class T, class Epilogue>
-void gemm(int64_t M, int64_t N, int64_t K, const Gathered<T>& a, const T* b, int64_t ldb, const Epilogue& epilogue) {
+void gemm(int64_t M, int64_t N, int64_t K, const Gathered<T>& a, const T* b, int64_t ldb, const Epilogue& epilogue,
+          const int64_t* key = nullptr, int64_t slack = 0) {
   const int64_t vectors = (N + kLanes<T> - 1) / kLanes<T>;
-  const int64_t slabs = (vectors + kMaxVectors - 1) / kMaxVectors;
-  int64_t v = 0;
+  const int64_t widest = key ? 2 : kMaxVectors, slabs = (vectors + widest - 1) / widest;
+  int64_t v = 0, rows = key ? 0 : M;
   for (int64_t s = 0; s < slabs; ++s) {
     const int64_t count = (vectors - v + slabs - s - 1) / (slabs - s);
     const int64_t n0 = v * kLanes<T>;
+    v += count;
+    while (rows < M && key[rows] < v * kLanes<T> + slack) ++rows;
     switch (count) {
-      case 1: slab<T, 1>(M, K, a, b, ldb, n0, epilogue); break;
-      case 2: slab<T, 2>(M, K, a, b, ldb, n0, epilogue); break;
+      case 1: slab<T, 1>(rows, K, a, b, ldb, n0, epilogue); break;
+      case 2: slab<T, 2>(rows, K, a, b, ldb, n0, epilogue); break;
 #if BOOTGRAD_VECTOR_BYTES == 64
-      case 3: slab<T, 3>(M, K, a, b, ldb, n0, epilogue); break;
-      case 4: slab<T, 4>(M, K, a, b, ldb, n0, epilogue); break;
+      case 3: slab<T, 3>(rows, K, a, b, ldb, n0, epilogue); break;
+      case 4: slab<T, 4>(rows, K, a, b, ldb, n0, epilogue); break;
 #endif
     }
-    v += count;
   }
 }
 

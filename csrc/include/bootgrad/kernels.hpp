@@ -1,4 +1,4 @@
-// Everything of one instruction set, as a table of functions. Included by one source file per instruction set.
+// Everything of one instruction set, as two functions. Included by one source file per instruction set.
 
 #include "bootgrad/simd.hpp"
 
@@ -7,19 +7,43 @@
 
 #include "bootgrad/conv.hpp"
 
+#include "bootgrad/conv_direct.hpp"
+#include "bootgrad/conv_sums.hpp"
+
+#include "bootgrad/conv_gram.hpp"
+
 namespace bootgrad::BOOTGRAD_ISA {
 
 template <class In>
-void run_conv(const ConvCall& call) {
-  Conv<In>(call).run();
+void conv_of(const ConvCall& call) {
+  const bool norms = call.sq_norms || call.deviation;
+  if (call.inner) return ConvJvp<In>(call).run();
+  if (call.sum && (call.gram || !norms)) ConvWeightedSum<In>(call).run();
+  if (norms && call.gram) ConvGram<In>(call).run();
+  if (norms && !call.gram) ConvDirect<In>(call).run();
 }
 
 inline void conv(const ConvCall& call) {
   switch (call.dtype) {
-    case DType::f32: return run_conv<float>(call);
-    case DType::f64: return run_conv<double>(call);
-    case DType::bf16: return run_conv<bf16>(call);
-    case DType::f16: return run_conv<f16>(call);
+    case DType::f32: return conv_of<float>(call);
+    case DType::f64: return conv_of<double>(call);
+    case DType::bf16: return conv_of<bf16>(call);
+    case DType::f16: return conv_of<f16>(call);
+  }
+}
+
+template <class In>
+void rank1_of(const Runtime& runtime, const void* x, const void* gy, int64_t B, int64_t I, int64_t O, void* out) {
+  rank1(runtime, static_cast<const In*>(x), static_cast<const In*>(gy), B, I, O, static_cast<Compute<In>*>(out));
+}
+
+inline void linear_rank1(const Runtime& runtime, DType dtype, const void* x, const void* gy, int64_t B, int64_t I,
+                         int64_t O, void* out) {
+  switch (dtype) {
+    case DType::f32: return rank1_of<float>(runtime, x, gy, B, I, O, out);
+    case DType::f64: return rank1_of<double>(runtime, x, gy, B, I, O, out);
+    case DType::bf16: return rank1_of<bf16>(runtime, x, gy, B, I, O, out);
+    case DType::f16: return rank1_of<f16>(runtime, x, gy, B, I, O, out);
   }
 }
 

@@ -50,8 +50,8 @@ struct Phase {
 struct ConvPlan {
   int64_t B, C, O, groups, Cg, Og, K, T, R;
   int64_t pixels;          // positions of x
-  bool pointwise;          // one kernel position, stride 1, no padding: x and gy need no padded copy
-  bool unit_stride;        //
+  bool channels_last;      // x is (B, T, C) and gy (B, T, O): a linear layer, which has one kernel position
+  bool pixel_gram;         // stride 1: patch Grams are sums of shifted pixel Grams
   int64_t S[3], P[3];      // spatial size of x and of gy
   int64_t kernel[3], stride[3], padding[3], dilation[3];
   int64_t xs[3], x_plane;  // padded size of x, their product
@@ -61,6 +61,9 @@ struct ConvPlan {
   const int64_t* tap_order;  // [K] kernel positions, those of one phase together
   const Phase* phases;
   int64_t n_phases;
+  const int64_t* pixel;    // [pixels] offset of a pixel in a padded plane of x
+  const int64_t* at_pixel; // [x_plane] number of the pixel at an offset, −1 in the margin
+  const int64_t* at_pos;   // [x_plane] number t of the position at an offset, −1 where there is none
 };
 
 struct ConvCall {
@@ -68,8 +71,8 @@ struct ConvCall {
   const Runtime* runtime;
   DType dtype;
   bool gram;
-  const void* x;       // (B, C, *S)
-  const void* gy;      // (B, O, *S')
+  const void* x;       // (B, C, *S), or (B, T, C) with channels last
+  const void* gy;      // (B, O, *S'), or (B, T, O)
   const void* center;  // (O, C/groups, *K) or null
   const void* w;       // (B,) or null
   // Results; null where not wanted.
@@ -82,23 +85,12 @@ struct ConvCall {
   void* dgy;        // as gy
 };
 
-struct LinearCall {
-  const Runtime* runtime;
-  DType dtype;
-  bool gram;
-  int64_t B, T, I, O;
-  const void* x;       // (B, T, I)
-  const void* gy;      // (B, T, O)
-  const void* center;  // (O, I) or null
-  const void* w;       // (B,) or null
-  void *sum, *sq_norms, *deviation, *inner, *bias, *dx, *dgy;  // as in ConvCall
-};
-
 // One instruction set's implementations.
 struct Kernels {
   const char* name;
   void (*conv)(const ConvCall&);
-  void (*linear)(const LinearCall&);
+  // out[b] = ‖x_b‖² ‖gy_b‖² for x (B, I) and gy (B, O)
+  void (*rank1)(const Runtime&, DType, const void* x, const void* gy, int64_t B, int64_t I, int64_t O, void* out);
 };
 
 }  // namespace bootgrad

@@ -39,6 +39,37 @@ void pad(const In* in, int64_t planes, const int64_t size[3], T* out, const int6
         copy_row(in, out + ((d + low[0]) * padded[1] + h + low[1]) * padded[2] + low[2], size[2]);
 }
 
+// out[r·ld_out + c] = factor · in[r·ld_in + c]
+template <class In, class Out, class T>
+void copy_rows(const In* in, int64_t ld_in, int64_t rows, int64_t columns, Out* out, int64_t ld_out, T factor) {
+  constexpr int64_t n = kLanes<T>;
+  for (int64_t r = 0; r < rows; ++r, in += ld_in, out += ld_out) {
+    int64_t c = 0;
+    for (; c + n <= columns; c += n) store_narrow(out + c, load_wide(in + c) * factor);
+    for (; c < columns; ++c) narrow(widen(in[c]) * factor, out[c]);
+  }
+}
+
+// Σ a·b, short runs in the compute type and their sum in double.
+template <class In>
+double dot(const In* a, const In* b, int64_t count) {
+  using T = Compute<In>;
+  constexpr int64_t n = kLanes<T>;
+  double total = 0;
+  int64_t i = 0;
+  while (i + n <= count) {
+    const int64_t end = count - i < 64 * n ? count / n * n : i + 64 * n;
+    Vector<T> sum[2] = {};
+    for (; i + 2 * n <= end; i += 2 * n)
+      for (int64_t j = 0; j < 2; ++j) sum[j] += load_wide(a + i + j * n) * load_wide(b + i + j * n);
+    for (; i < end; i += n) sum[0] += load_wide(a + i) * load_wide(b + i);
+    sum[0] += sum[1];
+    for (int64_t j = 0; j < n; ++j) total += static_cast<double>(sum[0][j]);
+  }
+  for (; i < count; ++i) total += static_cast<double>(widen(a[i])) * static_cast<double>(widen(b[i]));
+  return total;
+}
+
 // Runs body(task, scratch) for every task, tasks handed out one by one. prepare(Carver&) lays out a worker's memory and is
 // called twice: to count, and to place; it returns what body gets. `begin` sees a worker's memory once before its tasks.
 template <class Prepare, class Begin, class Body>

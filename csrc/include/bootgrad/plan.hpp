@@ -16,19 +16,20 @@ struct ConvShape {
 
 class ConvTables {
  public:
-  explicit ConvTables(const ConvShape& shape) {
+  // With channels_last, space is one line of T positions and the kernel one position: a linear layer.
+  explicit ConvTables(const ConvShape& shape, bool channels_last = false) {
     ConvPlan& p = plan;
+    p.channels_last = channels_last;
     p.B = shape.B, p.C = shape.C, p.O = shape.O, p.groups = shape.groups;
     p.Cg = p.C / p.groups, p.Og = p.O / p.groups;
-    p.pointwise = p.unit_stride = true;
+    p.pixel_gram = true;
     p.K = p.T = p.pixels = p.x_plane = 1;
     for (int d = 0; d < 3; ++d) {
       p.S[d] = shape.S[d], p.P[d] = shape.P[d], p.kernel[d] = shape.kernel[d];
       p.stride[d] = shape.stride[d], p.padding[d] = shape.padding[d], p.dilation[d] = shape.dilation[d];
       p.xs[d] = p.S[d] + 2 * p.padding[d];
       p.K *= p.kernel[d], p.T *= p.P[d], p.pixels *= p.S[d], p.x_plane *= p.xs[d];
-      p.unit_stride &= p.stride[d] == 1;
-      p.pointwise &= p.kernel[d] == 1 && p.stride[d] == 1 && p.padding[d] == 0;
+      p.pixel_gram &= p.stride[d] == 1;
     }
     p.R = p.Cg * p.K;
     taps_and_positions();
@@ -36,6 +37,7 @@ class ConvTables {
     collect_phases();
     p.tap = tap_.data(), p.pos = pos_.data(), p.tap_order = order_.data();
     p.phases = phases_.data(), p.n_phases = static_cast<int64_t>(phases_.size());
+    p.pixel = pixel_.data(), p.at_pixel = at_pixel_.data(), p.at_pos = at_pos_.data();
   }
   ConvTables(const ConvTables&) = delete;
   ConvTables& operator=(const ConvTables&) = delete;
@@ -58,11 +60,23 @@ class ConvTables {
     for (int64_t c = 0; c < p.Cg; ++c)
       each(p.kernel, [&](const int64_t k[3]) {
         const int64_t at[3] = {k[0] * p.dilation[0], k[1] * p.dilation[1], k[2] * p.dilation[2]};
-        tap_.push_back(c * p.x_plane + flat(at, p.xs));
+        tap_.push_back(p.channels_last ? c : c * p.x_plane + flat(at, p.xs));
       });
     each(p.P, [&](const int64_t t[3]) {
       const int64_t at[3] = {t[0] * p.stride[0], t[1] * p.stride[1], t[2] * p.stride[2]};
-      pos_.push_back(flat(at, p.xs));
+      pos_.push_back(p.channels_last ? t[2] * p.C : flat(at, p.xs));
+    });
+    at_pos_.assign(static_cast<size_t>(p.x_plane), -1);
+    at_pixel_ = at_pos_;
+    each(p.S, [&](const int64_t s[3]) {
+      const int64_t at[3] = {s[0] + p.padding[0], s[1] + p.padding[1], s[2] + p.padding[2]};
+      at_pixel_[static_cast<size_t>(flat(at, p.xs))] = static_cast<int64_t>(pixel_.size());
+      pixel_.push_back(flat(at, p.xs));
+    });
+    int64_t t = 0;
+    each(p.P, [&](const int64_t i[3]) {
+      const int64_t at[3] = {i[0] * p.stride[0], i[1] * p.stride[1], i[2] * p.stride[2]};
+      at_pos_[static_cast<size_t>(flat(at, p.xs))] = t++;
     });
   }
 
@@ -100,7 +114,7 @@ class ConvTables {
       each(count, [&](const int64_t i[3]) {
         const int64_t s[3] = {phase[0] + i[0] * p.stride[0], phase[1] + i[1] * p.stride[1],
                               phase[2] + i[2] * p.stride[2]};
-        rows_.push_back(flat(i, p.gs));
+        rows_.push_back(p.channels_last ? i[2] * p.O : flat(i, p.gs));
         out_.push_back(flat(s, p.S));
         ++entry.pixels;
       });
@@ -112,7 +126,7 @@ class ConvTables {
           at[d] = numerator / p.stride[d] + p.glow[d];
         }
         order_.push_back(flat(k, p.kernel));
-        for (int64_t o = 0; o < p.Og; ++o) depth_.push_back(o * p.g_plane + flat(at, p.gs));
+        for (int64_t o = 0; o < p.Og; ++o) depth_.push_back(p.channels_last ? o : o * p.g_plane + flat(at, p.gs));
         ++entry.taps;
       });
       phases_.push_back(entry);
@@ -124,7 +138,7 @@ class ConvTables {
     }
   }
 
-  std::vector<int64_t> tap_, pos_, order_, rows_, out_, depth_;
+  std::vector<int64_t> tap_, pos_, order_, rows_, out_, depth_, pixel_, at_pixel_, at_pos_;
   std::vector<Phase> phases_;
 };
 

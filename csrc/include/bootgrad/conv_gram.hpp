@@ -1,0 +1,309 @@
+// The Gram path ("ghost norm"): ‖G‖² = ⟨U Uᵀ, K⟩ over T×T with K = gyᵀ gy, and its derivatives.
+//
+// At stride 1 the patch Gram is a sum of shifted pixel Grams, (U Uᵀ)[t, t'] = Σ_k P[t + k, t' + k], and in a zero-padded
+// plane a shift by k is an offset: row t of U Uᵀ is the sum of K vectors. So is a row of the adjoint's
+// Q[p, p'] = Σ_k K[p − k, p' − k]. Columns are therefore numbered by their offset in a padded plane ("column of t").
+// At other strides positions are few against pixels, and U Uᵀ is formed from the patches.
+//
+//   ∂s/∂gy = 2 (U Uᵀ) gy        ∂s/∂x = 2 Q x        with a center: − 2 (center ∗ x), − 2 (its transpose on gy)
+
+namespace bootgrad::BOOTGRAD_ISA {
+
+template <class In>
+struct ConvGram : ConvLayer<In> {
+  using Layer = ConvLayer<In>;
+  using typename Layer::T;
+  using Layer::call, Layer::plan, Layer::runtime, Layer::ld, Layer::ldc, Layer::x_size;
+
+  explicit ConvGram(const ConvCall& c) : Layer(c, true) {
+    if (call.center) {
+      const T* w = static_cast<const T*>(call.center);
+      center_sq = dot(w, w, plan.O * plan.R);
+    }
+  }
+
+  struct Memory {
+    T *x, *gyt, *gyp;            // as in the direct path, for all samples of a group
+    T *planes, *gplanes, *xt;    // [C, px + a vector], [O, ldt], [pixels, ldc]
+    T *pixels, *uu, *k, *q;      // [pixels, ldp], [T, ldt], [T, ldk], [pixels, ldq]
+    T *patches, *dgyt, *dxt;     // [R, ldt] or [T, ldc]; results of all samples of a group
+    int64_t *column, *depth_c, *depth_o, *row_uu, *row_k, *row_q, *pixel;
+    int64_t *rows, *phase_rows, *phase_out;  // positions and pixels of all samples of a group
+  };
+
+  void run() const {
+    share(
+        runtime, (plan.B + together - 1) / together, [&](Carver& c) { return lay_out(c); },
+        [&](const Memory& m) { begin(m); },
+        [&](int64_t task, const Memory& m) {
+          const int64_t b0 = task * together, count = plan.B - b0 < together ? plan.B - b0 : together;
+          if (call.center) center_products(b0, count, m);
+          for (int64_t s = 0; s < count; ++s) sample(b0 + s, s, m);
+        });
+  }
+
+ private:
+  const bool grads = call.dx || call.dgy;
+  const bool shifted = plan.pixel_gram;  // columns are offsets in a padded plane
+  const bool rank1 = plan.channels_last && plan.T == 1;
+  const int64_t n = kLanes<T>;
+  const int64_t together = call.center ? ConvJvp<In>::samples_together(plan.T) : 1;
+  const int64_t px = plan.channels_last ? round_up<T>(plan.T) : plan.x_plane;  // plane of `planes`
+  const int64_t lead = plan.pixels > 0 ? plan.pixel[0] : 0;
+  const int64_t span_x = plan.pixels > 0 ? plan.pixel[plan.pixels - 1] - lead + 1 : 0;
+  const int64_t tap_max = plan.channels_last ? 0 : plan.R > 0 ? plan.tap[plan.K - 1] : 0;
+  const int64_t span_t = !shifted || plan.channels_last || plan.T == 0 ? plan.T : plan.pos[plan.T - 1] + 1;
+  const int64_t ldt = round_up<T>(span_t), ldp = round_up<T>(plan.x_plane) + n, ldq = round_up<T>(span_x);
+  const int64_t ldk = shifted ? round_up<T>(tap_max + plan.x_plane) + 2 * n : ldt;
+  double center_sq = 0;
+
+  Memory lay_out(Carver& c) const {
+    Memory m{};
+    if (this->copy_x) m.x = c.take<T>(together * x_size);
+    m.gyt = c.take<T>(this->gyt_size);
+    m.dgyt = c.take<T>(plan.groups * together * plan.T * ld);
+    m.dxt = c.take<T>(plan.groups * together * plan.pixels * ldc);
+    if (call.dx && call.center) {
+      m.gyp = c.take<T>(together * this->gy_size);
+      m.phase_rows = c.take<int64_t>(together * plan.pixels);
+      m.phase_out = c.take<int64_t>(together * plan.pixels);
+    }
+    m.rows = c.take<int64_t>(together * plan.T);
+    if (call.dx) m.xt = c.take<T>(plan.pixels * ldc);
+    if (rank1) return m;
+    m.gplanes = c.take<T>(plan.O * ldt);
+    m.uu = c.take<T>(plan.T * ldt);
+    m.column = c.take<int64_t>(plan.T);
+    m.depth_c = c.take<int64_t>(plan.Cg);
+    m.depth_o = c.take<int64_t>(plan.Og);
+    m.row_uu = c.take<int64_t>(plan.T);
+    m.row_k = c.take<int64_t>(plan.T);
+    m.row_q = c.take<int64_t>(plan.pixels > plan.T ? plan.pixels : plan.T);
+    m.pixel = c.take<int64_t>(plan.pixels > plan.T ? plan.pixels : plan.T);
+    if (grads) m.k = c.take<T>(plan.T * ldk);
+    if (shifted) {
+      m.planes = c.take<T>(plan.C * px + n);
+      m.pixels = c.take<T>(plan.pixels * ldp);
+      if (call.dx) m.q = c.take<T>(plan.pixels * ldq);
+    } else {
+      m.patches = c.take<T>(plan.R * ldt > plan.T * ldc ? plan.R * ldt : plan.T * ldc);
+    }
+    return m;
+  }
+
+  void begin(const Memory& m) const {
+    if (m.x) clear(m.x, together * x_size);
+    if (m.gyp) clear(m.gyp, together * this->gy_size);
+    clear(m.gyt, this->gyt_size);
+    if (m.xt) clear(m.xt, plan.pixels * ldc);
+    for (int64_t s = 0; s < together; ++s)
+      for (int64_t t = 0; t < plan.T; ++t) m.rows[s * plan.T + t] = s * x_size + plan.pos[t];
+    if (rank1) return;
+    clear(m.gplanes, plan.O * ldt);
+    if (m.k) clear(m.k, plan.T * ldk);
+    for (int64_t t = 0; t < plan.T; ++t) {
+      m.column[t] = shifted && !plan.channels_last ? plan.pos[t] : t;
+      m.row_uu[t] = t * ldt, m.row_k[t] = t * ldk;
+    }
+    for (int64_t c = 0; c < plan.Cg; ++c) m.depth_c[c] = c * px;
+    for (int64_t o = 0; o < plan.Og; ++o) m.depth_o[o] = o * ldt;
+    if (!shifted) return;
+    clear(m.planes, plan.C * px + n);
+    clear(m.pixels, plan.pixels * ldp);
+    for (int64_t p = 0; p < plan.pixels; ++p) m.row_q[p] = p * ldq, m.pixel[p] = plan.pixel[p] - lead;
+  }
+
+  // −(center ∗ x) and, for dx, −(its transpose on gy) for `count` samples, where the results will be.
+  void center_products(int64_t b0, int64_t count, const Memory& m) const {
+    const T* x = this->copy_x ? m.x : this->padded_x(b0, nullptr);
+    for (int64_t s = 0; s < count && this->copy_x; ++s) this->padded_x(b0 + s, m.x + s * x_size);
+    for (int64_t g = 0; g < plan.groups; ++g)
+      this->forward(count * plan.T, x + g * this->x_group(), m.rows, this->center_of(g),
+                    m.dgyt + g * together * plan.T * ld, T(-1));
+    if (!call.dx) return;
+    const T* gy = this->copy_gy ? m.gyp : this->padded_gy(b0, nullptr);
+    for (int64_t s = 0; s < count && this->copy_gy; ++s) this->padded_gy(b0 + s, m.gyp + s * this->gy_size);
+    for (int64_t i = 0; i < plan.n_phases; ++i) {
+      const Phase& phase = plan.phases[i];
+      for (int64_t s = 0; s < count; ++s)
+        for (int64_t p = 0; p < phase.pixels; ++p) {
+          m.phase_rows[s * phase.pixels + p] = s * this->gy_size + phase.rows[p];
+          m.phase_out[s * phase.pixels + p] = s * plan.pixels + phase.out[p];
+        }
+      for (int64_t g = 0; g < plan.groups; ++g)
+        this->backward(phase, count * phase.pixels, gy + g * this->gy_group(), m.phase_rows, m.phase_out,
+                       this->center_t + g * plan.K * plan.Og * ldc, m.dxt + g * together * plan.pixels * ldc, T(-1));
+    }
+  }
+
+  void sample(int64_t b, int64_t s, const Memory& m) const {
+    this->transposed_gy(b, m.gyt);
+    if (!rank1) copy_planes(b, m);
+    double norm = 0, inner = 0;
+    for (int64_t g = 0; g < plan.groups; ++g) {
+      const T* gyt = m.gyt + g * plan.T * ld;
+      T* dgyt = m.dgyt + (g * together + s) * plan.T * ld;
+      T* dxt = m.dxt + (g * together + s) * plan.pixels * ldc;
+      if (call.center) inner -= dot(dgyt, gyt, plan.T * ld);
+      if (call.dx) this->transposed_x(b, g, m.xt);
+      norm += rank1 ? rank_one(b, m, dgyt, dxt) : grads ? with_gradients(b, g, m, gyt, dgyt, dxt) : norm_only(b, g, m);
+      if (call.dgy) this->write_dgy(b, g, dgyt, T(2));
+      if (call.dx) this->write_dx(b, g, dxt, T(2));
+    }
+    if (call.sq_norms) static_cast<T*>(call.sq_norms)[b] = static_cast<T>(norm);
+    if (call.deviation) static_cast<T*>(call.deviation)[b] = static_cast<T>(norm - 2 * inner + center_sq);
+  }
+
+  // Planes of x and gy whose columns are the Grams' columns.
+  void copy_planes(int64_t b, const Memory& m) const {
+    if (plan.channels_last) {
+      transpose<T>(this->x_of(b), plan.C, plan.T, plan.C, m.planes, px, T(1));
+      transpose<T>(this->gy_of(b), plan.O, plan.T, plan.O, m.gplanes, ldt, T(1));
+      return;
+    }
+    if (shifted) {
+      pad(this->x_of(b), plan.C, plan.S, m.planes, plan.xs, plan.padding);
+    } else if (this->copy_x && !call.center) {
+      this->padded_x(b, m.x);
+    }
+    const In* gy = this->gy_of(b);
+    const int64_t row = plan.P[2], rows = plan.P[0] * plan.P[1];
+    for (int64_t o = 0; o < plan.O; ++o)
+      for (int64_t r = 0; r < rows; ++r, gy += row) copy_row(gy, m.gplanes + o * ldt + m.column[r * row], row);
+  }
+
+  // ‖x‖² ‖gy‖² and its derivatives.
+  double rank_one(int64_t b, const Memory& m, T* dgyt, T* dxt) const {
+    const double xx = dot(this->x_of(b), this->x_of(b), plan.C), gg = dot(m.gyt, m.gyt, ld);
+    if (call.dgy) add_scaled(m.gyt, static_cast<T>(xx), dgyt, ld, call.center);
+    if (call.dx) add_scaled(m.xt, static_cast<T>(gg), dxt, ldc, call.center);
+    return xx * gg;
+  }
+
+  static void add_scaled(const T* from, T factor, T* out, int64_t count, bool add) {
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      const Vector<T> v = load<T>(from + i) * factor;
+      store<T>(out + i, add ? load<T>(out + i) + v : v);
+    }
+  }
+
+  // Half of each symmetric matrix is enough: entries right of the diagonal count twice.
+  double norm_only(int64_t b, int64_t g, const Memory& m) const {
+    patch_gram(b, g, m, true);
+    for (int64_t t = 0; t < plan.T; ++t) {
+      T* row = m.uu + t * ldt;
+      clear(row, m.column[t]);
+      for (int64_t i = m.column[t] + 1; i < ldt; ++i) row[i] += row[i];
+    }
+    Total<T> total;
+    gemm<T>(plan.T, span_t, plan.Og, {gplane(g, m), m.column, m.depth_o}, gplane(g, m), ldt, Dot<T>{m.uu, ldt, &total},
+            m.column, 0);
+    return total.value();
+  }
+
+  const T* gplane(int64_t g, const Memory& m) const { return m.gplanes + g * plan.Og * ldt; }
+
+  // uu[t, column of t'] = (U Uᵀ)[t, t'], at least right of the diagonal where `upper`.
+  void patch_gram(int64_t b, int64_t g, const Memory& m, bool upper) const {
+    if (!shifted) {
+      const T* sample_x = this->copy_x ? m.x + b % together * x_size : this->padded_x(b, nullptr);
+      const T* x = sample_x + g * this->x_group();
+      for (int64_t r = 0; r < plan.R; ++r)
+        for (int64_t t = 0; t < plan.T; ++t) m.patches[r * ldt + t] = x[plan.tap[r] + plan.pos[t]];
+      for (int64_t r = 0; r < plan.R; ++r) clear(m.patches + r * ldt + plan.T, ldt - plan.T);
+      gemm<T>(plan.T, plan.T, plan.R, {x, plan.pos, plan.tap}, m.patches, ldt,
+              Store<T>{m.uu, ldt, ldt, T(1), false, nullptr}, upper ? m.column : nullptr, 0);
+      return;
+    }
+    const T* x = m.planes + g * plan.Cg * px;
+    gemm<T>(plan.pixels, span_x, plan.Cg, {x, plan.pixel, m.depth_c}, x + lead, px,
+            Store<T>{m.pixels + lead, ldp, span_x, T(1), false, nullptr}, upper ? m.pixel : nullptr, n);
+    for (int64_t t = 0; t < plan.T; ++t) {
+      T* out = m.uu + t * ldt;
+      const int64_t from = upper ? m.column[t] / n * n : 0;
+      bool first = true;
+      for (int64_t k = 0; k < plan.K; ++k) {
+        const int64_t tap = plan.channels_last ? 0 : plan.tap[k], p = plan.at_pixel[m.column[t] + tap];
+        if (p < 0) continue;
+        accumulate(m.pixels + p * ldp + tap + from, out + from, ldt - from, first);
+        first = false;
+      }
+      if (first) clear(out, ldt);
+    }
+  }
+
+  static BOOTGRAD_INLINE void accumulate(const T* from, T* out, int64_t count, bool first) {
+    if (first)
+      for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(out + i, load<T>(from + i));
+    else
+      for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(out + i, load<T>(out + i) + load<T>(from + i));
+  }
+
+  double with_gradients(int64_t b, int64_t g, const Memory& m, const T* gyt, T* dgyt, T* dxt) const {
+    patch_gram(b, g, m, false);
+    const int64_t front = shifted ? tap_max : 0;
+    gemm<T>(plan.T, span_t, plan.Og, {gplane(g, m), m.column, m.depth_o}, gplane(g, m), ldt,
+            Store<T>{m.k + front, ldk, span_t, T(1), false, nullptr});
+    double norm = 0;
+    for (int64_t t = 0; t < plan.T; ++t) norm += dot(m.uu + t * ldt, m.k + t * ldk + front, ldt);
+    const bool add = call.center;
+    if (call.dgy)
+      gemm<T>(plan.T, plan.Og, plan.T, {m.uu, m.row_uu, m.column}, gyt, ld, Store<T>{dgyt, ld, ld, T(1), add, nullptr});
+    if (!call.dx) return norm;
+    if (shifted)
+      gradient_of_x_shifted(m, dxt, add);
+    else
+      gradient_of_x_strided(m, dxt, add);
+    return norm;
+  }
+
+  void gradient_of_x_shifted(const Memory& m, T* dxt, bool add) const {
+    for (int64_t p = 0; p < plan.pixels; ++p) {
+      T* out = m.q + p * ldq;
+      bool first = true;
+      for (int64_t k = 0; k < plan.K; ++k) {
+        const int64_t tap = plan.channels_last ? 0 : plan.tap[k], at = plan.pixel[p] - tap;
+        const int64_t t = at < 0 ? -1 : plan.at_pos[at];
+        if (t < 0) continue;
+        accumulate(m.k + t * ldk + tap_max - tap + lead, out, ldq, first);
+        first = false;
+      }
+      if (first) clear(out, ldq);
+    }
+    gemm<T>(plan.pixels, plan.Cg, plan.pixels, {m.q, m.row_q, m.pixel}, m.xt, ldc,
+            Store<T>{dxt, ldc, ldc, T(1), add, nullptr});
+  }
+
+  // One kernel position after the other: dx[pixel of (t, k)] += Σ_t' K[t, t'] x[pixel of (t', k)].
+  void gradient_of_x_strided(const Memory& m, T* dxt, bool add) const {
+    if (!add) clear(dxt, plan.pixels * ldc);
+    for (int64_t k = 0; k < plan.K; ++k) {
+      int64_t valid = 0;
+      for (int64_t t = 0; t < plan.T; ++t) {
+        const int64_t p = plan.at_pixel[plan.pos[t] + plan.tap[k]];
+        if (p < 0) {
+          clear(m.patches + t * ldc, ldc);
+          continue;
+        }
+        copy_row(m.xt + p * ldc, m.patches + t * ldc, ldc);
+        m.row_q[valid] = m.row_k[t], m.pixel[valid++] = p;
+      }
+      gemm<T>(valid, plan.Cg, plan.T, {m.k, m.row_q, m.column}, m.patches, ldc,
+              Store<T>{dxt, ldc, ldc, T(1), true, m.pixel});
+    }
+  }
+};
+
+// Sums of squares of vectors: the whole norm where there is one position.
+template <class In>
+void rank1(const Runtime& runtime, const In* x, const In* gy, int64_t B, int64_t I, int64_t O, Compute<In>* out) {
+  constexpr int64_t rows = 16;
+  share(
+      runtime, (B + rows - 1) / rows, [](Carver&) { return 0; }, [](int) {},
+      [&](int64_t task, int) {
+        for (int64_t b = task * rows; b < B && b < (task + 1) * rows; ++b)
+          out[b] = static_cast<Compute<In>>(dot(x + b * I, x + b * I, I) * dot(gy + b * O, gy + b * O, O));
+      });
+}
+
+}  // namespace bootgrad::BOOTGRAD_ISA
