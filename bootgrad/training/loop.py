@@ -261,7 +261,7 @@ class Trainer:
     def _check_same_model(self, state: dict[str, Tensor]) -> None:
         ours = {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
         theirs = {name: tuple(t.shape) for name, t in state.items()}
-        different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
         if different:
             name = different[0]
             raise DataError(

@@ -17,7 +17,10 @@ def state():
     """A state with every kind of value that a run saves."""
     generator = torch.Generator().manual_seed(3)
     out = dict.fromkeys(checkpoint.KEYS)
-    out |= {"model": {"w": torch.randn(5, 4, generator=generator)}, "rng": {"order": generator.get_state(), "cuda": None}}
+    out |= {
+        "model": {"w": torch.randn(5, 4, generator=generator)},
+        "rng": {"order": generator.get_state(), "cuda": None},
+    }
     out |= {"settings": {"data": "digits", "lr": 0.1}, "fingerprint": 2**32 - 1, "progress": {"epoch": 2}}
     return out
 

@@ -18,7 +18,17 @@ def history():
     """Four steps in two epochs."""
     history = History()
     for k in range(4):
-        values = (k + 1, 1 + k // 2, 2.5 / (k + 1), 10.0**-k, 0.1 + 0.2, math.inf if k == 0 else 30.0 + k, 1 / 3, NAN, 0.01)
+        values = (
+            k + 1,
+            1 + k // 2,
+            2.5 / (k + 1),
+            10.0**-k,
+            0.1 + 0.2,
+            math.inf if k == 0 else 30.0 + k,
+            1 / 3,
+            NAN,
+            0.01,
+        )
         history.steps.add(**dict(zip(STEP_COLUMNS, values, strict=True)))
         if k % 2:
             values = (1 + k // 2, k + 1, 1.75, 0.5 * k, 0.875, 0.055, 31.0, 0.02, 0.008 if k == 3 else NAN)
@@ -72,7 +82,12 @@ def test_cells_and_table(history):
     assert first == ("1", "1.75", "0.5", "87.50 %", "0.055", "31", "0.02", "–", "–")
     assert last == ("2", "1.75", "1.5", "87.50 %", "0.055", "31", "0.02", "0.008", "2.50")
     text = tables.table(("run", "Γ"), [("plain", "1234.5"), ("Reg1 + Reg2", "7")])
-    assert text.splitlines() == ["run               Γ", "───────────  ──────", "plain        1234.5", "Reg1 + Reg2       7"]
+    assert text.splitlines() == [
+        "run               Γ",
+        "───────────  ──────",
+        "plain        1234.5",
+        "Reg1 + Reg2       7",
+    ]
     assert tables.number(123456.0) == "1.235e+05" and tables.number(NAN) == "–" and tables.number(math.inf) == "inf"
 
 

@@ -1,4 +1,4 @@
-"""The loop against hand-written ones, to the last digits, and a resumed run against an uninterrupted one, to the last bit.
+"""The loop against hand-written ones, and resumed runs against uninterrupted ones bit for bit.
 
 Letters: g_i the gradient of sample i by plain autograd, ḡ their mean, c the center, β its decay.
 """
@@ -78,14 +78,16 @@ def test_a_plain_run_is_plain_training(optimizer):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     with torch.no_grad():
         outputs = model(data.x_test)
-    assert trainer.history.epochs["test_loss"][-1] == pytest.approx(F.cross_entropy(outputs, data.y_test).item(), rel=1e-3)
+    assert trainer.history.epochs["test_loss"][-1] == pytest.approx(
+        F.cross_entropy(outputs, data.y_test).item(), rel=1e-3
+    )
     accuracy = (outputs.argmax(1) == data.y_test).float().mean().item()
     assert trainer.history.epochs["test_accuracy"][-1] == pytest.approx(accuracy)
     assert trainer.history.epochs["train_loss"] == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 4], rel=1e-4)
 
 
 def test_a_regularized_run_by_hand():
-    """Both penalties by double backward over each sample's own gradient; Reg1 about ḡ, Reg2 about the corrected average."""
+    """Both penalties by double backward over each sample's gradient; Reg1 about ḡ, Reg2 about the average."""
     data = images()
     settings = Settings(**SMALL, reg1=0.02, reg2=0.03, center="batch_mean,ema", optimizer="sgd", lr=0.05, momentum=0.0)
     steps = run(Trainer(settings, data)).history.steps
@@ -222,5 +224,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(key, damage):
     state[key] = {"none": None, "empty": {}, "text": "x", "missing": None}[damage]
     if damage == "missing":
         del state[key]
-    with pytest.raises(BootgradError, match="the checkpoint (is not whole|is of another model|was trained on other data)"):
+    with pytest.raises(
+        BootgradError, match="the checkpoint (is not whole|is of another model|was trained on other data)"
+    ):
         Trainer(settings, images()).load_state_dict(state)

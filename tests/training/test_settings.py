@@ -9,7 +9,11 @@ from bootgrad.training.settings import SETTING_NAMES, Settings
 NAN, INF = float("nan"), float("inf")
 
 BAD = [
-    *[(name, value) for name in ("reg1", "reg2", "lr", "momentum") for value in (-1e-9, NAN, INF, -INF, True, "1", None)],
+    *[
+        (name, value)
+        for name in ("reg1", "reg2", "lr", "momentum")
+        for value in (-1e-9, NAN, INF, -INF, True, "1", None)
+    ],
     ("lr", 0.0),
     ("momentum", 1.0),
     *[(name, value) for name in ("epochs", "batch_size") for value in (0, -1, 1.0, None, "1", True)],
