@@ -75,6 +75,7 @@ $(VENV)/constraints.txt:
 	$(PYTHON) -c 'import sys; v = sys.version_info; \
 		sys.exit(None if (3, 10) <= v < (3, 14) else f"Python 3.10 to 3.13 is needed; {sys.executable} is {v[0]}.{v[1]}: set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
+	echo '*' > $(VENV)/.gitignore
 	$(PIP) install '$(TORCH)'
 	$(PIP) install --upgrade 'setuptools>=77' wheel ninja numpy
 	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__.partition("+")[0])' > $@

@@ -184,7 +184,10 @@ def _load_model(text: str):
         raise ArgumentError(f"the model must be given as FILE.py:FUNCTION; got {text!r}")
     if not file.endswith(".py") or not Path(file).is_file():
         raise ArgumentError(f"there is no Python file {file!r}: check the path")
-    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("_bootgrad_plan", file))
+    spec = importlib.util.spec_from_file_location("_bootgrad_plan", file)
+    if spec is None or spec.loader is None:
+        raise ArgumentError(f"{file!r} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         make = getattr(module, function, None)

@@ -84,7 +84,7 @@ def _standardize(images: Images) -> ImageData:
 
     fingerprint = 0
     for array in images:
-        fingerprint = zlib.crc32(np.ascontiguousarray(array), fingerprint)
+        fingerprint = zlib.crc32(np.ascontiguousarray(array).data, fingerprint)
     return ImageData(
         as_tensor(x_train),
         torch.from_numpy(y_train),

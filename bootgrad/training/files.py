@@ -182,7 +182,7 @@ def _read_idx_file(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _read_at_most(file: IO[bytes], size: int) -> bytes:
+def _read_at_most(file: IO[bytes] | gzip.GzipFile, size: int) -> bytes:
     """Read up to ``size`` bytes in pieces, so that a false size in a header costs no memory."""
     pieces = []
     while size > 0 and (piece := file.read(min(size, 1 << 24))):

@@ -204,17 +204,21 @@ class Trainer:
             seconds=seconds,
         )
 
-    def _take_step(self, x: Tensor, y: Tensor):
+    def _take_step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Any, Tensor | None, Tensor | None]:
+        moments: Any
+        reg1: Tensor | None
+        reg2: Tensor | None
         self.optimizer.zero_grad()
         if self.regularizer is None:
             with bootgrad.record(self.model) as rec:
                 losses = self._losses(self.model, x, y)
-            result = losses.detach().mean(), rec.backward(losses), None, None
+            moments = rec.backward(losses)
+            loss, reg1, reg2 = losses.detach().mean(), None, None
         else:
-            report = self.regularizer.backward(lambda x, y: self._losses(self.model, x, y), x, y)
-            result = report.loss, report, report.reg1, report.reg2
+            moments = report = self.regularizer.backward(lambda x, y: self._losses(self.model, x, y), x, y)
+            loss, reg1, reg2 = report.loss, report.reg1, report.reg2
         self.optimizer.step()
-        return result
+        return loss, moments, reg1, reg2
 
     def _take_plain_step(self, x: Tensor, y: Tensor) -> None:
         self._plain_optimizer.zero_grad()

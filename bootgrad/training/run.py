@@ -140,7 +140,7 @@ def compare(
     Returns:
         Whether all came to their end.
     """
-    penalties = ({"reg1": 0.0, "reg2": 0.0}, {"reg2": 0.0}, {})
+    penalties: tuple[dict[str, float], ...] = ({"reg1": 0.0, "reg2": 0.0}, {"reg2": 0.0}, {})
     runs = {}
     for name, penalty in zip(VARIANT_NAMES, penalties, strict=True):
         folder = out / name.lower().replace(" + ", "_")
