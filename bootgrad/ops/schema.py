@@ -60,6 +60,17 @@ SCHEMAS = {
         f"(Tensor x, Tensor gy, Tensor? center, int[] kernel_size, {_GEOMETRY}, str path, bool[2] mask)"
         " -> (Tensor, Tensor, Tensor)"
     ),
+    # Group norm: x, gy, u (B, C, …); of the accumulation dtype weight (C,) or absent, mean and rstd (B, G).
+    # Per-sample gradients of the affine parameters, (B, C) each: Σ gy x̂ and Σ gy
+    "group_norm_rows": "(Tensor gy, Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
+    # Its adjoint for cotangents a, b (B, C): by gy, a x̂ + b, and by x, r P(a gy)
+    "group_norm_rows_backward": (
+        "(Tensor a, Tensor b, Tensor gy, Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor)"
+    ),
+    # The adjoint of gx = r P(γ gy) for a cotangent u: by gy, by x, and by γ for each sample, (B, C)
+    "group_norm_grad_backward": (
+        "(Tensor u, Tensor gy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)"
+    ),
 }
 
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -281,3 +292,44 @@ def _(x, gy, center, kernel_size, stride, padding, dilation, groups, path, mask)
     check_conv(x, gy, kernel_size, stride, padding, dilation, groups)
     check_layer("center", center, weight_shape(x, gy, kernel_size, groups), x)
     return _with_grad(x, gy, mask)
+
+
+def check_group_norm(x: Tensor, others: dict[str, Tensor], mean: Tensor, rstd: Tensor) -> None:
+    """Raise unless ``others`` are shaped and typed as ``x`` (B, C, …), and mean and rstd (B, G) with G a divisor of C."""
+    torch._check(x.dim() >= 2 and x.is_floating_point(), lambda: f"x must be floating point, (B, C, …); got {x.shape}")
+    for name, t in others.items():
+        torch._check(
+            t.shape == x.shape and t.dtype == x.dtype,
+            lambda name=name, t=t: f"{name} must be {x.dtype} of shape {tuple(x.shape)}; got {t.dtype}, {tuple(t.shape)}",
+        )
+    torch._check(
+        mean.dim() == 2 and mean.shape == rstd.shape and mean.size(0) == x.size(0) and x.size(1) % max(1, mean.size(1)) == 0,
+        lambda: f"mean and rstd must be (B, G), G a divisor of {x.size(1)}; got {tuple(mean.shape)} and {tuple(rstd.shape)}",
+    )
+    check_layer("mean", mean, mean.shape, x)
+    check_layer("rstd", rstd, mean.shape, x)
+
+
+def _channel_rows(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=accumulation_dtype(x.dtype))
+
+
+@_fake("group_norm_rows")
+def _(gy, x, mean, rstd):
+    check_group_norm(x, {"gy": gy}, mean, rstd)
+    return _channel_rows(x), _channel_rows(x)
+
+
+@_fake("group_norm_rows_backward")
+def _(a, b, gy, x, mean, rstd):
+    check_group_norm(x, {"gy": gy}, mean, rstd)
+    check_layer("a", a, x.shape[:2], x)
+    check_layer("b", b, x.shape[:2], x)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@_fake("group_norm_grad_backward")
+def _(u, gy, x, weight, mean, rstd):
+    check_group_norm(x, {"gy": gy, "u": u}, mean, rstd)
+    check_layer("weight", weight, x.shape[1:2], x)
+    return x.new_empty(x.shape), x.new_empty(x.shape), _channel_rows(x)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from ..ops.group_norm import group_norm, group_norm_rows
 from .base import Recorder, RowsOperation, per_sample_sum, rule
 
 _CHANNELS = {F.group_norm, torch.group_norm, F.batch_norm, torch.batch_norm, F.instance_norm}
@@ -41,6 +42,8 @@ def _normalization(recorder: Recorder, func, args, kwargs):
     if "bias" in options:
         plain["bias"] = None
     aliases = {n: recorder.alias(t) for n, t in zip(names, tracked, strict=True)}
+    if func in (F.group_norm, torch.group_norm) and x.dim() > 1 and x.numel():
+        return _group_norm(recorder, names, tracked, options | aliases)
     y = _call(func, options | aliases)
 
     def rows_of(gy, batch_size, x):
@@ -55,6 +58,17 @@ def _normalization(recorder: Recorder, func, args, kwargs):
         return out
 
     return RowsOperation(recorder, func.__name__, tracked, rows_of)(y, x)
+
+
+def _group_norm(recorder: Recorder, names, tracked, options: dict) -> Tensor:
+    x, groups, eps = options["input"], options["num_groups"], options.get("eps", 1e-5)
+    y = group_norm(x, groups, options.get("weight"), options.get("bias"), eps)
+
+    def rows_of(gy, batch_size, x):
+        rows = dict(zip(("weight", "bias"), group_norm_rows(gy, x, groups, eps), strict=True))
+        return [per_sample_sum(rows[n], batch_size, t.shape).to(t.dtype) for n, t in zip(names, tracked, strict=True)]
+
+    return RowsOperation(recorder, "group_norm", tracked, rows_of)(y, x)
 
 
 def _call(func, options: dict) -> Tensor:

@@ -11,5 +11,5 @@
 #include "bootgrad/kernels.hpp"
 
 namespace bootgrad {
-const Kernels kBaselineKernels{"baseline", baseline::conv, baseline::linear_rank1};
+const Kernels kBaselineKernels{"baseline", baseline::conv, baseline::linear_rank1, baseline::group_norm};
 }  // namespace bootgrad

@@ -12,6 +12,8 @@
 
 #include "bootgrad/conv_gram.hpp"
 
+#include "bootgrad/group_norm.hpp"
+
 namespace bootgrad::BOOTGRAD_ISA {
 
 template <class In>

@@ -85,12 +85,25 @@ struct ConvCall {
   void* dgy;        // as gy
 };
 
+struct GroupNormCall {
+  const Runtime* runtime;
+  DType dtype;
+  int64_t B, C, groups, N;  // N positions of a channel
+  const void *x, *gy, *u;   // (B, C, N); u null where it is not asked for
+  // Of the compute type: mean and rstd (B, groups), weight (C,) or null, cotangents of the rows a and b (B, C) or null.
+  const void *mean, *rstd, *weight, *a, *b;
+  void *rows, *bias_rows;  // (B, C)
+  void *dx, *dgy;          // (B, C, N)
+};
+
 // One instruction set's implementations.
 struct Kernels {
   const char* name;
   void (*conv)(const ConvCall&);
   // out[b] = ‖x_b‖² ‖gy_b‖² for x (B, I) and gy (B, O)
   void (*rank1)(const Runtime&, DType, const void* x, const void* gy, int64_t B, int64_t I, int64_t O, void* out);
+  // grad_backward where there is u, rows_backward where there is a, else rows
+  void (*group_norm)(const GroupNormCall&);
 };
 
 }  // namespace bootgrad
