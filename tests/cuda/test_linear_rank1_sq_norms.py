@@ -1,5 +1,6 @@
 """The CUDA kernel of linear_rank1_sq_norms without a GPU: run on the CPU by emulation, and compiled by nvcc."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from bootgrad.ops.library import build_info
 
 from ..tolerances import TOLERANCES
 from .toolchain import (
@@ -135,3 +138,19 @@ def compile_launcher(object_file: Path, code: str, *flags: str | Path) -> str:
             *("-c", ROOT / f"csrc/cuda/{STEM}.cu", "-o", object_file),
         ]
     )
+
+
+@pytest.mark.skipif(
+    not any(info.name == "_C_cuda" and info.loaded for info in build_info()),
+    reason="the library _C_cuda is not loaded: it was not built, or there is no CUDA device",
+)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_on_a_gpu_equals_the_formula(dtype):
+    op = torch.ops.bootgrad.linear_rank1_sq_norms
+    for B, I, O in itertools.product((0, 1, 63, 127), (0, 1, 63, 4096), (1, 127, 9000)):  # noqa: E741
+        x, gy = (torch.randn(B, n, device="cuda").to(dtype) for n in (I, O))
+        s = op(x, gy)
+        exact = x.double().square().sum(1) * gy.double().square().sum(1)
+        torch.testing.assert_close(s.double(), exact, rtol=TOLERANCES["compiled", dtype].sums, atol=0)
+        apart = op(x.t().contiguous().t(), torch.cat([gy, gy[:, :1]], 1)[:, :O])
+        assert torch.equal(apart, s)

@@ -20,8 +20,8 @@ def interpret(stem: str, cases: Sequence[tuple], folder: Path) -> list[Tensor]:
 
 
 def run_interpreted(*arguments: str) -> str:
-    """Output of Python under the interpreter, from the root of the checkout."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    """Output of Python under the interpreter, from the root of the checkout, without the compiled libraries."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "BOOTGRAD_BACKEND": "eager", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
     )

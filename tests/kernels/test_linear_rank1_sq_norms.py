@@ -44,24 +44,22 @@ def check(results, cases):
         torch.testing.assert_close(s.double(), expected(x, gy), rtol=TOLERANCES["compiled", x.dtype].sums, atol=0)
 
 
-def test_interpreted_equals_the_formula(tmp_path):
+def test_interpreted_equals_the_formula_and_strides_change_no_bit(tmp_path):
     small = itertools.product((0, 1, 63, 127), ((0, 5), (1, 1), (63, 31)))
-    sizes = [(B, *size) for B, size in small] + [(7, 127, 256), (3, 2048, 1), (1, 127, 2049), (2, 9000, 64)]
+    sizes = [(B, *size) for B, size in small] + [(5, 127, 256), (3, 2048, 1), (1, 127, 2049), (2, 9000, 64)]
     cases = [pair(*size, dtype) for size in sizes for dtype in (torch.float64, torch.float32)]
     cases += [pair(5, 127, 63, dtype) for dtype in (torch.float16, torch.bfloat16)]
-    check(interpret(STEM, cases, tmp_path), cases)
 
-
-def test_interpreted_at_any_strides_gives_the_same_bits(tmp_path):
     x, gy = pair(5, 70, 127, torch.float32)
-    cases = [(x, gy)]
-    cases += [(strided(x, layout), strided(gy, layout)) for layout in ("rows apart", "transposed", "every third")]
-    cases += [(x[:1].expand(5, -1), gy), (x[3:4], gy[3:4])]
-    plain, *others, broadcast, alone = results = interpret(STEM, cases, tmp_path)
+    same = [(strided(x, layout), strided(gy, layout)) for layout in ("rows apart", "transposed", "every third")]
+    alone = (x[3:4], gy[3:4])
+    cases += [(x[:1].expand(5, -1), gy), (x, gy), *same, alone]
+
+    results = interpret(STEM, cases, tmp_path)
     check(results, cases)
+    plain, *others, one = results[-len(same) - 2 :]
     assert all(torch.equal(other, plain) for other in others)
-    assert not torch.equal(broadcast, plain)
-    assert torch.equal(alone, plain[3:4])  # a sample's result does not depend on the batch around it
+    assert torch.equal(one, plain[3:4])  # a sample's result does not depend on the batch around it
 
 
 @pytest.mark.parametrize("config", [config for _, config in module.CONFIGS], ids=str)
