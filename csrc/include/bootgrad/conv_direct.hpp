@@ -14,7 +14,7 @@ template <class In>
 struct ConvDirect : ConvLayer<In> {
   using Layer = ConvLayer<In>;
   using typename Layer::T;
-  using Layer::call, Layer::plan, Layer::runtime, Layer::ld, Layer::ldc, Layer::weights;
+  using Layer::call, Layer::plan, Layer::runtime, Layer::ld, Layer::ldc;
 
   explicit ConvDirect(const ConvCall& c) : Layer(c, true) {}
 
@@ -23,18 +23,9 @@ struct ConvDirect : ConvLayer<In> {
   };
 
   void run() const {
-    const int64_t blocks = call.sum ? sample_blocks(plan.B, weights * static_cast<int64_t>(sizeof(T))) : plan.B;
-    T* partial = nullptr;
-    if (call.sum)
-      partial = static_cast<T*>(runtime.scratch(kSharedScratch, static_cast<size_t>(blocks * weights) * sizeof(T)));
     share(
-        runtime, blocks, [&](Carver& c) { return lay_out(c); }, [&](const Memory& m) { zero_margins(m); },
-        [&](int64_t block, const Memory& m) {
-          const Range range = part(plan.B, blocks, block);
-          for (int64_t b = range.begin; b < range.end; ++b)
-            sample(b, m, partial ? partial + block * weights : nullptr, b == range.begin);
-        });
-    if (call.sum) combine_groups(*this, partial, blocks);
+        runtime, plan.B, [&](Carver& c) { return lay_out(c); }, [&](const Memory& m) { zero_margins(m); },
+        [&](int64_t b, const Memory& m) { sample(b, m); });
   }
 
  private:
@@ -59,17 +50,14 @@ struct ConvDirect : ConvLayer<In> {
     if (m.keep_t && ldc != plan.Cg) clear(m.keep_t, plan.K * plan.Og * ldc);
   }
 
-  void sample(int64_t b, const Memory& m, T* sum, bool first) const {
+  void sample(int64_t b, const Memory& m) const {
     const T* x = this->padded_x(b, m.x);
     this->transposed_gy(b, m.gyt);
-    if (call.bias) this->sum_positions(b, m.gyt, plan.T * ld, 0, plan.Og);
     const T* gy = call.dx ? this->padded_gy(b, m.gyp) : nullptr;
     Total<T> plain, deviation;
     for (int64_t g = 0; g < plan.groups; ++g) {
       const T* xg = x + g * this->x_group();
-      const Norms<T> norms{ld,     this->center_of(g), sum ? sum + g * plan.R * ld : nullptr,
-                           first,  m.keep,             call.sq_norms ? &plain : nullptr,
-                           &deviation};
+      const Norms<T> norms{ld, this->center_of(g), nullptr, false, m.keep, call.sq_norms ? &plain : nullptr, &deviation};
       gemm<T>(plan.R, plan.Og, plan.T, {xg, plan.tap, plan.pos}, m.gyt + g * plan.T * ld, ld, norms);
       if (call.dgy) {
         this->forward(plan.T, xg, plan.pos, m.keep, m.dgyt, T(2));

@@ -29,6 +29,7 @@ struct ConvGram : ConvLayer<In> {
     T *patches, *dgyt, *dxt;     // [R, ldt] or [T, ldc]; results of all samples of a group
     int64_t *column, *depth_c, *depth_o, *row_uu, *row_k, *row_q, *pixel;
     int64_t *rows, *phase_rows, *phase_out;  // positions and pixels of all samples of a group
+    const T** sources;                       // [K]
   };
 
   void run() const {
@@ -80,6 +81,7 @@ struct ConvGram : ConvLayer<In> {
     m.row_k = c.take<int64_t>(plan.T);
     m.row_q = c.take<int64_t>(plan.pixels > plan.T ? plan.pixels : plan.T);
     m.pixel = c.take<int64_t>(plan.pixels > plan.T ? plan.pixels : plan.T);
+    m.sources = c.take<const T*>(plan.K);
     if (grads) m.k = c.take<T>(plan.T * ldk);
     if (shifted) {
       m.planes = c.take<T>(plan.C * px + n);
@@ -219,24 +221,33 @@ struct ConvGram : ConvLayer<In> {
     gemm<T>(plan.pixels, span_x, plan.Cg, {x, plan.pixel, m.depth_c}, x + lead, px,
             Store<T>{m.pixels + lead, ldp, span_x, T(1), false, nullptr}, upper ? m.pixel : nullptr, n);
     for (int64_t t = 0; t < plan.T; ++t) {
-      T* out = m.uu + t * ldt;
       const int64_t from = upper ? m.column[t] / n * n : 0;
-      bool first = true;
+      int64_t count = 0;
       for (int64_t k = 0; k < plan.K; ++k) {
         const int64_t tap = plan.channels_last ? 0 : plan.tap[k], p = plan.at_pixel[m.column[t] + tap];
-        if (p < 0) continue;
-        accumulate(m.pixels + p * ldp + tap + from, out + from, ldt - from, first);
-        first = false;
+        if (p >= 0) m.sources[count++] = m.pixels + p * ldp + tap + from;
       }
-      if (first) clear(out, ldt);
+      add_up(m.sources, count, m.uu + t * ldt + from, ldt - from);
     }
   }
 
-  static BOOTGRAD_INLINE void accumulate(const T* from, T* out, int64_t count, bool first) {
-    if (first)
-      for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(out + i, load<T>(from + i));
-    else
-      for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(out + i, load<T>(out + i) + load<T>(from + i));
+  // out = Σ of `sources` vectors, four registers at a time.
+  static void add_up(const T* const* sources, int64_t count, T* out, int64_t length) {
+    constexpr int64_t n = kLanes<T>;
+    int64_t i = 0;
+    for (; i + 4 * n <= length; i += 4 * n) {
+      Vector<T> sum[4] = {};
+      for (int64_t k = 0; k < count; ++k)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) sum[j] += load<T>(sources[k] + i + j * n);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) store<T>(out + i + j * n, sum[j]);
+    }
+    for (; i < length; i += n) {
+      Vector<T> sum{};
+      for (int64_t k = 0; k < count; ++k) sum += load<T>(sources[k] + i);
+      store<T>(out + i, sum);
+    }
   }
 
   double with_gradients(int64_t b, int64_t g, const Memory& m, const T* gyt, T* dgyt, T* dxt) const {
@@ -259,16 +270,13 @@ struct ConvGram : ConvLayer<In> {
 
   void gradient_of_x_shifted(const Memory& m, T* dxt, bool add) const {
     for (int64_t p = 0; p < plan.pixels; ++p) {
-      T* out = m.q + p * ldq;
-      bool first = true;
+      int64_t count = 0;
       for (int64_t k = 0; k < plan.K; ++k) {
         const int64_t tap = plan.channels_last ? 0 : plan.tap[k], at = plan.pixel[p] - tap;
         const int64_t t = at < 0 ? -1 : plan.at_pos[at];
-        if (t < 0) continue;
-        accumulate(m.k + t * ldk + tap_max - tap + lead, out, ldq, first);
-        first = false;
+        if (t >= 0) m.sources[count++] = m.k + t * ldk + tap_max - tap + lead;
       }
-      if (first) clear(out, ldq);
+      add_up(m.sources, count, m.q + p * ldq, ldq);
     }
     gemm<T>(plan.pixels, plan.Cg, plan.pixels, {m.q, m.row_q, m.pixel}, m.xt, ldc,
             Store<T>{dxt, ldc, ldc, T(1), add, nullptr});

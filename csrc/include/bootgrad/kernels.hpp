@@ -22,7 +22,12 @@ void conv_of(const ConvCall& call) {
   if (call.inner) return ConvJvp<In>(call).run();
   if (call.sum && (call.gram || !norms)) ConvWeightedSum<In>(call).run();
   if (norms && call.gram) ConvGram<In>(call).run();
-  if (norms && !call.gram) ConvDirect<In>(call).run();
+  if (norms && !call.gram) {
+    if (call.sum)
+      ConvStatistics<In>(call).run();
+    else
+      ConvDirect<In>(call).run();
+  }
 }
 
 inline void conv(const ConvCall& call) {

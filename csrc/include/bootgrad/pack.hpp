@@ -101,19 +101,33 @@ void share(const Runtime& runtime, int64_t tasks, const Prepare& prepare, const 
       &job);
 }
 
-// Sums over samples are kept per block of samples and added up in the order of the blocks, so that results do not depend
-// on the number of threads or on who did what. Sixteen blocks, fewer where their sums would take more than 64 MiB.
-inline int64_t sample_blocks(int64_t B, int64_t sum_bytes) {
-  int64_t blocks = sum_bytes > 0 ? (int64_t{64} << 20) / sum_bytes : 16;
-  blocks = blocks < 1 ? 1 : blocks > 16 ? 16 : blocks;
-  return blocks < B ? blocks : B;
-}
-
 struct Range {
   int64_t begin, end;
 };
 
 inline Range part(int64_t n, int64_t parts, int64_t i) { return {n * i / parts, n * (i + 1) / parts}; }
+
+// How a sum over samples is shared out: blocks of samples, each with its own sum of all weights, and within them parts of
+// the weights' columns. It depends on the layer alone, and blocks are added up in order, so that results do not depend on
+// the number of threads or on who did what. A block is worth its sum's traffic from some 256 positions and eight samples
+// on; sums take 64 MiB at most.
+struct Division {
+  int64_t blocks, parts;
+};
+
+template <class T>
+Division divide(int64_t B, int64_t positions, int64_t groups, int64_t weights, int64_t ld) {
+  constexpr int64_t tasks = 16;
+  const int64_t bytes = weights * static_cast<int64_t>(sizeof(T)), columns = (ld + 4 * kLanes<T> - 1) / (4 * kLanes<T>);
+  int64_t blocks = bytes > (int64_t{1} << 19) ? B / 8 : B;
+  const int64_t fit = bytes > 0 ? (int64_t{64} << 20) / bytes : tasks, useful = B * positions / 256;
+  const int64_t limits[] = {tasks, fit, useful};
+  for (const int64_t limit : limits) blocks = blocks < limit ? blocks : limit;
+  if (blocks < 1) blocks = B > 0 ? 1 : 0;
+  int64_t parts = groups > 1 || blocks == 0 ? 1 : tasks / blocks;
+  if (parts > columns) parts = columns > 0 ? columns : 1;
+  return {blocks, parts};
+}
 
 // out[n, m] = Σ_blocks partial[block][m, n], the partials with rows of ld.
 template <class T>
