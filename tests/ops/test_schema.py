@@ -64,16 +64,15 @@ def test_fakes_have_the_results_of_eager(name):
 
 
 @EVERY_OP
-def test_fakes_refuse_what_the_ops_refuse(name):
+def test_fakes_refuse_what_eager_refuses(name):
     case = case_for(name)
     for wrong in (case.but(gy=case.gy[:1]), case.but(gy=case.gy.double()), case.but(x=case.x[0])):
-        messages = []
-        for device in ("cpu", "meta"):
-            values = [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments(name, wrong)]
-            with pytest.raises(RuntimeError) as error:
-                getattr(torch.ops.bootgrad, name)(*values)
-            messages.append(str(error.value))
-        assert messages[0] == messages[1]
+        with pytest.raises(RuntimeError) as real:
+            getattr(eager, name)(*arguments(name, wrong))
+        values = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments(name, wrong)]
+        with pytest.raises(RuntimeError) as fake:
+            getattr(torch.ops.bootgrad, name)(*values)
+        assert str(real.value) == str(fake.value)
 
 
 def test_output_size_is_torch_s():
