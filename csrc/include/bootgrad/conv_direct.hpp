@@ -23,9 +23,20 @@ struct ConvDirect : ConvLayer<In> {
   };
 
   void run() const {
+    // With a sum, a task is a block of samples with its own partial sum; else it is a sample.
+    const int64_t weights = this->weights;
+    const int64_t blocks = call.sum ? divide<T>(plan.B, 256, plan.groups, weights, ld).blocks : plan.B;
+    T* partial = nullptr;
+    if (call.sum)
+      partial = static_cast<T*>(runtime.scratch(kSharedScratch, static_cast<size_t>(blocks * weights) * sizeof(T)));
     share(
-        runtime, plan.B, [&](Carver& c) { return lay_out(c); }, [&](const Memory& m) { zero_margins(m); },
-        [&](int64_t b, const Memory& m) { sample(b, m); });
+        runtime, blocks, [&](Carver& c) { return lay_out(c); }, [&](const Memory& m) { zero_margins(m); },
+        [&](int64_t block, const Memory& m) {
+          const Range range = part(plan.B, blocks, block);
+          for (int64_t b = range.begin; b < range.end; ++b)
+            sample(b, m, call.sum ? partial + block * weights : nullptr, b == range.begin);
+        });
+    if (call.sum) combine_groups(*this, partial, blocks);
   }
 
  private:
@@ -50,14 +61,16 @@ struct ConvDirect : ConvLayer<In> {
     if (m.keep_t && ldc != plan.Cg) clear(m.keep_t, plan.K * plan.Og * ldc);
   }
 
-  void sample(int64_t b, const Memory& m) const {
+  void sample(int64_t b, const Memory& m, T* sum, bool first) const {
     const T* x = this->padded_x(b, m.x);
     this->transposed_gy(b, m.gyt);
     const T* gy = call.dx ? this->padded_gy(b, m.gyp) : nullptr;
     Total<T> plain, deviation;
     for (int64_t g = 0; g < plan.groups; ++g) {
       const T* xg = x + g * this->x_group();
-      const Norms<T> norms{ld, this->center_of(g), nullptr, false, m.keep, call.sq_norms ? &plain : nullptr, &deviation};
+      const Norms<T> norms{ld,    this->center_of(g), sum ? sum + g * plan.R * ld : nullptr,
+                           first, m.keep,             call.sq_norms ? &plain : nullptr,
+                           &deviation};
       gemm<T>(plan.R, plan.Og, plan.T, {xg, plan.tap, plan.pos}, m.gyt + g * plan.T * ld, ld, norms);
       if (call.dgy) {
         this->forward(plan.T, xg, plan.pos, m.keep, m.dgyt, T(2));

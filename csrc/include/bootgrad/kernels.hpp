@@ -7,8 +7,9 @@
 
 #include "bootgrad/conv.hpp"
 
-#include "bootgrad/conv_direct.hpp"
 #include "bootgrad/conv_sums.hpp"
+
+#include "bootgrad/conv_direct.hpp"
 
 #include "bootgrad/conv_gram.hpp"
 
@@ -23,7 +24,7 @@ void conv_of(const ConvCall& call) {
   if (call.sum && (call.gram || !norms)) ConvWeightedSum<In>(call).run();
   if (norms && call.gram) ConvGram<In>(call).run();
   if (norms && !call.gram) {
-    if (call.sum)
+    if (call.sum && !call.dx && !call.dgy)
       ConvStatistics<In>(call).run();
     else
       ConvDirect<In>(call).run();
