@@ -154,9 +154,9 @@ def linear_statistics(x: Tensor, gy: Tensor, center: Tensor | None) -> tuple[Ten
 
 
 def linear_sq_norms_with_grad(
-    x: Tensor, gy: Tensor, center: Tensor | None, mask: Sequence[bool] = (True, True)
+    x: Tensor, gy: Tensor, center: Tensor | None, mask: Sequence[bool] = (True, True, True)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """‖G_i − center‖² with its derivatives by x and gy; empty where ``mask`` leaves one out."""
+    """‖G_i − center‖² with its derivatives by x and gy, and Σ_i G_i; empty where ``mask`` leaves one out."""
     return _with_grad(linear_rows, x, gy, center, mask)
 
 
@@ -209,10 +209,10 @@ def conv_sq_norms_with_grad(
     center: Tensor | None,
     kernel_size: int | Sequence[int],
     *geometry,
-    mask: Sequence[bool] = (True, True),
+    mask: Sequence[bool] = (True, True, True),
     **options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """‖G_i − center‖² with its derivatives by x and gy; empty where ``mask`` leaves one out."""
+    """‖G_i − center‖² with its derivatives by x and gy, and Σ_i G_i; empty where ``mask`` leaves one out."""
 
     def rows(x, gy):
         return conv_rows(x, gy, kernel_size, *geometry, **options)
@@ -247,10 +247,12 @@ def _statistics(rows: Tensor, bias_rows: Tensor, center: Tensor | None) -> tuple
     return _layer_sum(rows, None), _layer_deviation(rows, None), deviation, bias_rows
 
 
-def _with_grad(rows, x: Tensor, gy: Tensor, center: Tensor | None, mask) -> tuple[Tensor, Tensor, Tensor]:
+def _with_grad(rows, x: Tensor, gy: Tensor, center: Tensor | None, mask) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         x, gy = (t.detach().double().requires_grad_() for t in (x, gy))
-        s = _layer_deviation(rows(x, gy), center)
+        G = rows(x, gy)
+        s = _layer_deviation(G, center)
         zero = 0 * (x.sum() + gy.sum())  # an empty layer's s depends on nothing
         grads = torch.autograd.grad(s.sum() + zero, (x, gy))
-    return s.detach(), *(g if wanted else g.new_zeros(0) for g, wanted in zip(grads, mask, strict=True))
+    results = (*grads, _layer_sum(G.detach(), None))
+    return s.detach(), *(g if wanted else g.new_zeros(0) for g, wanted in zip(results, mask, strict=True))

@@ -191,8 +191,8 @@ class ConvProduct(Product):
 
     def sq_norms_with_grad(self, x, gy, center, mask):  # noqa: D102
         path = self._path(x, gy, "grad", center)
-        s, dx, dgy = _raw.conv_sq_norms_with_grad(x, gy, center, self.kernel_size, *self._geometry, path, list(mask))
-        return s, dx if mask[0] else None, dgy if mask[1] else None
+        s, *rest = _raw.conv_sq_norms_with_grad(x, gy, center, self.kernel_size, *self._geometry, path, list(mask))
+        return s, *(t if wanted else None for t, wanted in zip(rest, mask, strict=True))
 
     def jvp(self, x, gy, v):  # noqa: D102
         return _raw.conv_jvp(x, gy, v, *self._geometry)

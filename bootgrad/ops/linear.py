@@ -127,7 +127,7 @@ class LinearProduct(Product):
 
     def sq_norms(self, x, gy, center):  # noqa: D102
         if x.size(1) == 1:
-            return self._rank1(x, gy, center, (False, False))[0]
+            return self._rank1(x, gy, center, (False, False, False))[0]
         path = self._path(x, gy, "norms", center)
         if center is None:
             return _raw.linear_sq_norms(*self._roles(x, gy), path)
@@ -137,16 +137,17 @@ class LinearProduct(Product):
         if x.size(1) == 1:
             return self._rank1(x, gy, center, mask)
         path = self._path(x, gy, "grad", center)
-        s, *grads = _raw.linear_sq_norms_with_grad(*self._roles(x, gy), center, path, list(self._roles(*mask)))
-        dx, dgy = self._roles(*grads)
-        return s, dx if mask[0] else None, dgy if mask[1] else None
+        masks = [*self._roles(*mask[:2]), mask[2]]
+        s, *grads, total = _raw.linear_sq_norms_with_grad(*self._roles(x, gy), center, path, masks)
+        return s, *(t if wanted else None for t, wanted in zip((*self._roles(*grads), total), mask, strict=True))
 
     def _rank1(self, x, gy, center, mask):
-        """s = ‖x‖²‖gy‖² − 2 ⟨gy, c x⟩ + ‖c‖² and its derivatives, all samples in one product with c."""
+        """s = ‖x‖²‖gy‖² − 2 ⟨gy, c x⟩ + ‖c‖², its derivatives and Σ G_i, all samples in one product with c."""
         dtype, types = accumulation_dtype(x.dtype), (x.dtype, gy.dtype)
         x, gy = x.squeeze(1).to(dtype), gy.squeeze(1).to(dtype)
         xx, gg = x.square().sum(1), gy.square().sum(1)
         s, dx, dgy = xx * gg, None, None
+        total = self.weight_grad(x, gy) if mask[2] else None
         if center is not None:
             center = center if self.transposed else center.t()  # (I, O)
             cx = x @ center
@@ -159,7 +160,7 @@ class LinearProduct(Product):
             dgy = 2 * xx[:, None] * gy
             dgy = dgy if center is None else dgy.sub_(cx, alpha=2)
             dgy = dgy.unsqueeze(1).to(types[1])
-        return s, dx, dgy
+        return s, dx, dgy, total
 
     def jvp(self, x, gy, v):  # noqa: D102
         if x.size(1) == 1:

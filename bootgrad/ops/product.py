@@ -73,9 +73,9 @@ class Product(ABC):
 
     @abstractmethod
     def sq_norms_with_grad(
-        self, x: Tensor, gy: Tensor, center: Tensor | None, mask: tuple[bool, bool]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """‖G_i − c‖² with its derivatives by x and by gy where ``mask`` asks for them."""
+        self, x: Tensor, gy: Tensor, center: Tensor | None, mask: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """‖G_i − c‖² with its derivatives by x and by gy, and Σ_i G_i, where ``mask`` asks for them; not differentiable."""
 
     @abstractmethod
     def jvp(self, x: Tensor, gy: Tensor, v: Tensor) -> Tensor:
@@ -171,34 +171,43 @@ def weighted_sum(product: Product, x: Tensor, gy: Tensor, w: Tensor | None = Non
 
 def sq_norms(product: Product, x: Tensor, gy: Tensor, center: Tensor | None = None) -> Tensor:
     """‖G_i − c‖², (B,), c = 0 when absent; differentiable to any order, by the center too."""
+    return sq_norms_and_sum(product, x, gy, center, False)[0]
+
+
+def sq_norms_and_sum(
+    product: Product, x: Tensor, gy: Tensor, center: Tensor | None, wanted: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """`sq_norms`, and Σ_i G_i as a value without a graph: a by-product of derivatives on the direct path."""
     center = None if center is None else center.to(accumulation_dtype(x.dtype))
     if not torch.is_grad_enabled():
-        return product.sq_norms(x, gy, center)
-    return SqNorms.apply(product, x, gy, center)
+        return product.sq_norms(x, gy, center), None
+    return SqNorms.apply(product, x, gy, center, wanted)
 
 
 class SqNorms(Function):
     """s_i = ‖G_i − c‖²; the adjoint ∂s_i/∂(x_i, gy_i) is made in the same visit and kept."""
 
     @staticmethod
-    def forward(ctx, product, x, gy, center):
-        """Compute s (B,)."""
+    def forward(ctx, product, x, gy, center, sum_wanted):
+        """Compute s (B,), and Σ_i G_i where it is wanted and comes along."""
         ctx.product = product
         mask = ctx.needs_input_grad[1:3]
         if not any(mask):
             ctx.save_for_backward(x, gy, center, None, None)
-            return product.sq_norms(x, gy, center)
-        s, dx, dgy = product.sq_norms_with_grad(x, gy, center, mask)
+            return product.sq_norms(x, gy, center), None
+        s, dx, dgy, total = product.sq_norms_with_grad(x, gy, center, (*mask, sum_wanted))
         ctx.save_for_backward(x, gy, center, dx, dgy)
-        return s
+        if total is not None:
+            ctx.mark_non_differentiable(total)
+        return s, total
 
     @staticmethod
-    def backward(ctx, alpha):
+    def backward(ctx, alpha, _):
         """Differentiate by x, gy and c: ∂s_i/∂c = 2(c − G_i)."""
         x, gy, center, dx, dgy = ctx.saved_tensors
         gx, ggy = (None, None) if dx is dgy else SqNormsGrad.apply(ctx.product, x, gy, center, alpha, dx, dgy)
         gc = 2 * (alpha.sum() * center - weighted_sum(ctx.product, x, gy, alpha)) if ctx.needs_input_grad[3] else None
-        return None, gx, ggy, gc
+        return None, gx, ggy, gc, None
 
 
 class CovarianceTrace(Function):
@@ -212,7 +221,7 @@ class CovarianceTrace(Function):
         """Compute the sum; ``mean`` is ḡ, a value without a graph."""
         ctx.product = product
         mask = ctx.needs_input_grad[1:3]
-        s, dx, dgy = product.sq_norms_with_grad(x, gy, mean, mask)
+        s, dx, dgy, _ = product.sq_norms_with_grad(x, gy, mean, (*mask, False))
         ctx.save_for_backward(x, gy, mean, dx, dgy)
         return s.sum()
 

@@ -45,8 +45,8 @@ SCHEMAS = {
     # and the bias's per-sample gradients Σ_t gy_{i,t} (B, O)
     "linear_statistics": "(Tensor x, Tensor gy, Tensor? center, str path) -> (Tensor, Tensor, Tensor, Tensor)",
     # One visit for a second-order pass: s_i = ‖G_i − center‖² (center 0 when absent) with ∂s_i/∂x_i, shaped and typed as x,
-    # and ∂s_i/∂gy_i, as gy. A derivative that ``mask`` leaves out is empty (0,).
-    "linear_sq_norms_with_grad": "(Tensor x, Tensor gy, Tensor? center, str path, bool[2] mask) -> (Tensor, Tensor, Tensor)",
+    # and ∂s_i/∂gy_i, as gy, and Σ_i G_i (O, I). A derivative or sum that ``mask`` leaves out is empty (0,).
+    "linear_sq_norms_with_grad": "(Tensor x, Tensor gy, Tensor? center, str path, bool[3] mask) -> (Tensor, Tensor, Tensor, Tensor)",
     # Convolutions: x (B, C, *S), gy (B, O, *S'), weights (O, C/groups, *K); zero padding, the same on both sides.
     "conv_sq_norms": f"(Tensor x, Tensor gy, int[] kernel_size, {_GEOMETRY}, str path) -> Tensor",
     "conv_deviation_sq_norms": f"(Tensor x, Tensor gy, Tensor center, {_GEOMETRY}, str path) -> Tensor",
@@ -57,8 +57,8 @@ SCHEMAS = {
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "conv_sq_norms_with_grad": (
-        f"(Tensor x, Tensor gy, Tensor? center, int[] kernel_size, {_GEOMETRY}, str path, bool[2] mask)"
-        " -> (Tensor, Tensor, Tensor)"
+        f"(Tensor x, Tensor gy, Tensor? center, int[] kernel_size, {_GEOMETRY}, str path, bool[3] mask)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     # Group norm: x, gy, u (B, C, …); of the accumulation dtype weight (C,) or absent, mean and rstd (B, G).
     # Per-sample gradients of the affine parameters, (B, C) each: Σ gy x̂ and Σ gy
@@ -180,10 +180,10 @@ def _statistics(x: Tensor, shape: Sequence[int], center: Tensor | None) -> tuple
     return _layer(x, shape), _per_sample(x), deviation, _layer(x, (x.size(0), shape[0]))
 
 
-def _with_grad(x: Tensor, gy: Tensor, mask: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def _with_grad(x: Tensor, gy: Tensor, shape: Sequence[int], mask: Sequence[bool]) -> tuple[Tensor, ...]:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if mask[0] else x.new_empty(0)
     dgy = torch.empty(gy.shape, dtype=gy.dtype, device=gy.device) if mask[1] else gy.new_empty(0)
-    return _per_sample(x), dx, dgy
+    return _per_sample(x), dx, dgy, _layer(x, shape if mask[2] else (0,))
 
 
 def _fake(name):
@@ -239,8 +239,9 @@ def _(x, gy, center, path):
 def _(x, gy, center, path, mask):
     check_paths(path)
     check_linear(x, gy)
-    check_layer("center", center, (gy.size(2), x.size(2)), x)
-    return _with_grad(x, gy, mask)
+    shape = (gy.size(2), x.size(2))
+    check_layer("center", center, shape, x)
+    return _with_grad(x, gy, shape, mask)
 
 
 def weight_shape(x: Tensor, gy: Tensor, kernel_size: Sequence[int], groups: int) -> tuple[int, ...]:
@@ -290,8 +291,9 @@ def _(x, gy, center, kernel_size, stride, padding, dilation, groups, path):
 def _(x, gy, center, kernel_size, stride, padding, dilation, groups, path, mask):
     check_paths(path)
     check_conv(x, gy, kernel_size, stride, padding, dilation, groups)
-    check_layer("center", center, weight_shape(x, gy, kernel_size, groups), x)
-    return _with_grad(x, gy, mask)
+    shape = weight_shape(x, gy, kernel_size, groups)
+    check_layer("center", center, shape, x)
+    return _with_grad(x, gy, shape, mask)
 
 
 def check_group_norm(x: Tensor, others: dict[str, Tensor], mean: Tensor, rstd: Tensor) -> None:

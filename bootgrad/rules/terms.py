@@ -154,6 +154,7 @@ class FactoredTerm(Term):
     def __post_init__(self):
         """Note the versions of x and gy."""
         self._versions = self.x._version, self.gy._version
+        self._total: Tensor | None = None  # Σ G_i, a value without a graph, once it is known
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """(x, gy), which must be as they were when the term was made."""
@@ -170,7 +171,9 @@ class FactoredTerm(Term):
     def visit(self) -> LayerStatistics:
         """Σ G_i and ‖G_i‖² in one visit, values without a graph."""
         with torch.no_grad():
-            return self.product.statistics(*(t.detach() for t in self.pair()), None)
+            statistics = self.product.statistics(*(t.detach() for t in self.pair()), None)
+        self._total = statistics.weight_grad
+        return statistics
 
     @property
     def differentiable(self) -> bool:
@@ -184,7 +187,9 @@ class FactoredTerm(Term):
         if center is None and not self.differentiable:
             return self.visit.sq_norms
         center = None if center is None else center.reshape(self.inner)
-        return product.sq_norms(self.product, *self.pair(), center)
+        s, total = product.sq_norms_and_sum(self.product, *self.pair(), center, self._total is None)
+        self._total = total if self._total is None else self._total
+        return s
 
     def covariance(self, mean):  # noqa: D102
         mean = mean.detach().to(accumulation_dtype(self.x.dtype)).reshape(self.inner)
@@ -196,7 +201,7 @@ class FactoredTerm(Term):
     def weighted_sum(self, w):  # noqa: D102
         if w is not None:
             return product.weighted_sum(self.product, *self.pair(), w).reshape(self.shape)
-        total = self.visit.weight_grad
+        total = self.visit.weight_grad if self._total is None else self._total
         if self.differentiable:
             total = WeightGrad.apply(self.product, *self.pair(), total.dtype, total)
         return total.reshape(self.shape)

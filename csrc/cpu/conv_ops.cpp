@@ -50,7 +50,8 @@ class Layer {
  private:
   static ConvShape checked(const Tensor& x, const Tensor& gy, const Sizes& kernel, const Geometry& g) {
     const int64_t n = x.dim() - 2;
-    require(n >= 1 && n <= 3, "x must be (B, C, *S) with one to three spatial dimensions; got shape ", shown(sizes_of(x)));
+    require(n >= 1 && n <= 3, "x must be (B, C, *S) with one to three spatial dimensions; got shape ",
+            shown(sizes_of(x)));
     const std::pair<const char*, const Sizes*> lists[] = {
         {"kernel_size", &kernel}, {"stride", &g.stride}, {"padding", &g.padding}, {"dilation", &g.dilation}};
     for (const auto& [name, list] : lists)
@@ -152,22 +153,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_statistics(const Tensor& x, cons
   return {sum, sq_norms, deviation, bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_sq_norms_with_grad(const Tensor& x, const Tensor& gy,
-                                                           std::optional<Tensor> center, Sizes kernel, Sizes stride,
-                                                           Sizes padding, Sizes dilation, int64_t groups,
-                                                           std::string path, std::vector<bool> mask) {
-  require(mask.size() == 2, "mask must have 2 entries; got ", mask.size());
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_sq_norms_with_grad(const Tensor& x, const Tensor& gy,
+                                                                   std::optional<Tensor> center, Sizes kernel,
+                                                                   Sizes stride, Sizes padding, Sizes dilation,
+                                                                   int64_t groups, std::string path,
+                                                                   std::vector<bool> mask) {
+  require(mask.size() == 3, "mask must have 3 entries; got ", mask.size());
   Layer layer(x, gy, kernel, {stride, padding, dilation, groups});
   layer.center("center", center);
   layer.call.gram = is_gram(path);
   Tensor s = layer.per_sample();
   Tensor dx = allocate(x, mask[0] ? sizes_of(x) : Sizes{0}, x.scalar_type());
   Tensor dgy = allocate(x, mask[1] ? sizes_of(gy) : Sizes{0}, x.scalar_type());
+  Tensor sum = layer.layer(mask[2] ? layer.weight_shape : Sizes{0});
   (center ? layer.call.deviation : layer.call.sq_norms) = result(s);
+  layer.call.sum = result(sum);
   layer.call.dx = result(dx);
   layer.call.dgy = result(dgy);
   layer.run();
-  return {s, dx, dgy};
+  return {s, dx, dgy, sum};
 }
 
 }  // namespace

@@ -14,7 +14,11 @@ namespace {
 class Layer {
  public:
   Layer(const Tensor& x_in, const Tensor& gy_in)
-      : shape(checked(x_in, gy_in)), x(packed(x_in)), gy(packed(gy_in)), weight_shape{shape.O, shape.C}, tables(shape, true) {
+      : shape(checked(x_in, gy_in)),
+        x(packed(x_in)),
+        gy(packed(gy_in)),
+        weight_shape{shape.O, shape.C},
+        tables(shape, true) {
     call.plan = &tables.plan;
     call.runtime = &runtime();
     call.dtype = dtype_of(x);
@@ -116,21 +120,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_statistics(const Tensor& x, co
   return {sum, sq_norms, deviation, bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_sq_norms_with_grad(const Tensor& x, const Tensor& gy,
-                                                             std::optional<Tensor> center, std::string path,
-                                                             std::vector<bool> mask) {
-  require(mask.size() == 2, "mask must have 2 entries; got ", mask.size());
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_sq_norms_with_grad(const Tensor& x, const Tensor& gy,
+                                                                     std::optional<Tensor> center, std::string path,
+                                                                     std::vector<bool> mask) {
+  require(mask.size() == 3, "mask must have 3 entries; got ", mask.size());
   Layer layer(x, gy);
   layer.center("center", center);
   layer.call.gram = is_gram(path);
   Tensor s = layer.per_sample();
   Tensor dx = allocate(x, mask[0] ? sizes_of(x) : Sizes{0}, x.scalar_type());
   Tensor dgy = allocate(x, mask[1] ? sizes_of(gy) : Sizes{0}, x.scalar_type());
+  Tensor sum = layer.layer(mask[2] ? layer.weight_shape : Sizes{0});
   (center ? layer.call.deviation : layer.call.sq_norms) = result(s);
+  layer.call.sum = result(sum);
   layer.call.dx = result(dx);
   layer.call.dgy = result(dgy);
   layer.run();
-  return {s, dx, dgy};
+  return {s, dx, dgy, sum};
 }
 
 }  // namespace

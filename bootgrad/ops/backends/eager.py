@@ -36,14 +36,14 @@ def linear_rank1_sq_norms(x: Tensor, gy: Tensor) -> Tensor:
 @torch.no_grad()
 def linear_sq_norms(x: Tensor, gy: Tensor, path: str) -> Tensor:
     """‖G_i‖²."""
-    return _sq_norms_with_grad(_linear(x, gy, path), x, gy, None, path, (False, False))[0]
+    return _sq_norms_with_grad(_linear(x, gy, path), x, gy, None, path, (False, False, False))[0]
 
 
 @torch.no_grad()
 def linear_deviation_sq_norms(x: Tensor, gy: Tensor, center: Tensor, path: str) -> Tensor:
     """‖G_i − center‖²."""
     layer = _linear(x, gy, path, center=center)
-    return _sq_norms_with_grad(layer, x, gy, center, path, (False, False))[0]
+    return _sq_norms_with_grad(layer, x, gy, center, path, (False, False, False))[0]
 
 
 @torch.no_grad()
@@ -68,8 +68,8 @@ def linear_statistics(x: Tensor, gy: Tensor, center: Tensor | None, path: str) -
 @torch.no_grad()
 def linear_sq_norms_with_grad(
     x: Tensor, gy: Tensor, center: Tensor | None, path: str, mask: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """‖G_i − center‖² and its derivatives by x and gy."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """‖G_i − center‖², its derivatives by x and gy, and Σ_i G_i."""
     return _sq_norms_with_grad(_linear(x, gy, path, center=center), x, gy, center, path, mask)
 
 
@@ -77,7 +77,7 @@ def linear_sq_norms_with_grad(
 def conv_sq_norms(x: Tensor, gy: Tensor, kernel_size, stride, padding, dilation, groups: int, path: str) -> Tensor:
     """‖G_i‖²."""
     layer = _conv(x, gy, kernel_size, stride, padding, dilation, groups, path)
-    return _sq_norms_with_grad(layer, x, gy, None, path, (False, False))[0]
+    return _sq_norms_with_grad(layer, x, gy, None, path, (False, False, False))[0]
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def conv_deviation_sq_norms(
 ) -> Tensor:
     """‖G_i − center‖²."""
     layer = _conv(x, gy, center.shape[2:], stride, padding, dilation, groups, path, center=center)
-    return _sq_norms_with_grad(layer, x, gy, center, path, (False, False))[0]
+    return _sq_norms_with_grad(layer, x, gy, center, path, (False, False, False))[0]
 
 
 @torch.no_grad()
@@ -124,8 +124,8 @@ def conv_sq_norms_with_grad(
     groups: int,
     path: str,
     mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """‖G_i − center‖² and its derivatives by x and gy."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """‖G_i − center‖², its derivatives by x and gy, and Σ_i G_i."""
     layer = _conv(x, gy, kernel_size, stride, padding, dilation, groups, path, center=center)
     return _sq_norms_with_grad(layer, x, gy, center, path, mask)
 
@@ -150,27 +150,34 @@ def _checked(layer: Layer, x, gy, w, layer_shaped) -> Layer:
     return layer
 
 
-def _sq_norms_with_grad(layer: Layer, x, gy, center, path: str, mask: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def _sq_norms_with_grad(layer: Layer, x, gy, center, path: str, mask: Sequence[bool]) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(x.dtype)
     s = x.new_zeros(x.size(0), dtype=dtype)
     if center is not None:
         s += center.square().sum()
     # Zeros, since a layer without positions yields no chunks.
-    dx, dgy = (t.new_zeros(t.shape if wanted else 0) for t, wanted in zip((x, gy), mask, strict=True))
-    chunk = _direct_chunk if path == "direct" else _gram_chunk
+    dx, dgy = (t.new_zeros(t.shape if wanted else 0) for t, wanted in zip((x, gy), mask, strict=False))
+    total = s.new_zeros(layer.weight_shape(x, gy) if mask[2] else 0)
     for rows, xs, gys in _chunks(layer, x, gy, path):
-        s[rows], *grads = chunk(layer, xs, gys, center, mask)
+        if path == "direct":
+            s[rows], *grads = _direct_chunk(layer, xs, gys, center, mask, total)
+        else:
+            s[rows], *grads = _gram_chunk(layer, xs, gys, center, mask[:2])
         for out, grad in zip((dx, dgy), grads, strict=True):
             if grad is not None:
                 out[rows] = grad
-    return s, dx, dgy
+    if mask[2] and path == "gram":
+        total = _weighted_sum(layer, x, gy, None)
+    return s, dx, dgy, total
 
 
-def _direct_chunk(layer: Layer, x, gy, center, mask):
+def _direct_chunk(layer: Layer, x, gy, center, mask, total):
     g = layer.rows(x, gy)
+    if mask[2]:
+        total += g.sum(0)
     if center is not None:
         g -= center
-    if not any(mask):
+    if not any(mask[:2]):
         return _squares_(g), None, None
     s = _squares(g)
     g *= 2
@@ -178,7 +185,7 @@ def _direct_chunk(layer: Layer, x, gy, center, mask):
 
 
 def _gram_chunk(layer: Layer, x, gy, center, mask):
-    s, dx, dgy = layer.gram(x, gy, mask)
+    s, dx, dgy = layer.gram(x, gy, mask[:2])
     if center is not None:
         cx = layer.output(x, center)
         s += center.square().sum() - 2 * (gy * cx).flatten(1).sum(1)
