@@ -96,5 +96,6 @@ def _finite(values: list[float]) -> list[float]:
 
 
 def _save(figure, path: Path) -> None:
+    figure.align_ylabels()
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi="figure")

@@ -28,7 +28,7 @@ from .settings import Settings
 
 _PLAIN_EVERY = 8
 _EVALUATION_BATCH = 1000
-_NOISE_SCALE_DECAY = 0.95  # an average over some 20 steps, short enough to follow a training run
+_NOISE_SCALE_DECAY = 0.98  # an average over some 50 steps, short enough to follow a training run
 
 
 class TrainingError(BootgradError, RuntimeError):

@@ -95,7 +95,7 @@ def test_a_regularized_run_by_hand():
     torch.manual_seed(0)
     model = reference_cnn((1, 8, 6), 3)
     parameters = list(model.parameters())
-    average, weight, trace, sq_norm, beta, decay = 0.0, 0.0, 0.0, 0.0, 0.9, 0.95
+    average, weight, trace, sq_norm, beta, decay = 0.0, 0.0, 0.0, 0.0, 0.9, 0.98
     for k, (x, y) in enumerate(batches(data, settings)):
         losses = F.cross_entropy(model(x), y, reduction="none")
         g = torch.stack([flat(torch.autograd.grad(loss, parameters, create_graph=True)) for loss in losses])
