@@ -11,6 +11,7 @@ Environment:
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,12 +105,12 @@ class BuildLibraries(build_ext):
         """Build `_C_cuda` with torch's own command, which knows nvcc; torch itself may be a build without CUDA."""
         import torch.utils.cpp_extension as cpp
 
-        cpp.CUDA_HOME = cpp.CUDA_HOME or str(Path(nvcc()).parent.parent)
+        cpp.CUDA_HOME = cpp.CUDA_HOME or cuda_home()
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         extension = cpp.CppExtension(
             "bootgrad._C_cuda",
             [str(path.relative_to(ROOT)) for path in cuda_sources()],
-            include_dirs=["csrc/include", str(Path(cpp.CUDA_HOME, "include"))],
+            include_dirs=[str(ROOT.resolve() / "csrc/include"), str(Path(cpp.CUDA_HOME, "include"))],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("USE_CUDA", None)],
             library_dirs=[str(Path(cpp.CUDA_HOME, folder)) for folder in ("lib64", "lib")],
             libraries=["cudart_static", "rt", "dl", "pthread"],
@@ -124,12 +125,13 @@ class BuildLibraries(build_ext):
 
         command = Command(self.distribution)
         self.distribution.command_options["build_ext"], options = {}, self.distribution.command_options.get("build_ext", {})
+        self.distribution.ext_modules, modules = [extension], self.distribution.ext_modules
         command.ensure_finalized()
-        self.distribution.command_options["build_ext"] = options
+        self.distribution.command_options["build_ext"], self.distribution.ext_modules = options, modules
         for name in ("build_lib", "build_temp", "inplace", "force", "debug"):
             setattr(command, name, getattr(self, name))
-        command.extensions = [extension]
         command.run()
+        self.extensions.append(extension)  # so that an install in place copies it, too
 
     def get_ext_filename(self, fullname):
         """Name without Python's tag: the library is loaded by torch, not imported."""
@@ -151,6 +153,12 @@ class Wheel(bdist_wheel):
 def cuda_sources() -> list[Path]:
     """Sources of `_C_cuda`."""
     return sorted(path for pattern in ("*.cu", "*.cpp") for path in (ROOT / "csrc/cuda").glob(pattern))
+
+
+def cuda_home() -> str:
+    """The toolkit's folder, as the compiler itself says: what is on the PATH may be a wrapper elsewhere."""
+    report = subprocess.run([nvcc(), "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    return str(Path(re.search(r"^#\$ TOP=(.+)$", report, re.MULTILINE)[1]).resolve())
 
 
 def nvcc() -> str | None:

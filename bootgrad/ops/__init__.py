@@ -1,11 +1,13 @@
 """The fused ops, for people who write their own backward passes: linear and convolution layers, all twice differentiable."""
 
-from . import backends, library
+from . import library
+from .backends import triton
 from .convolution import conv_deviation_sq_norms, conv_jvp, conv_sq_norms, conv_weighted_sum
 from .linear import linear_deviation_sq_norms, linear_jvp, linear_sq_norms, linear_weighted_sum
 
-assert backends  # its import registers the eager implementations, over which the compiled ones come
+# The import of the backends registered the eager implementations; over them come the compiled ones, then Triton's.
 library.load()
+triton.register(library.backend())
 
 __all__ = [
     "conv_deviation_sq_norms",

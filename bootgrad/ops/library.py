@@ -1,7 +1,8 @@
 """Finds and loads the compiled libraries; without them every op runs on plain torch, which is slower.
 
 ``_C`` holds the CPU kernels, ``_C_cuda`` the CUDA kernels. Loading a library registers its kernels; there is nothing to
-import from it. ``BOOTGRAD_BACKEND=eager`` in the environment leaves both alone.
+import from it. ``BOOTGRAD_BACKEND=eager`` in the environment leaves both alone, ``triton`` the
+CUDA library (see `backends.triton`), ``cuda`` insists on it where torch sees a GPU.
 """
 
 import ctypes
@@ -14,7 +15,7 @@ import torch
 
 from ..errors import ArgumentError, BootgradWarning
 
-BACKENDS = ("auto", "eager")
+BACKENDS = ("auto", "eager", "triton", "cuda")
 _FOLDER = Path(__file__).parent.parent
 _loaded: set[str] = set()
 _failures: dict[str, str] = {}
@@ -45,13 +46,15 @@ def load() -> None:
     """Load the libraries that this machine can use, once; warn if the CPU library is missing.
 
     Raises:
-        ArgumentError: ``BOOTGRAD_BACKEND`` is neither "auto" nor "eager".
+        ArgumentError: ``BOOTGRAD_BACKEND`` is unknown, or "cuda" where `_C_cuda` cannot be used.
     """
-    if _backend() == "eager" or "_C" in _loaded | _failures.keys():
+    if backend() == "eager" or "_C" in _loaded | _failures.keys():
         return
     _load("_C")
-    if torch.cuda.is_available() and _path("_C_cuda").exists():
+    if torch.cuda.is_available() and backend() != "triton" and (_path("_C_cuda").exists() or backend() == "cuda"):
         _load("_C_cuda")
+    if backend() == "cuda" and "_C_cuda" not in _loaded:
+        raise ArgumentError(f"BOOTGRAD_BACKEND=cuda, but _C_cuda is not used: {_reason('_C_cuda')}")
     for name, reason in _failures.items():
         warnings.warn(
             f"bootgrad's compiled library {name} is not used, so its ops run on plain torch, which is slower: {reason}. "
@@ -67,7 +70,8 @@ def build_info() -> list[LibraryInfo]:
     return [_info("_C"), _info("_C_cuda")]
 
 
-def _backend() -> str:
+def backend() -> str:
+    """What ``BOOTGRAD_BACKEND`` asks for."""
     backend = os.environ.get("BOOTGRAD_BACKEND", "auto")
     if backend not in BACKENDS:
         raise ArgumentError(f"BOOTGRAD_BACKEND must be one of {', '.join(BACKENDS)}; got {backend!r}")
@@ -103,8 +107,8 @@ def _info(name: str) -> LibraryInfo:
 def _reason(name: str) -> str:
     if not _path(name).exists():
         return "not built"
-    if _backend() == "eager":
-        return "BOOTGRAD_BACKEND=eager"
+    if backend() == "eager" or (name == "_C_cuda" and backend() == "triton"):
+        return f"BOOTGRAD_BACKEND={backend()}"
     if name == "_C_cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return _failures.get(name, "not loaded yet")
