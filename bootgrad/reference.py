@@ -4,8 +4,8 @@
     g_i = ∂ℓ_i/∂θ                       by `vmap(grad)` or by one backward pass per sample, for a whole model
 
 The B×P numbers are stored and no product is taken apart, so nothing here shares an idea with what it checks. The ops'
-oracles have the ops' names and arguments, but no ``path``, and compute in float64. All but ``*_with_grad`` are
-differentiable to any order.
+oracles have the ops' names and arguments, but no ``path``, and compute in float64. All but ``*_with_grad`` and
+``*_backward`` are differentiable to any order.
 
 Letters: ``B`` samples, ``T`` positions, ``I`` in, ``O`` out, ``C`` channels in, ``K`` kernel, ``S`` space, ``P``
 parameters. ``geometry`` is stride, padding, dilation and groups, as `torch.nn.functional.conv2d` takes them.
@@ -155,7 +155,7 @@ def linear_statistics(x: Tensor, gy: Tensor, center: Tensor | None) -> tuple[Ten
 
 def linear_sq_norms_with_grad(
     x: Tensor, gy: Tensor, center: Tensor | None, mask: Sequence[bool] = (True, True, True)
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """‖G_i − center‖² with its derivatives by x and gy, and Σ_i G_i; empty where ``mask`` leaves one out."""
     return _with_grad(linear_rows, x, gy, center, mask)
 
@@ -211,13 +211,76 @@ def conv_sq_norms_with_grad(
     *geometry,
     mask: Sequence[bool] = (True, True, True),
     **options,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """‖G_i − center‖² with its derivatives by x and gy, and Σ_i G_i; empty where ``mask`` leaves one out."""
 
     def rows(x, gy):
         return conv_rows(x, gy, kernel_size, *geometry, **options)
 
     return _with_grad(rows, x, gy, center, mask)
+
+
+def group_norm_rows(gy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-sample gradients of γ and β, (B, C) each; gy and x (B, C, …), x's mean and rstd (B, G), here and below."""
+    if x.numel() == 0:
+        return tuple(torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device) for _ in range(2))
+    gy, x, eps = _group_norm_inputs(gy, x, rstd)
+    affine = x.new_ones(x.size(1), 1), x.new_zeros(x.size(1), 1)
+
+    def product(affine, gy_i, x_i, eps_i):
+        return ((affine[0] * _normalized(x_i, eps_i) + affine[1]) * gy_i).sum()
+
+    gamma, beta = vmap(grad(product), (None, 0, 0, 0))(affine, gy, x, eps)
+    return gamma.squeeze(2), beta.squeeze(2)
+
+
+def group_norm_rows_backward(
+    a: Tensor, b: Tensor, gy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Derivatives of Σ a γ' + Σ b β' by gy and x, where (γ', β') are `group_norm_rows`; a and b (B, C)."""
+
+    def product(gy, x):
+        gamma, beta = group_norm_rows(gy, x, mean, rstd)
+        return (a.double() * gamma + b.double() * beta).sum()
+
+    return _derivatives(product, gy, x)
+
+
+def group_norm_grad_backward(
+    u: Tensor, gy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives of ⟨u, gx⟩ by gy, by x, and by each sample's γ, (B, C); gx is the gradient by group norm's input."""
+    weights = x.new_ones(x.shape[:2]) if weight is None else weight.expand(x.shape[:2])
+
+    def product(gy, x, weights):
+        g, x, eps = _group_norm_inputs(gy, x, rstd)
+
+        def output(x_i, gy_i, eps_i, weight_i):
+            return (weight_i[:, None] * _normalized(x_i, eps_i) * gy_i).sum()
+
+        return (vmap(grad(output))(x, g, eps, weights) * u.double().reshape(x.shape)).sum()
+
+    return _derivatives(product, gy, x, weights)
+
+
+def _group_norm_inputs(gy: Tensor, x: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gy and x as (B, C, N), and each group's ε, from what it must have been."""
+    gy, x = (t.double().reshape(*t.shape[:2], -1) for t in (gy, x))
+    variance = x.detach().reshape(*rstd.shape, -1).var(2, correction=0)
+    return gy, x, rstd.double().square().reciprocal() - variance
+
+
+def _normalized(x: Tensor, eps: Tensor) -> Tensor:
+    """Group norm of one sample (C, N), without an affine part."""
+    groups = x.reshape(eps.size(0), -1)
+    return ((groups - groups.mean(1, True)) / (groups.var(1, correction=0) + eps).sqrt()[:, None]).view_as(x)
+
+
+def _derivatives(product: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        inputs = tuple(t.detach().double().requires_grad_() for t in inputs)
+        zero = 0 * sum(t.sum() for t in inputs)  # empty inputs leave nothing to differentiate
+        return torch.autograd.grad((product(*inputs) if inputs[0].numel() else 0) + zero, inputs)
 
 
 def _rows(layer: Callable[[Tensor, Tensor], Tensor], weight_shape: Sequence[int], x: Tensor, gy: Tensor) -> Tensor:

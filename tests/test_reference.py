@@ -31,9 +31,10 @@ def test_a_linear_layer_by_hand():
     assert reference.linear_weighted_sum(x, gy, torch.tensor([2.0])).tolist() == [[2, 10]]
     total, s, deviation, bias = reference.linear_statistics(x, gy, c)
     assert (total.tolist(), s.tolist(), deviation.tolist(), bias.tolist()) == ([[1, 5]], [26], [16], [[4]])
-    s, dx, dgy = reference.linear_sq_norms_with_grad(x, gy, None)
+    s, dx, dgy, total = reference.linear_sq_norms_with_grad(x, gy, None)
     # ∂s/∂x_t = 2 gy_t G and ∂s/∂gy_t = 2 ⟨G, x_t⟩
     assert (s.tolist(), dx.tolist(), dgy.tolist()) == ([26], [[[2, 10], [6, 30]]], [[[22], [10]]])
+    assert total.tolist() == [[1, 5]]
     assert reference.linear_rank1_sq_norms(x[:, 0], gy[:, 1]).tolist() == [45]
 
 
@@ -74,7 +75,8 @@ def test_convolutions_against_backward_passes(shape, O, kernel, geometry):  # no
 
 def test_derivatives_are_those_of_the_norms():
     x, gy, c = random(2, 2, 4, 4).requires_grad_(), random(2, 3, 2, 2).requires_grad_(), random(3, 2, 3, 3)
-    s, dx, dgy = reference.conv_sq_norms_with_grad(x, gy, c, 3)
+    s, dx, dgy, total = reference.conv_sq_norms_with_grad(x, gy, c, 3)
+    torch.testing.assert_close(total, reference.conv_rows(x, gy, 3).sum(0).detach(), **CLOSE)
     norms = reference.conv_deviation_sq_norms(x, gy, c)
     torch.testing.assert_close(s, norms.detach(), **CLOSE)
     step = 1e-5
@@ -88,20 +90,46 @@ def test_derivatives_are_those_of_the_norms():
     assert gradcheck(lambda x, gy: reference.conv_sq_norms(x, gy, 3, padding=1, stride=2), (x, gy[..., :2, :2]))
 
 
-def test_a_mask_leaves_derivatives_empty():
+def test_a_mask_leaves_results_empty():
     x, gy = random(2, 3, 4), random(2, 3, 5)
-    for mask in ((True, False), (False, True), (False, False)):
-        _, dx, dgy = reference.linear_sq_norms_with_grad(x, gy, None, mask)
-        assert (dx.shape, dgy.shape) == (x.shape if mask[0] else (0,), gy.shape if mask[1] else (0,))
+    for mask in ((True, False, False), (False, True, False), (False, False, True)):
+        results = reference.linear_sq_norms_with_grad(x, gy, None, mask)[1:]
+        shapes = (x.shape, gy.shape, (5, 4))
+        assert [t.shape for t in results] == [s if wanted else (0,) for s, wanted in zip(shapes, mask, strict=True)]
 
 
 def test_layers_without_samples_or_positions():
     c = random(5, 4)
     assert reference.linear_sq_norms(random(0, 3, 4), random(0, 3, 5)).shape == (0,)
-    s, dx, dgy = reference.linear_sq_norms_with_grad(random(2, 0, 4), random(2, 0, 5), c)
+    s, dx, dgy, total = reference.linear_sq_norms_with_grad(random(2, 0, 4), random(2, 0, 5), c)
     torch.testing.assert_close(s, c.square().sum().expand(2), **CLOSE)
-    assert dx.shape == (2, 0, 4) and dgy.shape == (2, 0, 5)
+    assert dx.shape == (2, 0, 4) and dgy.shape == (2, 0, 5) and total.eq(0).all()
     assert reference.conv_weighted_sum(random(0, 2, 4), random(0, 3, 2), None, 3).eq(0).all()
+
+
+def test_group_norm_s_rows_and_their_derivatives():
+    x, gy, u, weight = random(3, 4, 5).requires_grad_(), random(3, 4, 5).requires_grad_(), random(3, 4, 5), random(4)
+    grouped = x.detach().view(3, 2, 10)
+    mean, rstd = grouped.mean(2), (grouped.var(2, correction=0) + 1e-2).rsqrt()
+    weights = weight.repeat(3, 1).requires_grad_()
+    a, b = random(3, 4), random(3, 4)
+    rows, gx = [], []
+    for i in range(3):
+        affine = torch.ones(4, dtype=x.dtype, requires_grad=True), torch.zeros(4, dtype=x.dtype, requires_grad=True)
+        y = F.group_norm(x[i : i + 1], 2, *affine, 1e-2)
+        rows.append(torch.autograd.grad((y * gy[i]).sum(), affine, create_graph=True))
+        y = F.group_norm(x[i : i + 1], 2, weights[i], None, 1e-2)
+        gx.append(torch.autograd.grad((y * gy[i]).sum(), x, create_graph=True)[0][i])
+    gamma, beta = (torch.stack(t) for t in zip(*rows, strict=True))
+    expected = torch.autograd.grad((a * gamma + b * beta).sum(), (gy, x))
+    double = torch.autograd.grad((u * torch.stack(gx)).sum(), (gy, x, weights))
+    for ours, theirs in (
+        (reference.group_norm_rows(gy, x, mean, rstd), (gamma, beta)),
+        (reference.group_norm_rows_backward(a, b, gy, x, mean, rstd), expected),
+        (reference.group_norm_grad_backward(u, gy, x, weight, mean, rstd), double),
+    ):
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-11)
 
 
 class Net(nn.Module):

@@ -10,6 +10,8 @@ from bootgrad import reference
 from bootgrad.ops import schema
 from bootgrad.ops.backends import eager
 
+from ..tolerances import TOLERANCES
+from . import test_group_norm as test_group_norm_ops
 from .cases import CONV_OPS, DTYPES, LINEAR_OPS, arguments, check, conv_case, conv_shapes, linear_case, takes, variants
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -89,6 +91,23 @@ def test_convolution(backend, name, path, sizes, dtype):
 def test_drawn_convolutions(backend, name, path, dtype, sizes):
     op, case = backend.op(name), conv_case(*sizes, dtype)
     check(backend.name, name, case, op(*arguments(name, case, path)), path)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("name", [n for n in schema.SCHEMAS if n.startswith("group_norm")])
+@pytest.mark.parametrize(
+    "shape, groups", [((3, 6, 7, 9), 3), ((2, 4, 1), 2), ((1, 8, 63), 1), ((0, 4, 3), 2), ((5, 2, 127), 2)], ids=str
+)
+def test_group_norm(backend, name, shape, groups, dtype):
+    values = test_group_norm_ops.arguments(name, shape, groups, dtype)
+    ours = backend.op(name)(*values)
+    tolerance = TOLERANCES[backend.name, dtype]
+    for a, exact in zip(ours, getattr(reference, name)(*values), strict=True):
+        assert a.shape == exact.shape
+        assert a.dtype == (schema.accumulation_dtype(dtype) if a.dim() == 2 else dtype)
+        bound = tolerance.derivatives if a.dtype == dtype else tolerance.sums
+        # Projections take away a mean and a multiple of x̂: five terms of the result's size are rounded.
+        assert (a.double() - exact).norm() <= 5 * bound * exact.norm()
 
 
 LAYOUTS = {

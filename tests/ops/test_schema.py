@@ -10,54 +10,55 @@ from bootgrad import reference
 from bootgrad.ops import schema
 from bootgrad.ops.backends import eager
 
+from . import test_group_norm
 from .cases import arguments, conv_case, linear_case, takes
 
 EVERY_OP = pytest.mark.parametrize("name", schema.SCHEMAS)
 
 
-def case_for(name):
-    if name == "linear_rank1_sq_norms":
+def small(name):
+    """An op's arguments for a small layer, by name."""
+    if name.startswith("group_norm"):
+        values = test_group_norm.arguments(name, (2, 4, 3), 2, torch.float32)
+    elif name == "linear_rank1_sq_norms":
         case = linear_case(2, 1, 3, 4, torch.float32)
-        return case.but(x=case.x[:, 0], gy=case.gy[:, 0])
-    if name.startswith("linear"):
-        return linear_case(2, 5, 3, 4, torch.float32)
-    return conv_case(2, 3, (5,), 4, (2,), (1,), (0,), (1,), 1, torch.float32)
+        values = arguments(name, case.but(x=case.x[:, 0], gy=case.gy[:, 0]))
+    elif name.startswith("linear"):
+        values = arguments(name, linear_case(2, 5, 3, 4, torch.float32))
+    else:
+        values = arguments(name, conv_case(2, 3, (5,), 4, (2,), (1,), (0,), (1,), 1, torch.float32))
+    return dict(zip(argument_names(name), values, strict=True))
+
+
+def argument_names(name):
+    return [a.name for a in getattr(torch.ops.bootgrad, name).default._schema.arguments]
 
 
 @EVERY_OP
 def test_eager_has_the_schema_s_arguments(name):
-    op = getattr(torch.ops.bootgrad, name).default
-    assert list(inspect.signature(getattr(eager, name)).parameters) == [a.name for a in op._schema.arguments]
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeExplicitAutograd")
+    assert list(inspect.signature(getattr(eager, name)).parameters) == argument_names(name)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bootgrad::{name}", "CompositeExplicitAutograd")
 
 
 @EVERY_OP
 def test_the_dispatcher_finds_an_implementation(name):
-    case = case_for(name)
-    ours = getattr(torch.ops.bootgrad, name)(*arguments(name, case))
-    expected = getattr(eager, name)(*arguments(name, case))
-    torch.testing.assert_close(ours, expected)
+    ours = getattr(torch.ops.bootgrad, name)(*small(name).values())
+    torch.testing.assert_close(ours, getattr(eager, name)(*small(name).values()))
 
 
 @EVERY_OP
 def test_reference_has_the_name_and_arguments(name):
-    names = [a.name for a in getattr(torch.ops.bootgrad, name).default._schema.arguments]
     parameters = inspect.signature(getattr(reference, name)).parameters
-    if name.startswith("linear"):
-        assert list(parameters) == [n for n in names if n != "path"]
-    else:
-        # Stride, padding, dilation and groups are handed on to torch, which has its own names for and checks of them.
-        geometry = {"stride", "padding", "dilation", "groups", "path"}
-        own = [n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        assert own == [n for n in names if n not in geometry]
+    own = [n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    # Stride, padding, dilation and groups are handed on to torch, which has its own names for and checks of them.
+    assert own == [n for n in argument_names(name) if n not in {"stride", "padding", "dilation", "groups", "path"}]
 
 
 @EVERY_OP
 def test_fakes_have_the_results_of_eager(name):
-    case = case_for(name)
-    real = getattr(eager, name)(*arguments(name, case))
+    real = getattr(eager, name)(*small(name).values())
     with FakeTensorMode() as mode:
-        values = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments(name, case)]
+        values = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in small(name).values()]
         fake = getattr(torch.ops.bootgrad, name)(*values)
     real, fake = ((r if isinstance(r, tuple) else (r,)) for r in (real, fake))
     assert [(t.shape, t.dtype, t.stride()) for t in fake] == [(t.shape, t.dtype, t.stride()) for t in real]
@@ -65,11 +66,12 @@ def test_fakes_have_the_results_of_eager(name):
 
 @EVERY_OP
 def test_fakes_refuse_what_eager_refuses(name):
-    case = case_for(name)
-    for wrong in (case.but(gy=case.gy[:1]), case.but(gy=case.gy.double()), case.but(x=case.x[0])):
+    right = small(name)
+    for wrong in (dict(gy=right["gy"][:1]), dict(gy=right["gy"].double()), dict(x=right["x"][0])):
+        values = (right | wrong).values()
         with pytest.raises(RuntimeError) as real:
-            getattr(eager, name)(*arguments(name, wrong))
-        values = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments(name, wrong)]
+            getattr(eager, name)(*values)
+        values = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in values]
         with pytest.raises(RuntimeError) as fake:
             getattr(torch.ops.bootgrad, name)(*values)
         assert str(real.value) == str(fake.value)
