@@ -1,0 +1,293 @@
+// Runs the CPU kernels on odd shapes against plain loops in double. Built with sanitizers by test_kernels.py.
+//
+// Inputs and outputs are allocated at their exact sizes and scratch memory anew for every call, full of NaNs: an access out
+// of bounds stops the program, and a read of what was never written shows in a result. Each call is made on one thread and
+// on three; the results must be the same bits.
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <thread>
+#include <vector>
+
+#include "bootgrad/layer.hpp"
+#include "bootgrad/plan.hpp"
+
+#define BOOTGRAD_ISA tested
+#include "bootgrad/kernels.hpp"
+
+using namespace bootgrad;
+
+namespace {
+
+int64_t n_threads = 1;
+int failures = 0;
+
+void* scratch(int slot, size_t bytes) {
+  struct Slots {
+    std::map<int, void*> memory;
+    ~Slots() {
+      for (auto& entry : memory) std::free(entry.second);
+    }
+  };
+  thread_local Slots slots;
+  std::free(slots.memory[slot]);
+  const size_t rounded = (bytes + 63) / 64 * 64;
+  void* p = std::aligned_alloc(64, rounded > 0 ? rounded : 64);
+  std::memset(p, 0xff, rounded);
+  return slots.memory[slot] = p;
+}
+
+void parallel(int64_t threads, void (*work)(void*), void* ctx) {
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < threads; ++i) others.emplace_back(work, ctx);
+  work(ctx);
+  for (auto& thread : others) thread.join();
+}
+
+const Runtime runtime{parallel, [] { return n_threads; }, scratch};
+
+uint64_t state = 1;
+double uniform() {
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<double>(state >> 11) / 4503599627370496.0 - 1.0;
+}
+
+template <class T>
+struct Format;
+template <>
+struct Format<float> {
+  static constexpr DType dtype = DType::f32;
+  static constexpr double sums = 2e-6, elements = 2e-6;
+};
+template <>
+struct Format<double> {
+  static constexpr DType dtype = DType::f64;
+  static constexpr double sums = 1e-13, elements = 1e-13;
+};
+template <>
+struct Format<bf16> {
+  static constexpr DType dtype = DType::bf16;
+  static constexpr double sums = 2e-6, elements = 4e-3;  // 2^-8: results in the inputs' type are rounded to it
+};
+template <>
+struct Format<f16> {
+  static constexpr DType dtype = DType::f16;
+  static constexpr double sums = 2e-6, elements = 5e-4;  // 2^-11
+};
+
+using Doubles = std::vector<double>;
+
+template <class T>
+double value(T v) {
+  return static_cast<double>(tested::widen(v));
+}
+
+template <class T>
+std::vector<T> draw(int64_t count) {
+  std::vector<T> out(static_cast<size_t>(count));
+  for (T& v : out) {
+    const double u = uniform();
+    if constexpr (sizeof(T) == 8)
+      v = u;
+    else
+      tested::narrow(static_cast<float>(u), v);
+  }
+  return out;
+}
+
+template <class T>
+void compare(const char* what, const std::vector<T>& got, const Doubles& expected, double tolerance, double scale = 0) {
+  for (double e : expected) scale = std::fabs(e) > scale ? std::fabs(e) : scale;
+  for (size_t i = 0; i < expected.size(); ++i)
+    if (!(std::fabs(value(got[i]) - expected[i]) <= tolerance * scale)) {
+      std::printf("%s[%zu]: got %.9g, expected %.9g\n", what, i, value(got[i]), expected[i]);
+      ++failures;
+      return;
+    }
+}
+
+struct Case {
+  ConvShape shape;
+  bool channels_last;
+};
+
+// All results of one layer by loops over samples, channels, kernel positions and output positions.
+struct Oracle {
+  Doubles sum, sq_norms, deviation, inner, bias, dx, dgy, dx_plain, dgy_plain;
+
+  template <class In, class T>
+  Oracle(const Case& c, const std::vector<In>& x, const std::vector<In>& gy, const std::vector<T>& center,
+         const std::vector<T>& w) {
+    const ConvShape& s = c.shape;
+    const int64_t K = s.kernel[0] * s.kernel[1] * s.kernel[2], Cg = s.C / s.groups, Og = s.O / s.groups, P = s.O * Cg * K;
+    const int64_t pixels = s.S[0] * s.S[1] * s.S[2], T_ = s.P[0] * s.P[1] * s.P[2];
+    sum.assign(P, 0), sq_norms.assign(s.B, 0), deviation = inner = sq_norms, bias.assign(s.B * s.O, 0);
+    dx.assign(s.B * s.C * pixels, 0), dgy.assign(s.B * s.O * T_, 0), dx_plain = dx, dgy_plain = dgy;
+    auto xi = [&](int64_t b, int64_t ch, int64_t p) { return c.channels_last ? (b * pixels + p) * s.C + ch : (b * s.C + ch) * pixels + p; };
+    auto gi = [&](int64_t b, int64_t o, int64_t t) { return c.channels_last ? (b * T_ + t) * s.O + o : (b * s.O + o) * T_ + t; };
+    for (int64_t b = 0; b < s.B; ++b) {
+      Doubles G(P, 0);
+      for (int pass = 0; pass < 2; ++pass) {
+        for (int64_t o = 0; o < s.O; ++o)
+          for (int64_t ch = 0; ch < Cg; ++ch)
+            for (int64_t k = 0; k < K; ++k)
+              for (int64_t t = 0; t < T_; ++t) {
+                const int64_t ki[3] = {k / (s.kernel[1] * s.kernel[2]), k / s.kernel[2] % s.kernel[1], k % s.kernel[2]};
+                const int64_t ti[3] = {t / (s.P[1] * s.P[2]), t / s.P[2] % s.P[1], t % s.P[2]};
+                int64_t p = 0;
+                bool inside = true;
+                for (int d = 0; d < 3; ++d) {
+                  const int64_t at = ti[d] * s.stride[d] - s.padding[d] + ki[d] * s.dilation[d];
+                  inside = inside && at >= 0 && at < s.S[d];
+                  p = p * s.S[d] + at;
+                }
+                if (!inside) continue;
+                const int64_t i = (o * Cg + ch) * K + k, xa = xi(b, o / Og * Cg + ch, p), ga = gi(b, o, t);
+                const double xv = value(x[xa]), gv = value(gy[ga]);
+                if (pass == 0) {
+                  G[i] += xv * gv;
+                } else {
+                  const double D = G[i] - value(center[i]);
+                  dx[xa] += 2 * D * gv, dgy[ga] += 2 * D * xv, dx_plain[xa] += 2 * G[i] * gv, dgy_plain[ga] += 2 * G[i] * xv;
+                }
+              }
+      }
+      for (int64_t i = 0; i < P; ++i) {
+        const double ci = value(center[i]);
+        sum[i] += value(w[b]) * G[i], sq_norms[b] += G[i] * G[i];
+        deviation[b] += (G[i] - ci) * (G[i] - ci), inner[b] += G[i] * ci;
+      }
+      for (int64_t o = 0; o < s.O; ++o)
+        for (int64_t t = 0; t < T_; ++t) bias[b * s.O + o] += value(gy[gi(b, o, t)]);
+    }
+  }
+};
+
+template <class In>
+void check(const Case& c) {
+  using T = tested::Compute<In>;
+  using F = Format<In>;
+  const ConvShape& s = c.shape;
+  ConvTables tables(s, c.channels_last);
+  const ConvPlan& plan = tables.plan;
+  const auto x = draw<In>(s.B * s.C * plan.pixels), gy = draw<In>(s.B * s.O * plan.T);
+  const int64_t P = s.O * plan.Cg * plan.K;
+  const auto center = draw<T>(P), w = draw<T>(s.B);
+  const Oracle oracle(c, x, gy, center, w);
+  const Oracle unweighted(c, x, gy, center, std::vector<T>(static_cast<size_t>(s.B), T(1)));
+  double center_sq = 0;
+  for (T v : center) center_sq += value(v) * value(v);
+
+  struct Results {
+    std::vector<T> sum, sq_norms, deviation, inner, bias;
+    std::vector<In> dx, dgy;
+  };
+  auto run = [&](bool gram, bool with_center, bool with_w, bool sum, bool norms, bool inner, bool grads) {
+    Results first;
+    for (int64_t threads : {1, 3}) {
+      n_threads = threads;
+      Results r;
+      ConvCall call{};
+      call.plan = &plan, call.runtime = &runtime, call.dtype = F::dtype, call.gram = gram;
+      call.x = x.data(), call.gy = gy.data();
+      if (with_center) call.center = center.data();
+      if (with_w) call.w = w.data();
+      auto want = [](auto& v, int64_t count, void*& to) {
+        v.resize(static_cast<size_t>(count));
+        if (count > 0) std::memset(static_cast<void*>(v.data()), 0xff, v.size() * sizeof v[0]), to = v.data();
+      };
+      if (sum) want(r.sum, P, call.sum);
+      if (norms && !(grads && with_center)) want(r.sq_norms, s.B, call.sq_norms);
+      if (norms && with_center) want(r.deviation, s.B, call.deviation);
+      if (norms && sum && !grads) want(r.bias, s.B * s.O, call.bias);
+      if (inner) want(r.inner, s.B, call.inner);
+      if (grads) want(r.dx, s.B * s.C * plan.pixels, call.dx), want(r.dgy, s.B * s.O * plan.T, call.dgy);
+      tested::conv(call);
+      if (threads == 1) {
+        first = r;
+        continue;
+      }
+      auto same = [](const auto& a, const auto& b) {
+        if (!a.empty() && std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) != 0)
+          std::printf("one and three threads differ\n"), ++failures;
+      };
+      same(first.sum, r.sum), same(first.sq_norms, r.sq_norms), same(first.deviation, r.deviation);
+      same(first.inner, r.inner), same(first.bias, r.bias), same(first.dx, r.dx), same(first.dgy, r.dgy);
+    }
+    return first;
+  };
+
+  const double scale = center_sq;
+  const Results jvp = run(false, true, false, false, false, true, false);
+  compare("inner", jvp.inner, oracle.inner, F::sums, scale);
+  compare("weighted sum", run(false, false, true, true, false, false, false).sum, oracle.sum, F::sums);
+  for (bool gram : {false, true})
+    for (bool with_center : {false, true}) {
+      const Results r = run(gram, with_center, false, true, true, false, false);
+      compare("sum", r.sum, unweighted.sum, F::sums);
+      compare("norms", r.sq_norms, oracle.sq_norms, F::sums);
+      compare("bias", r.bias, oracle.bias, F::sums);
+      if (with_center) compare("deviation", r.deviation, oracle.deviation, F::sums, scale);
+      for (bool sum : {false, true}) {
+        const Results g = run(gram, with_center, false, sum, true, false, true);
+        if (sum) compare("sum beside derivatives", g.sum, unweighted.sum, F::sums);
+        compare("dx", g.dx, with_center ? oracle.dx : oracle.dx_plain, F::elements);
+        compare("dgy", g.dgy, with_center ? oracle.dgy : oracle.dgy_plain, F::elements);
+      }
+    }
+}
+
+Case conv(int64_t B, int64_t C, int64_t O, int64_t groups, std::vector<int64_t> S, std::vector<int64_t> kernel,
+          int64_t stride, int64_t padding, int64_t dilation) {
+  Case c{{B, C, O, groups, {}, {}, {}, {}, {}, {}}, false};
+  for (int d = 0; d < 3; ++d) {
+    const int at = d - (3 - static_cast<int>(S.size()));
+    const bool real = at >= 0;
+    c.shape.S[d] = real ? S[at] : 1, c.shape.kernel[d] = real ? kernel[at] : 1;
+    c.shape.stride[d] = real ? stride : 1, c.shape.padding[d] = real ? padding : 0;
+    c.shape.dilation[d] = real ? dilation : 1;
+    c.shape.P[d] = (c.shape.S[d] + 2 * c.shape.padding[d] - c.shape.dilation[d] * (c.shape.kernel[d] - 1) - 1) / c.shape.stride[d] + 1;
+  }
+  return c;
+}
+
+Case linear(int64_t B, int64_t T, int64_t I, int64_t O) {
+  return {{B, I, O, 1, {1, 1, T}, {1, 1, T}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}}, true};
+}
+
+}  // namespace
+
+int main() {
+  const Case cases[] = {
+      conv(2, 3, 5, 1, {7}, {3}, 1, 1, 1),
+      conv(3, 2, 17, 1, {9}, {3}, 2, 2, 2),
+      conv(9, 3, 20, 1, {5, 6}, {3, 3}, 1, 1, 1),
+      conv(2, 4, 70, 1, {6, 5}, {3, 2}, 2, 1, 1),
+      conv(2, 17, 6, 1, {4, 4}, {1, 1}, 1, 0, 1),
+      conv(2, 3, 4, 1, {6, 6}, {1, 1}, 2, 0, 1),
+      conv(2, 6, 6, 6, {5, 5}, {3, 3}, 1, 1, 1),
+      conv(2, 8, 12, 4, {7, 5}, {3, 3}, 2, 1, 1),
+      conv(1, 40, 40, 20, {5, 4}, {3, 3}, 1, 1, 1),
+      conv(1, 2, 3, 1, {4, 4}, {3, 3}, 1, 3, 2),
+      conv(2, 2, 3, 1, {3, 4, 5}, {2, 3, 2}, 1, 1, 1),
+      conv(0, 2, 3, 1, {4, 4}, {3, 3}, 1, 1, 1),
+      linear(3, 1, 5, 9),
+      linear(40, 1, 33, 18),
+      linear(4, 5, 16, 7),
+      linear(2, 19, 6, 35),
+      linear(2, 0, 3, 4),
+  };
+  for (const Case& c : cases) {
+    check<float>(c);
+    check<double>(c);
+    check<bf16>(c);
+    check<f16>(c);
+  }
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}

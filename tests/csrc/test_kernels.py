@@ -1,0 +1,28 @@
+"""The CPU kernels as they are, without torch, under sanitizers and at every vector length."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("vector_bytes", "sanitizers"), [(16, "address,undefined"), (64, "address,undefined"), (32, "thread")]
+)
+def test_kernels_agree_with_loops_and_sanitizers_stay_silent(tmp_path, vector_bytes, sanitizers):
+    program = tmp_path / "check_kernels"
+    build = subprocess.run(
+        [COMPILER, "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-pthread",
+         f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-DBOOTGRAD_VECTOR_BYTES={vector_bytes}",
+         f"-I{ROOT / 'csrc/include'}", str(Path(__file__).with_name("check_kernels.cpp")), "-o", str(program)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert build.returncode == 0, build.stderr
+    run = subprocess.run([program], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "0 failures\n", "")
