@@ -34,6 +34,9 @@ def test_counts_of_a_linear_layer():
         ("gram", "statistics", True): 25 * 7 / 2 + 2 * 60,
     }
     assert {key: cost(layer, *key).operations for key in expected} == expected
+    assert cost(layer, "gram", "grad", True, summed=True).operations == 25 * 7 * 3 / 2 + 3 * 60
+    assert cost(layer, "gram", "norms", summed=True) == cost(layer, "gram", "statistics")
+    assert cost(layer, "direct", "grad", summed=True) == cost(layer, "direct", "grad")
     assert cost(layer, "direct").bytes == 4 * 4 * 3
     assert cost(layer, "gram", itemsize=8).bytes == 8 * 2 * 25
 
@@ -101,6 +104,12 @@ def test_the_choice_is_the_least_time(purpose, centered):
     for layer in layers:
         times = {path: cost(layer, path, purpose, centered).time for path in layer.paths}
         assert times[choose_path(layer, purpose, centered)] == min(times.values())
+
+
+def test_a_sum_that_is_wanted_anyway_favours_direct():
+    layer = conv(64, 64, 14)
+    assert choose_path(layer, "norms") == "gram"
+    assert choose_path(layer, "norms", summed=True) == choose_path(layer, "statistics") == "direct"
 
 
 def test_more_positions_never_favour_gram():
