@@ -1,7 +1,7 @@
 """Builds the extension libraries; everything that needs no code is in pyproject.toml.
 
-Two libraries on LibTorch's stable ABI, without the Python API: `_C` (CPU) and `_C_cuda` (where nvcc is found). One wheel,
-tagged py3-none-PLATFORM, serves every Python and torch that the package supports.
+Two libraries on LibTorch's stable ABI, without the Python API: `_C` (CPU) and `_C_cuda` (where nvcc is found). One
+wheel, tagged py3-none-PLATFORM, serves every Python and torch that the package supports.
 
 Environment:
     BOOTGRAD_CUDA=0|1: leave `_C_cuda` out, or insist on it. Default: build it when nvcc is found.
@@ -53,7 +53,7 @@ class BuildLibraries(build_ext):
         if reason:
             if os.environ.get("BOOTGRAD_REQUIRE_EXT") == "1":
                 raise CompileError(f"BOOTGRAD_REQUIRE_EXT=1, but there is no usable C++ compiler: {reason}")
-            print(f"bootgrad: no usable C++ compiler ({reason}); installing without the compiled backend", file=sys.stderr)
+            print(f"bootgrad: no usable C++ compiler ({reason}); installing without _C", file=sys.stderr)
             self.extensions = []
             return
         super().build_extensions()
@@ -124,7 +124,8 @@ class BuildLibraries(build_ext):
             get_libraries = BuildLibraries.get_libraries
 
         command = Command(self.distribution)
-        self.distribution.command_options["build_ext"], options = {}, self.distribution.command_options.get("build_ext", {})
+        options = self.distribution.command_options.get("build_ext", {})
+        self.distribution.command_options["build_ext"] = {}
         self.distribution.ext_modules, modules = [extension], self.distribution.ext_modules
         command.ensure_finalized()
         self.distribution.command_options["build_ext"], self.distribution.ext_modules = options, modules
@@ -201,7 +202,7 @@ setup(
             include_dirs=["csrc/include"],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("NDEBUG", None)],
             libraries=["torch", "torch_cpu", "c10"],
-            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0"],
+            extra_compile_args="-std=c++17 -O3 -g0 -ffp-contract=fast -fvisibility=hidden -Wall -Wno-psabi".split(),
         )
     ],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},

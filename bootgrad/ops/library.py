@@ -57,7 +57,7 @@ def load() -> None:
         raise ArgumentError(f"BOOTGRAD_BACKEND=cuda, but _C_cuda is not used: {_reason('_C_cuda')}")
     for name, reason in _failures.items():
         warnings.warn(
-            f"bootgrad's compiled library {name} is not used, so its ops run on plain torch, which is slower: {reason}. "
+            f"bootgrad's compiled library {name} is not used, so its ops run on plain torch, slower: {reason}. "
             "Install a C++ compiler and run `pip install --no-build-isolation .` again, or set BOOTGRAD_BACKEND=eager "
             "to silence this",
             BootgradWarning,

@@ -7,8 +7,8 @@ namespace bootgrad {
 
 namespace {
 
-// What a thread keeps from call to call, so that a call's scratch memory does not fault its pages in again. A piece beyond
-// kKept is given back by the next call that needs less.
+// What a thread keeps from call to call, so that a call's scratch memory does not fault its pages in again. A piece
+// beyond kKept is given back by the next call that needs less.
 constexpr size_t kKept = size_t{64} << 20;
 constexpr int kSlots = 3;
 

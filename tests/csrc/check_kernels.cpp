@@ -1,8 +1,8 @@
 // Runs the CPU kernels on odd shapes against plain loops in double. Built with sanitizers by test_kernels.py.
 //
-// Inputs and outputs are allocated at their exact sizes and scratch memory anew for every call, full of NaNs: an access out
-// of bounds stops the program, and a read of what was never written shows in a result. Each call is made on one thread and
-// on three; the results must be the same bits.
+// Inputs and outputs are allocated at their exact sizes and scratch memory anew for every call, full of NaNs: an access
+// out of bounds stops the program, and a read of what was never written shows in a result. Each call is made on one
+// thread and on three; the results must be the same bits.
 
 #include <cmath>
 #include <cstddef>
@@ -124,12 +124,17 @@ struct Oracle {
   Oracle(const Case& c, const std::vector<In>& x, const std::vector<In>& gy, const std::vector<T>& center,
          const std::vector<T>& w) {
     const ConvShape& s = c.shape;
-    const int64_t K = s.kernel[0] * s.kernel[1] * s.kernel[2], Cg = s.C / s.groups, Og = s.O / s.groups, P = s.O * Cg * K;
+    const int64_t K = s.kernel[0] * s.kernel[1] * s.kernel[2], Cg = s.C / s.groups, Og = s.O / s.groups,
+                  P = s.O * Cg * K;
     const int64_t pixels = s.S[0] * s.S[1] * s.S[2], T_ = s.P[0] * s.P[1] * s.P[2];
     sum.assign(P, 0), sq_norms.assign(s.B, 0), deviation = inner = sq_norms, bias.assign(s.B * s.O, 0);
     dx.assign(s.B * s.C * pixels, 0), dgy.assign(s.B * s.O * T_, 0), dx_plain = dx, dgy_plain = dgy;
-    auto xi = [&](int64_t b, int64_t ch, int64_t p) { return c.channels_last ? (b * pixels + p) * s.C + ch : (b * s.C + ch) * pixels + p; };
-    auto gi = [&](int64_t b, int64_t o, int64_t t) { return c.channels_last ? (b * T_ + t) * s.O + o : (b * s.O + o) * T_ + t; };
+    auto xi = [&](int64_t b, int64_t ch, int64_t p) {
+      return c.channels_last ? (b * pixels + p) * s.C + ch : (b * s.C + ch) * pixels + p;
+    };
+    auto gi = [&](int64_t b, int64_t o, int64_t t) {
+      return c.channels_last ? (b * T_ + t) * s.O + o : (b * s.O + o) * T_ + t;
+    };
     for (int64_t b = 0; b < s.B; ++b) {
       Doubles G(P, 0);
       for (int pass = 0; pass < 2; ++pass) {
@@ -153,7 +158,8 @@ struct Oracle {
                   G[i] += xv * gv;
                 } else {
                   const double D = G[i] - value(center[i]);
-                  dx[xa] += 2 * D * gv, dgy[ga] += 2 * D * xv, dx_plain[xa] += 2 * G[i] * gv, dgy_plain[ga] += 2 * G[i] * xv;
+                  dx[xa] += 2 * D * gv, dgy[ga] += 2 * D * xv, dx_plain[xa] += 2 * G[i] * gv,
+                      dgy_plain[ga] += 2 * G[i] * xv;
                 }
               }
       }
@@ -251,7 +257,9 @@ Case conv(int64_t B, int64_t C, int64_t O, int64_t groups, std::vector<int64_t> 
     c.shape.S[d] = real ? S[at] : 1, c.shape.kernel[d] = real ? kernel[at] : 1;
     c.shape.stride[d] = real ? stride : 1, c.shape.padding[d] = real ? padding : 0;
     c.shape.dilation[d] = real ? dilation : 1;
-    c.shape.P[d] = (c.shape.S[d] + 2 * c.shape.padding[d] - c.shape.dilation[d] * (c.shape.kernel[d] - 1) - 1) / c.shape.stride[d] + 1;
+    c.shape.P[d] = (c.shape.S[d] + 2 * c.shape.padding[d] - c.shape.dilation[d] * (c.shape.kernel[d] - 1) - 1) /
+                       c.shape.stride[d] +
+                   1;
   }
   return c;
 }

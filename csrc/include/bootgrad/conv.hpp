@@ -1,4 +1,5 @@
-// What the paths of a convolution share: its operands in the layouts that the micro-kernel wants, and its two linear maps.
+// What the paths of a convolution share: its operands in the layouts that the micro-kernel wants, and its two linear
+// maps.
 //
 //   x      [C, x_plane]       zero-padded planes             gy     [O, g_plane]    zero-padded planes
 //   gyt    [groups, T, ld]    gy with channels last          center [groups, R, ld]
@@ -53,8 +54,8 @@ struct ConvLayer {
       if (plan.channels_last)
         copy_rows(gy_of(b) + begin, plan.O, plan.T, end - begin, out + begin, ld, factor);
       else
-        transpose<T>(gy_of(b) + (g * plan.Og + begin) * plan.T, plan.T, end - begin, plan.T, out + g * stride + begin, ld,
-                     factor);
+        transpose<T>(gy_of(b) + (g * plan.Og + begin) * plan.T, plan.T, end - begin, plan.T, out + g * stride + begin,
+                     ld, factor);
   }
   void transposed_gy(int64_t b, T* out) const { transposed_gy(b, out, plan.T * ld, T(1), 0, plan.Og); }
 

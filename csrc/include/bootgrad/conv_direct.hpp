@@ -1,5 +1,5 @@
-// The direct path: a sample's gradient is formed tile by tile, used in registers, and, where derivatives are wanted, kept
-// for the two products that they take.
+// The direct path: a sample's gradient is formed tile by tile, used in registers, and, where derivatives are wanted,
+// kept for the two products that they take.
 //
 //   G[r, o]        = Σ_t x[tap r + pos t] · gy[t, o]
 //   ∂s/∂gy[t, o]   = 2 Σ_r x[pos t + tap r] · D[r, o]                 D = G − center
@@ -13,8 +13,8 @@ namespace bootgrad::BOOTGRAD_ISA {
 template <class In>
 struct ConvDirect : ConvLayer<In> {
   using Layer = ConvLayer<In>;
-  using typename Layer::T;
   using Layer::call, Layer::plan, Layer::runtime, Layer::ld, Layer::ldc;
+  using typename Layer::T;
 
   explicit ConvDirect(const ConvCall& c) : Layer(c, true) {}
 
@@ -68,8 +68,12 @@ struct ConvDirect : ConvLayer<In> {
     Total<T> plain, deviation;
     for (int64_t g = 0; g < plan.groups; ++g) {
       const T* xg = x + g * this->x_group();
-      const Norms<T> norms{ld,    this->center_of(g), sum ? sum + g * plan.R * ld : nullptr,
-                           first, m.keep,             call.sq_norms ? &plain : nullptr,
+      const Norms<T> norms{ld,
+                           this->center_of(g),
+                           sum ? sum + g * plan.R * ld : nullptr,
+                           first,
+                           m.keep,
+                           call.sq_norms ? &plain : nullptr,
                            &deviation};
       gemm<T>(plan.R, plan.Og, plan.T, {xg, plan.tap, plan.pos}, m.gyt + g * plan.T * ld, ld, norms);
       if (call.dgy) {

@@ -1,9 +1,9 @@
 // The Gram path ("ghost norm"): ‖G‖² = ⟨U Uᵀ, K⟩ over T×T with K = gyᵀ gy, and its derivatives.
 //
-// At stride 1 the patch Gram is a sum of shifted pixel Grams, (U Uᵀ)[t, t'] = Σ_k P[t + k, t' + k], and in a zero-padded
-// plane a shift by k is an offset: row t of U Uᵀ is the sum of K vectors. So is a row of the adjoint's
-// Q[p, p'] = Σ_k K[p − k, p' − k]. Columns are therefore numbered by their offset in a padded plane ("column of t").
-// At other strides positions are few against pixels, and U Uᵀ is formed from the patches.
+// At stride 1 the patch Gram is a sum of shifted pixel Grams, (U Uᵀ)[t, t'] = Σ_k P[t + k, t' + k], and in a
+// zero-padded plane a shift by k is an offset: row t of U Uᵀ is the sum of K vectors. So is a row of the adjoint's Q[p,
+// p'] = Σ_k K[p − k, p' − k]. Columns are therefore numbered by their offset in a padded plane ("column of t"). At
+// other strides positions are few against pixels, and U Uᵀ is formed from the patches.
 //
 //   ∂s/∂gy = 2 (U Uᵀ) gy        ∂s/∂x = 2 Q x        with a center: − 2 (center ∗ x), − 2 (its transpose on gy)
 
@@ -12,8 +12,8 @@ namespace bootgrad::BOOTGRAD_ISA {
 template <class In>
 struct ConvGram : ConvLayer<In> {
   using Layer = ConvLayer<In>;
-  using typename Layer::T;
   using Layer::call, Layer::plan, Layer::runtime, Layer::ld, Layer::ldc, Layer::x_size;
+  using typename Layer::T;
 
   explicit ConvGram(const ConvCall& c) : Layer(c, true) {
     if (call.center) {
@@ -23,10 +23,10 @@ struct ConvGram : ConvLayer<In> {
   }
 
   struct Memory {
-    T *x, *gyt, *gyp;            // as in the direct path, for all samples of a group
-    T *planes, *gplanes, *xt;    // [C, px + a vector], [O, ldt], [pixels, ldc]
-    T *pixels, *uu, *k, *q;      // [pixels, ldp], [T, ldt], [T, ldk], [pixels, ldq]
-    T *patches, *dgyt, *dxt;     // [R, ldt] or [T, ldc]; results of all samples of a group
+    T *x, *gyt, *gyp;          // as in the direct path, for all samples of a group
+    T *planes, *gplanes, *xt;  // [C, px + a vector], [O, ldt], [pixels, ldc]
+    T *pixels, *uu, *k, *q;    // [pixels, ldp], [T, ldt], [T, ldk], [pixels, ldq]
+    T *patches, *dgyt, *dxt;   // [R, ldt] or [T, ldc]; results of all samples of a group
     int64_t *column, *depth_c, *depth_o, *row_uu, *row_k, *row_q, *pixel;
     int64_t *rows, *phase_rows, *phase_out;  // positions and pixels of all samples of a group
     const T** sources;                       // [K]

@@ -12,13 +12,13 @@ void combine_groups(const ConvLayer<In>& layer, const Compute<In>* partial, int6
                static_cast<T*>(layer.call.sum) + g * plan.Og * plan.R);
 }
 
-// A task's samples come in bundles that are packed together: so many that the micro-kernel's sums are long, or that a tile
-// of the weights is used often while it is in cache, and so few that the bundle stays in cache itself.
+// A task's samples come in bundles that are packed together: so many that the micro-kernel's sums are long, or that a
+// tile of the weights is used often while it is in cache, and so few that the bundle stays in cache itself.
 template <class In>
 struct ConvSum : ConvLayer<In> {
   using Layer = ConvLayer<In>;
-  using typename Layer::T;
   using Layer::call, Layer::plan, Layer::runtime, Layer::ld, Layer::weights, Layer::x_size;
+  using typename Layer::T;
 
   ConvSum(const ConvCall& c, bool with_center)
       : Layer(c, with_center), division(divide<T>(plan.B, plan.T, plan.groups, weights, ld)) {
@@ -67,8 +67,7 @@ struct ConvSum : ConvLayer<In> {
   }
 
   T* partial_sums() const {
-    return static_cast<T*>(
-        runtime.scratch(kSharedScratch, static_cast<size_t>(division.blocks * weights) * sizeof(T)));
+    return static_cast<T*>(runtime.scratch(kSharedScratch, static_cast<size_t>(division.blocks * weights) * sizeof(T)));
   }
 
  private:
@@ -123,8 +122,8 @@ struct ConvWeightedSum : ConvSum<In> {
   }
 };
 
-// Σ_i G_i with every sample's ‖G_i‖² and ‖G_i − center‖², by the direct path. A block of rows and columns of the weights,
-// small enough for the first cache, takes all samples of a bundle before the next.
+// Σ_i G_i with every sample's ‖G_i‖² and ‖G_i − center‖², by the direct path. A block of rows and columns of the
+// weights, small enough for the first cache, takes all samples of a bundle before the next.
 template <class In>
 struct ConvStatistics : ConvSum<In> {
   using typename ConvSum<In>::T;
@@ -179,17 +178,19 @@ struct ConvStatistics : ConvSum<In> {
   }
 };
 
-// ⟨G_i, v⟩ = Σ_{t,o} gy[t, o] · (v ∗ x)[t, o]; v is the call's center. Small samples are convolved together, so that the
-// weights are read once for many positions.
+// ⟨G_i, v⟩ = Σ_{t,o} gy[t, o] · (v ∗ x)[t, o]; v is the call's center. Small samples are convolved together, so that
+// the weights are read once for many positions.
 template <class In>
 struct ConvJvp : ConvLayer<In> {
   using Layer = ConvLayer<In>;
-  using typename Layer::T;
   using Layer::call, Layer::plan, Layer::runtime, Layer::ld, Layer::x_size;
+  using typename Layer::T;
 
   explicit ConvJvp(const ConvCall& c) : Layer(c, true), together(samples_together(c.plan->T)) {}
 
-  static int64_t samples_together(int64_t positions) { return positions >= 32 ? 1 : 32 / (positions > 0 ? positions : 1); }
+  static int64_t samples_together(int64_t positions) {
+    return positions >= 32 ? 1 : 32 / (positions > 0 ? positions : 1);
+  }
 
   struct Memory {
     T *x, *gyt, *y;
@@ -224,7 +225,8 @@ struct ConvJvp : ConvLayer<In> {
     const T* x = this->copy_x ? m.x : this->padded_x(b0, nullptr);
     for (int64_t s = 0; s < count && this->copy_x; ++s) this->padded_x(b0 + s, m.x + s * x_size);
     for (int64_t g = 0; g < plan.groups; ++g)
-      this->forward(count * plan.T, x + g * this->x_group(), m.rows, this->center_of(g), m.y + g * together * size, T(1));
+      this->forward(count * plan.T, x + g * this->x_group(), m.rows, this->center_of(g), m.y + g * together * size,
+                    T(1));
     for (int64_t s = 0; s < count; ++s) {
       this->transposed_gy(b0 + s, m.gyt);
       double total = 0;

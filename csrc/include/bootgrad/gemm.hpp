@@ -1,7 +1,7 @@
 // The one micro-kernel: C[m, n] = Σ_k a[row[m] + depth[k]] · b[k·ldb + n], handed to an epilogue while in registers.
 //
-// A is read by scalar broadcasts at the sum of two offsets, which covers patches, strides and plain matrices alike; B is
-// contiguous in n, its rows padded with zeros to whole vectors. A tile is MR rows by NV vectors.
+// A is read by scalar broadcasts at the sum of two offsets, which covers patches, strides and plain matrices alike; B
+// is contiguous in n, its rows padded with zeros to whole vectors. A tile is MR rows by NV vectors.
 
 namespace bootgrad::BOOTGRAD_ISA {
 
@@ -75,8 +75,9 @@ void slab(int64_t M, int64_t K, const Gathered<T>& a, const T* b, int64_t ldb, i
   }
 }
 
-// Columns beyond N, up to a whole vector, are zeros of B or left out by the epilogue. With `key`, ascending over the rows,
-// a slab of columns that ends at n takes only the rows whose key is below n + slack: the upper triangle of a Gram matrix.
+// Columns beyond N, up to a whole vector, are zeros of B or left out by the epilogue. With `key`, ascending over the
+// rows, a slab of columns that ends at n takes only the rows whose key is below n + slack: the upper triangle of a Gram
+// matrix.
 template <class T, class Epilogue>
 void gemm(int64_t M, int64_t N, int64_t K, const Gathered<T>& a, const T* b, int64_t ldb, const Epilogue& epilogue,
           const int64_t* key = nullptr, int64_t slack = 0) {

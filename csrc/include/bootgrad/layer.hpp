@@ -49,21 +49,21 @@ struct Phase {
 
 struct ConvPlan {
   int64_t B, C, O, groups, Cg, Og, K, T, R;
-  int64_t pixels;          // positions of x
-  bool channels_last;      // x is (B, T, C) and gy (B, T, O): a linear layer, which has one kernel position
-  bool pixel_gram;         // stride 1: patch Grams are sums of shifted pixel Grams
-  int64_t S[3], P[3];      // spatial size of x and of gy
+  int64_t pixels;      // positions of x
+  bool channels_last;  // x is (B, T, C) and gy (B, T, O): a linear layer, which has one kernel position
+  bool pixel_gram;     // stride 1: patch Grams are sums of shifted pixel Grams
+  int64_t S[3], P[3];  // spatial size of x and of gy
   int64_t kernel[3], stride[3], padding[3], dilation[3];
-  int64_t xs[3], x_plane;  // padded size of x, their product
+  int64_t xs[3], x_plane;           // padded size of x, their product
   int64_t gs[3], glow[3], g_plane;  // padded size of gy, its margin in front, product
-  const int64_t* tap;        // [R] offset of (c, k) in a group's padded x
-  const int64_t* pos;        // [T] offset of t in the padded x
-  const int64_t* tap_order;  // [K] kernel positions, those of one phase together
+  const int64_t* tap;               // [R] offset of (c, k) in a group's padded x
+  const int64_t* pos;               // [T] offset of t in the padded x
+  const int64_t* tap_order;         // [K] kernel positions, those of one phase together
   const Phase* phases;
   int64_t n_phases;
-  const int64_t* pixel;    // [pixels] offset of a pixel in a padded plane of x
-  const int64_t* at_pixel; // [x_plane] number of the pixel at an offset, −1 in the margin
-  const int64_t* at_pos;   // [x_plane] number t of the position at an offset, −1 where there is none
+  const int64_t* pixel;     // [pixels] offset of a pixel in a padded plane of x
+  const int64_t* at_pixel;  // [x_plane] number of the pixel at an offset, −1 in the margin
+  const int64_t* at_pos;    // [x_plane] number t of the position at an offset, −1 where there is none
 };
 
 struct ConvCall {

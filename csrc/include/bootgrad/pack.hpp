@@ -70,8 +70,9 @@ double dot(const In* a, const In* b, int64_t count) {
   return total;
 }
 
-// Runs body(task, scratch) for every task, tasks handed out one by one. prepare(Carver&) lays out a worker's memory and is
-// called twice: to count, and to place; it returns what body gets. `begin` sees a worker's memory once before its tasks.
+// Runs body(task, scratch) for every task, tasks handed out one by one. prepare(Carver&) lays out a worker's memory and
+// is called twice: to count, and to place; it returns what body gets. `begin` sees a worker's memory once before its
+// tasks.
 template <class Prepare, class Begin, class Body>
 void share(const Runtime& runtime, int64_t tasks, const Prepare& prepare, const Begin& begin, const Body& body) {
   if (tasks <= 0) return;
@@ -107,10 +108,10 @@ struct Range {
 
 inline Range part(int64_t n, int64_t parts, int64_t i) { return {n * i / parts, n * (i + 1) / parts}; }
 
-// How a sum over samples is shared out: blocks of samples, each with its own sum of all weights, and within them parts of
-// the weights' columns. It depends on the layer alone, and blocks are added up in order, so that results do not depend on
-// the number of threads or on who did what. A block is worth its sum's traffic from some 256 positions and eight samples
-// on; sums take 64 MiB at most.
+// How a sum over samples is shared out: blocks of samples, each with its own sum of all weights, and within them parts
+// of the weights' columns. It depends on the layer alone, and blocks are added up in order, so that results do not
+// depend on the number of threads or on who did what. A block is worth its sum's traffic from some 256 positions and
+// eight samples on; sums take 64 MiB at most.
 struct Division {
   int64_t blocks, parts;
 };
@@ -141,7 +142,8 @@ void combine(const Runtime& runtime, const T* partial, int64_t blocks, int64_t s
         clear(total, count * ld);
         for (int64_t block = 0; block < blocks; ++block) {
           const T* from = partial + block * stride + begin * ld;
-          for (int64_t i = 0; i < count * ld; i += kLanes<T>) store<T>(total + i, load<T>(total + i) + load<T>(from + i));
+          for (int64_t i = 0; i < count * ld; i += kLanes<T>)
+            store<T>(total + i, load<T>(total + i) + load<T>(from + i));
         }
         transpose<T>(total, ld, count, N, out + begin, M, T(1));
       });

@@ -1,8 +1,8 @@
 // Vectors of one instruction set, and transposition: compiled once per instruction set, inside its namespace.
 //
-// The including file defines BOOTGRAD_ISA (the namespace) and BOOTGRAD_VECTOR_BYTES, and has included the standard headers
-// before it switched the instruction set on. No template or inline function of the standard library is used below, so that
-// the linker cannot pick a copy of one that the machine lacks the instructions for.
+// The including file defines BOOTGRAD_ISA (the namespace) and BOOTGRAD_VECTOR_BYTES, and has included the standard
+// headers before it switched the instruction set on. No template or inline function of the standard library is used
+// below, so that the linker cannot pick a copy of one that the machine lacks the instructions for.
 
 namespace bootgrad::BOOTGRAD_ISA {
 
