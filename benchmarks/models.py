@@ -5,7 +5,7 @@ from torch import nn
 
 
 def reference_cnn() -> tuple[nn.Module, tuple[int, ...]]:
-    """conv 32 – pool – conv 64 – pool – conv 64 – fc 128 – fc 10 on 28×28×1."""
+    """Conv 32 – pool – conv 64 – pool – conv 64 – fc 128 – fc 10 on 28×28×1."""
     model = nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1),
         nn.ReLU(),

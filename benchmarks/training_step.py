@@ -159,7 +159,9 @@ def main() -> None:
     print(f"{'step':18}{'ms':>8}{'ratio':>8}{'(10–90 %)':>14}{'MiB':>7}{'ratio':>7}")
     for row in rows:
         spread = f"{row['ratio_low']}–{row['ratio_high']}"
-        print(f"{row['step']:18}{row['milliseconds']:>8}{row['ratio']:>8}{spread:>14}{row['memory_mib']:>7}{row['memory_ratio']:>7}")
+        print(
+            f"{row['step']:18}{row['milliseconds']:>8}{row['ratio']:>8}{spread:>14}{row['memory_mib']:>7}{row['memory_ratio']:>7}"
+        )
     options.csv.parent.mkdir(parents=True, exist_ok=True)
     new = not options.csv.exists()
     with options.csv.open("a", newline="") as file:

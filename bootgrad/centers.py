@@ -26,7 +26,7 @@ class Center(ABC):
 
     @abstractmethod
     def value(self, parameters: Parameters) -> dict[str, Tensor] | None:
-        """c by parameter name, or None as long as nothing is known."""
+        """C by parameter name, or None as long as nothing is known."""
 
     def update(self, mean: Parameters) -> None:
         """Take in ḡ of a finished step, {name: tensor}; tensors are not changed."""
@@ -195,7 +195,9 @@ class FullBatchMean(Center):
         if isinstance(refresh_every, bool) or not isinstance(refresh_every, int) or refresh_every < 1:
             raise ArgumentError(f"refresh_every must be a whole number of at least 1; got {refresh_every!r}")
         if differentiable and refresh_every != 1:
-            raise ArgumentError(f"a differentiable center is that of the present parameters: refresh_every must be 1; got {refresh_every}")
+            raise ArgumentError(
+                f"a differentiable center is that of the present parameters: refresh_every must be 1; got {refresh_every}"
+            )
         if not callable(loss_fn):
             raise ArgumentTypeError(f"loss_fn must be callable; got {type(loss_fn).__name__}")
         self.loader, self.loss_fn = loader, loss_fn
@@ -239,7 +241,9 @@ class FullBatchMean(Center):
                     t.add_(g)
             count += losses.numel()
         if not count:
-            raise ArgumentError("the loader of FullBatchMean yields no batch; it must be one that can be gone through again")
+            raise ArgumentError(
+                "the loader of FullBatchMean yields no batch; it must be one that can be gone through again"
+            )
         torch._foreach_div_(total, count)
         return dict(zip(parameters, total, strict=True))
 
@@ -270,4 +274,6 @@ def as_center(value: Any) -> Center:
         return NAMED[value]()
     if isinstance(value, Mapping | Tensor):
         return Fixed(value)
-    raise ArgumentTypeError(f"center must be a name, a mapping by parameter name or a Center; got {type(value).__name__}")
+    raise ArgumentTypeError(
+        f"center must be a name, a mapping by parameter name or a Center; got {type(value).__name__}"
+    )

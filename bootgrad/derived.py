@@ -106,7 +106,9 @@ def is_batch_free(func: Callable, result: Any, tracked: list[Tensor], others: li
     )
 
 
-def derive(func: Callable, args: tuple, kwargs: dict, result: Any, known: Mapping[int, "Derived | None"]) -> list[Derived]:
+def derive(
+    func: Callable, args: tuple, kwargs: dict, result: Any, known: Mapping[int, "Derived | None"]
+) -> list[Derived]:
     """The derived tensors among the results of a call."""
     used = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in known]
     parents = {id(t): known[id(t)] for t in used}
@@ -184,4 +186,9 @@ class ViewTerm(Term):
     def _back(self, value: Tensor) -> Tensor:
         """From the term's order to the parameter's: the transpose of a reordering is its inverse."""
         order = torch.arange(value.numel(), device=value.device).view(self.shape)
-        return torch.zeros_like(value).reshape(-1).index_copy(0, self._forward(order).reshape(-1), value.reshape(-1)).view(self.shape)
+        return (
+            torch.zeros_like(value)
+            .reshape(-1)
+            .index_copy(0, self._forward(order).reshape(-1), value.reshape(-1))
+            .view(self.shape)
+        )

@@ -1,6 +1,5 @@
 """Batch norm couples samples, so that per-sample gradients do not exist; group norm is the usual replacement."""
 
-
 from torch import nn
 
 from .errors import ArgumentError

@@ -38,7 +38,9 @@ def as_parameter_dict(value: Direction, parameters: Mapping[str, Tensor], what: 
         parts = value.split([p.numel() for p in parameters.values()])
         return {name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)}
     if not isinstance(value, Mapping):
-        raise ArgumentTypeError(f"{what} must be a mapping by parameter name or a flat tensor; got {type(value).__name__}")
+        raise ArgumentTypeError(
+            f"{what} must be a mapping by parameter name or a flat tensor; got {type(value).__name__}"
+        )
     for problem, names in (
         ("lacks", [n for n in parameters if n not in value]),
         ("has unknown", [n for n in value if n not in parameters]),
@@ -65,7 +67,9 @@ class PerSampleGradients:
     are detached and the matrix outlives the autograd graph. ``G[index]`` is a subset of the rows, without a copy of B×P.
     """
 
-    def __init__(self, terms: Mapping[str, Term], parameters: Mapping[str, Tensor], batch_size: int, differentiable: bool):
+    def __init__(
+        self, terms: Mapping[str, Term], parameters: Mapping[str, Tensor], batch_size: int, differentiable: bool
+    ):
         """Hold one `Term` per parameter; parameters without one have zero gradients."""
         self._terms = dict(terms)
         self._parameters = dict(parameters)
@@ -101,7 +105,9 @@ class PerSampleGradients:
                 index = torch.as_tensor(index, device=device)
             chosen = rows[index].reshape(-1)
         except (IndexError, TypeError, ValueError) as error:
-            raise ArgumentError(f"rows must be indexed within 0 … {self.batch_size - 1}; got {index!r} ({error})") from None
+            raise ArgumentError(
+                f"rows must be indexed within 0 … {self.batch_size - 1}; got {index!r} ({error})"
+            ) from None
         if chosen.numel() == 0:
             raise ArgumentError("the index chooses no rows: a gradient matrix needs at least one")
         terms = {name: term.select(chosen) for name, term in self._terms.items()}

@@ -88,7 +88,9 @@ class Recording(TorchFunctionMode):
     def __enter__(self):
         """Begin to record."""
         if self._used:
-            raise RecordingError("this recording was used already: make a new one with record(model) for every forward pass")
+            raise RecordingError(
+                "this recording was used already: make a new one with record(model) for every forward pass"
+            )
         self._used = self._open = True
         return super().__enter__()
 
@@ -261,7 +263,11 @@ class Recording(TorchFunctionMode):
         Norms of rows are compared, so that no gradient is kept; they scale exactly where samples are independent.
         """
         modes = tuple(module.training for module in self.modules)
-        signature = (self.batch_size, modes, tuple((o.name, tuple(map(self.name_of, o.tracked)), o.output_rows) for o in operations))
+        signature = (
+            self.batch_size,
+            modes,
+            tuple((o.name, tuple(map(self.name_of, o.tracked)), o.output_rows) for o in operations),
+        )
         if self.check == "never" or (self.check == "first" and signature in self._state.checked):
             return
         a = _powers_of_two(self.batch_size).to(losses)
@@ -293,7 +299,7 @@ class Recording(TorchFunctionMode):
     def output_gradients(
         self, losses: Tensor, weights: Tensor, operations: Sequence[Operation], create_graph: bool = False
     ) -> list[Tensor]:
-        """gy of each operation under the losses Σ w_i ℓ_i; no gradient of a parameter is computed."""
+        """Gy of each operation under the losses Σ w_i ℓ_i; no gradient of a parameter is computed."""
         with self.in_phase(Phase.OUTPUTS):
             edges = [o.edge for o in operations]
             return list(gradients(losses, edges, weights, retain_graph=True, create_graph=create_graph))
@@ -404,7 +410,11 @@ def check_losses(losses: Any) -> None:
     if losses.dim() != 1:
         raise ArgumentError(
             f"losses must have shape (B,), one loss per sample; got {tuple(losses.shape)}: "
-            + ('pass reduction="none" to the loss' if losses.dim() == 0 else "reduce each sample's losses to one number")
+            + (
+                'pass reduction="none" to the loss'
+                if losses.dim() == 0
+                else "reduce each sample's losses to one number"
+            )
         )
     if losses.numel() == 0:
         raise ArgumentError("losses are empty: a batch needs at least one sample")

@@ -217,9 +217,13 @@ class GradientRegularizer:
                 losses = losses(*batch)
         else:
             if batch:
-                raise ArgumentTypeError("a batch was given along with losses: pass the function that computes the losses instead")
+                raise ArgumentTypeError(
+                    "a batch was given along with losses: pass the function that computes the losses instead"
+                )
             if self._recording is None:
-                raise RecordingError("nothing was recorded: compute the losses inside `with reg.record():`, or pass a function")
+                raise RecordingError(
+                    "nothing was recorded: compute the losses inside `with reg.record():`, or pass a function"
+                )
             recording, self._recording = self._recording, None
         strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
         parameters = recording.parameters
@@ -264,11 +268,15 @@ class GradientRegularizer:
         return report, leaves, grads, mean
 
     @torch.no_grad()
-    def _report(self, G: PerSampleGradients, losses: Tensor, centers, penalties, notes) -> tuple[Report, dict[str, Tensor]]:
+    def _report(
+        self, G: PerSampleGradients, losses: Tensor, centers, penalties, notes
+    ) -> tuple[Report, dict[str, Tensor]]:
         """The report, and ḡ. A penalty that was not taken follows from (1/B) Σ ‖g_i − c‖² = Γ + ‖ḡ − c‖²."""
         mean = G.mean()
         sq_mean = _sq_norm(mean.values())
-        distance = {name: None if c is None else _sq_norm(g - c[n] for n, g in mean.items()) for name, c in centers.items()}
+        distance = {
+            name: None if c is None else _sq_norm(g - c[n] for n, g in mean.items()) for name, c in centers.items()
+        }
         values = {name: value.detach() for name, value in penalties.items()}
         if "reg1" in values:
             about = 0.0 if distance["reg1"] is None else distance["reg1"]

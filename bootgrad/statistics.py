@@ -173,7 +173,9 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                 if c is not None:
                     deviation = deviation if name in norms else s + c.square().sum()
                     mean_deviation = (g / B - c).to(s.dtype).square().sum() / scale**2
-                    parts[name] = Moments(s / scale**2, _sq_norm(g, s) / (B * scale) ** 2, deviation / scale**2, mean_deviation)
+                    parts[name] = Moments(
+                        s / scale**2, _sq_norm(g, s) / (B * scale) ** 2, deviation / scale**2, mean_deviation
+                    )
                 else:
                     parts[name] = Moments(s / scale**2, _sq_norm(g, s) / (B * scale) ** 2)
         return leaf_grads, combine(parts)
@@ -191,7 +193,9 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         self.last_reach = reach = self.reach(losses)
         if self.batch_size == 1:
             leaves = list(reach.parameters.values())
-            grads = gradients(losses, leaves, torch.ones_like(losses), create_graph=create_graph, retain_graph=True, allow_unused=True)
+            grads = gradients(
+                losses, leaves, torch.ones_like(losses), create_graph=create_graph, retain_graph=True, allow_unused=True
+            )
             rows = zip(reach.parameters, grads, strict=True)
             terms: dict[str, Term] = {name: DenseTerm(g.unsqueeze(0)) for name, g in rows if g is not None}
         else:
@@ -310,4 +314,3 @@ class NoiseScale:
         """Go on from a `state_dict`."""
         self.decay, self.steps = state["decay"], state["steps"]
         self._weight, self._trace, self._sq_norm = state["parts"]
-

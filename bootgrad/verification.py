@@ -110,7 +110,9 @@ def verify(
             Row(
                 name,
                 " + ".join(dict.fromkeys(rules.get(name, ["unused"]))),
-                _error(norms[name], own.reshape(len(own), -1).square().sum(1)) if name in norms else _error(ours[name], own),
+                _error(norms[name], own.reshape(len(own), -1).square().sum(1))
+                if name in norms
+                else _error(ours[name], own),
                 _error(mean[name], own.mean(0)),
                 float((penalty[k] - expected[k]).norm()) / (scale or 1.0),
             )

@@ -71,7 +71,12 @@ def per_sample(z):
 def test_samples_that_are_coupled_or_elsewhere_are_refused_by_operation():
     torch.manual_seed(0)
     x = torch.randn(4, 3)
-    refused(BatchFirstForgotten(), torch.randn(4, 4, 3), per_sample, r"after linear \(parameter linear.weight, linear.bias\)")
+    refused(
+        BatchFirstForgotten(),
+        torch.randn(4, 4, 3),
+        per_sample,
+        r"after linear \(parameter linear.weight, linear.bias\)",
+    )
     refused(Coupled(lambda z: z - z.mean(0)), x, per_sample, r"after linear \(parameter first.weight")
     refused(Coupled(batch_norm), x, per_sample, r"after linear \(parameter first.weight")
     refused(Coupled(nn.Identity()), x, contrastive, r"after linear \(parameter first.weight")

@@ -231,10 +231,22 @@ def test_a_failed_step_changes_nothing(setting):
 
 def test_the_model_is_left_alone(setting):
     model, x, target = setting
-    before = (type(model), list(model.state_dict()), model.forward, dict(model._forward_hooks), dict(model._backward_hooks))
+    before = (
+        type(model),
+        list(model.state_dict()),
+        model.forward,
+        dict(model._forward_hooks),
+        dict(model._backward_hooks),
+    )
     reg = bootgrad.GradientRegularizer(model, reg1=0.1)
     reg.backward(lambda x: loss_of(model(x), target), x)
-    assert before == (type(model), list(model.state_dict()), model.forward, dict(model._forward_hooks), dict(model._backward_hooks))
+    assert before == (
+        type(model),
+        list(model.state_dict()),
+        model.forward,
+        dict(model._forward_hooks),
+        dict(model._backward_hooks),
+    )
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,9 @@ def conv_weighted_sum(
     return product.weighted_sum(_conv(x, gy, kernel_size, stride, padding, dilation, groups, w=w), x, gy, w)
 
 
-def _conv(x: Tensor, gy: Tensor, kernel_size, stride, padding, dilation, groups, w=None, **layers: Tensor) -> "ConvProduct":
+def _conv(
+    x: Tensor, gy: Tensor, kernel_size, stride, padding, dilation, groups, w=None, **layers: Tensor
+) -> "ConvProduct":
     """The geometry, checked against x, gy, weights w (B,) and tensors of the weight's shape."""
     n = x.dim() - 2
     if n < 1:
@@ -164,9 +166,13 @@ class ConvProduct(Product):
             return self, x, gy, weight_shape
         # N/B consecutive images belong to a sample: they stack in a further dimension, which the kernel leaves alone.
         if len(self.stride) > 2:
-            raise UnsupportedError(f"a {len(self.stride)}-d convolution over several images a sample; got {x.size(0)} rows")
+            raise UnsupportedError(
+                f"a {len(self.stride)}-d convolution over several images a sample; got {x.size(0)} rows"
+            )
         x, gy = (t.reshape(batch_size, -1, *t.shape[1:]).transpose(1, 2) for t in (x, gy))
-        stacked = ConvProduct((1, *self.kernel_size), (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups)
+        stacked = ConvProduct(
+            (1, *self.kernel_size), (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups
+        )
         return stacked, x, gy, torch.Size((*weight_shape[:2], 1, *weight_shape[2:]))
 
     def rows(self, x, gy):  # noqa: D102
@@ -199,7 +205,9 @@ class ConvProduct(Product):
 
     def layer(self, x: Tensor, gy: Tensor) -> planning.ConvLayer:
         """The shape of the layer, for the cost model."""
-        return planning.ConvLayer(x.size(0), x.size(1), tuple(x.shape[2:]), gy.size(1), self.kernel_size, *self._geometry)
+        return planning.ConvLayer(
+            x.size(0), x.size(1), tuple(x.shape[2:]), gy.size(1), self.kernel_size, *self._geometry
+        )
 
     def _path(self, x: Tensor, gy: Tensor, purpose: str, center: Tensor | None) -> str:
         return planning.choose_path(self.layer(x, gy), purpose, center is not None)

@@ -71,7 +71,12 @@ class GroupNorm(Function):
             return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None
         gx = GroupNormGrad.apply(gy, x, weight, mean, rstd, ctx.groups, ctx.eps) if needs[0] else None
         rows = GroupNormRows.apply(gy, x, ctx.groups, ctx.eps) if any(needs[1:]) else ()
-        return gx, *(r.sum(0) if needed else None for r, needed in zip(rows or (None, None), needs[1:], strict=True)), None, None
+        return (
+            gx,
+            *(r.sum(0) if needed else None for r, needed in zip(rows or (None, None), needs[1:], strict=True)),
+            None,
+            None,
+        )
 
 
 class GroupNormGrad(Function):
@@ -143,5 +148,7 @@ def _differentiable(function, cotangents, inputs, groups: int, eps: float):
     """The derivatives of ``function`` as plain torch has them, with a graph: third derivatives and beyond."""
     aliases = [None if t is None else t.view_as(t) for t in inputs]
     wanted = [t for t in aliases if t is not None and t.requires_grad]
-    grads = iter(torch.autograd.grad(function(*aliases, groups, eps), wanted, cotangents, create_graph=True, allow_unused=True))
+    grads = iter(
+        torch.autograd.grad(function(*aliases, groups, eps), wanted, cotangents, create_graph=True, allow_unused=True)
+    )
     return [next(grads) if t is not None and t.requires_grad else None for t in aliases]

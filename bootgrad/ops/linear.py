@@ -142,7 +142,7 @@ class LinearProduct(Product):
         return s, *(t if wanted else None for t, wanted in zip((*self._roles(*grads), total), mask, strict=True))
 
     def _rank1(self, x, gy, center, mask):
-        """s = ‖x‖²‖gy‖² − 2 ⟨gy, c x⟩ + ‖c‖², its derivatives and Σ G_i, all samples in one product with c."""
+        """S = ‖x‖²‖gy‖² − 2 ⟨gy, c x⟩ + ‖c‖², its derivatives and Σ G_i, all samples in one product with c."""
         dtype, types = accumulation_dtype(x.dtype), (x.dtype, gy.dtype)
         x, gy = x.squeeze(1).to(dtype), gy.squeeze(1).to(dtype)
         xx, gg = x.square().sum(1), gy.square().sum(1)

@@ -136,7 +136,9 @@ def check_layer(name: str, tensor: Tensor | None, shape: Sequence[int], x: Tenso
 
 def check_linear(x: Tensor, gy: Tensor) -> None:
     """Raise unless ``x`` is (B, T, I) and ``gy`` (B, T, O)."""
-    torch._check(x.dim() == 3 and gy.dim() == 3, lambda: f"x and gy must be (B, T, ·); got {x.dim()} and {gy.dim()} dims")
+    torch._check(
+        x.dim() == 3 and gy.dim() == 3, lambda: f"x and gy must be (B, T, ·); got {x.dim()} and {gy.dim()} dims"
+    )
     check_pair(x, gy)
     torch._check(x.size(1) == gy.size(1), lambda: f"x and gy must share T; got {x.size(1)} and {gy.size(1)}")
 
@@ -154,7 +156,8 @@ def check_conv(
     n = x.dim() - 2
     torch._check(n >= 1, lambda: f"x must be (B, C, *S); got shape {tuple(x.shape)}")
     for name, value in (("kernel_size", kernel_size), ("stride", stride), ("padding", padding), ("dilation", dilation)):
-        torch._check(len(value) == n, lambda: f"{name} must have {n} numbers, one per dimension; got {list(value)}")
+        message = f"{name} must have {n} numbers, one per dimension; got {list(value)}"
+        torch._check(len(value) == n, lambda message=message: message)
     check_pair(x, gy)
     torch._check(
         groups >= 1 and x.size(1) % groups == 0 and gy.size(1) % groups == 0,
@@ -302,11 +305,18 @@ def check_group_norm(x: Tensor, others: dict[str, Tensor], mean: Tensor, rstd: T
     for name, t in others.items():
         torch._check(
             t.shape == x.shape and t.dtype == x.dtype,
-            lambda name=name, t=t: f"{name} must be {x.dtype} of shape {tuple(x.shape)}; got {t.dtype}, {tuple(t.shape)}",
+            lambda name=name, t=t: (
+                f"{name} must be {x.dtype} of shape {tuple(x.shape)}; got {t.dtype}, {tuple(t.shape)}"
+            ),
         )
     torch._check(
-        mean.dim() == 2 and mean.shape == rstd.shape and mean.size(0) == x.size(0) and x.size(1) % max(1, mean.size(1)) == 0,
-        lambda: f"mean and rstd must be (B, G), G a divisor of {x.size(1)}; got {tuple(mean.shape)} and {tuple(rstd.shape)}",
+        mean.dim() == 2
+        and mean.shape == rstd.shape
+        and mean.size(0) == x.size(0)
+        and x.size(1) % max(1, mean.size(1)) == 0,
+        lambda: (
+            f"mean and rstd must be (B, G), G a divisor of {x.size(1)}; got {tuple(mean.shape)} and {tuple(rstd.shape)}"
+        ),
     )
     check_layer("mean", mean, mean.shape, x)
     check_layer("rstd", rstd, mean.shape, x)

@@ -21,9 +21,9 @@ from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..errors import RecordingError
-from ..planning import ConvLayer, LinearLayer
 from ..ops.product import InputGrad, Product, WeightGrad
 from ..ops.schema import accumulation_dtype
+from ..planning import ConvLayer, LinearLayer
 from .terms import DenseTerm, FactoredTerm, Term
 
 

@@ -1,6 +1,6 @@
 """Sums and products with a parameter that is broadcast over the samples: scales, shifts, gates, embeddings of position.
 
-    y = x ± α p :  g_i = ± α Σ gy_i          y = x p :  g_i = Σ gy_i x_i          Σ over what p was broadcast along
+y = x ± α p :  g_i = ± α Σ gy_i          y = x p :  g_i = Σ gy_i x_i          Σ over what p was broadcast along
 """
 
 import torch

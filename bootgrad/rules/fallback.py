@@ -84,7 +84,9 @@ class FallbackOperation(Operation):
 
             y, pull = torch.func.vjp(output, own)
             if y.shape != gy_i.shape:
-                raise UnsupportedError(f"puts out {tuple(y.shape)} for one sample where {tuple(gy_i.shape)} was expected")
+                raise UnsupportedError(
+                    f"puts out {tuple(y.shape)} for one sample where {tuple(gy_i.shape)} was expected"
+                )
             return pull(gy_i)[0]
 
         try:

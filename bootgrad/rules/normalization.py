@@ -29,7 +29,14 @@ def _arguments(func, args, kwargs) -> dict:
 
 
 @rule(
-    F.group_norm, torch.group_norm, F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm, F.batch_norm, torch.batch_norm
+    F.group_norm,
+    torch.group_norm,
+    F.layer_norm,
+    torch.layer_norm,
+    F.rms_norm,
+    torch.rms_norm,
+    F.batch_norm,
+    torch.batch_norm,
 )
 def _normalization(recorder: Recorder, func, args, kwargs):
     options = _arguments(func, args, kwargs)
@@ -72,7 +79,11 @@ def _group_norm(recorder: Recorder, names, tracked, options: dict) -> Tensor:
 
 
 def _call(func, options: dict) -> Tensor:
-    return func(*[options[n] for n in _SIGNATURES[func].split() if n in options]) if func in _SIGNATURES else func(**options)
+    return (
+        func(*[options[n] for n in _SIGNATURES[func].split() if n in options])
+        if func in _SIGNATURES
+        else func(**options)
+    )
 
 
 def refuse_batch_statistics(func, args, kwargs) -> None:

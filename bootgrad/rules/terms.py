@@ -85,7 +85,8 @@ class Term(ABC):
     def _chunked(self, function: Callable[[Tensor, Tensor | None], Tensor], extra: Tensor | None) -> list[Tensor]:
         """``function(rows, extra)`` of each chunk of rows."""
         return [
-            recomputed(lambda term, extra, i=i, j=j: function(term.rows(i, j), extra), self, extra) for i, j in self.chunks()
+            recomputed(lambda term, extra, i=i, j=j: function(term.rows(i, j), extra), self, extra)
+            for i, j in self.chunks()
         ]
 
 
@@ -306,4 +307,3 @@ class SumTerm(Term):
 
     def select(self, index):  # noqa: D102
         return SumTerm([part.select(index) for part in self.parts])
-

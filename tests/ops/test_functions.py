@@ -18,7 +18,12 @@ GEOMETRIES = {
     "depthwise": ((2, 3, 4, 4), 3, (3, 3), dict(stride=2, padding=1, dilation=1, groups=3)),
     "3d": ((2, 2, 2, 3, 3), 2, (1, 2, 2), dict(stride=1, padding=(0, 1, 0), dilation=1, groups=1)),
 }
-LINEARS = {"T=1": ((3, 4), 2, False), "T=3": ((2, 3, 4), 3, False), "transposed": ((2, 3, 4), 2, True), "4d": ((2, 2, 2, 3), 2, False)}
+LINEARS = {
+    "T=1": ((3, 4), 2, False),
+    "T=3": ((2, 3, 4), 3, False),
+    "transposed": ((2, 3, 4), 2, True),
+    "4d": ((2, 2, 2, 3), 2, False),
+}
 
 
 def random(*shape):
@@ -146,7 +151,11 @@ def test_public_linear_ops(shape):
     torch.manual_seed(0)
     x, weight = random(*shape), random(2, shape[-1])
     gy = random(*shape[:-1], 2)
-    rows = torch.einsum("bto,bti->boi", gy.flatten(1, -2) if gy.dim() > 2 else gy[:, None], x.flatten(1, -2) if x.dim() > 2 else x[:, None])
+    rows = torch.einsum(
+        "bto,bti->boi",
+        gy.flatten(1, -2) if gy.dim() > 2 else gy[:, None],
+        x.flatten(1, -2) if x.dim() > 2 else x[:, None],
+    )
     v, w = random(*weight.shape), random(len(x))
     flat = rows.flatten(1)
     for ours, expected in (

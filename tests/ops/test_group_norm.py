@@ -9,7 +9,9 @@ from bootgrad.ops.backends import eager_norms
 from bootgrad.ops.group_norm import GroupNorm, GroupNormGrad, GroupNormRows, group_norm, group_norm_rows
 
 raw = torch.ops.bootgrad
-SHAPES = pytest.mark.parametrize(("shape", "groups"), [((2, 4, 3), 2), ((3, 6, 2, 2), 3), ((2, 3, 2), 1), ((2, 2, 3), 2), ((2, 4), 2)])
+SHAPES = pytest.mark.parametrize(
+    ("shape", "groups"), [((2, 4, 3), 2), ((3, 6, 2, 2), 3), ((2, 3, 2), 1), ((2, 2, 3), 2), ((2, 4), 2)]
+)
 EPS = 1e-3
 
 
@@ -89,7 +91,9 @@ TOLERANCES = {
 
 @OPS
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(("shape", "groups"), [((3, 6, 7, 9), 3), ((2, 4, 1), 4), ((1, 8, 63), 1), ((0, 4, 3), 2), ((5, 2, 127), 2)])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((3, 6, 7, 9), 3), ((2, 4, 1), 4), ((1, 8, 63), 1), ((0, 4, 3), 2), ((5, 2, 127), 2)]
+)
 @pytest.mark.parametrize("weighted", [True, False])
 def test_the_registered_op_agrees_with_plain_torch(name, dtype, shape, groups, weighted):
     args = arguments(name, shape, groups, dtype, weighted)
@@ -110,7 +114,9 @@ def test_opcheck(name):
 @OPS
 def test_layouts(name):
     args = arguments(name, (3, 4, 5, 6), 2, torch.float64)
-    permuted = [t.to(memory_format=torch.channels_last) if isinstance(t, torch.Tensor) and t.dim() == 4 else t for t in args]
+    permuted = [
+        t.to(memory_format=torch.channels_last) if isinstance(t, torch.Tensor) and t.dim() == 4 else t for t in args
+    ]
     for a, b in zip(getattr(raw, name)(*args), getattr(raw, name)(*permuted), strict=True):
         torch.testing.assert_close(a, b)
 

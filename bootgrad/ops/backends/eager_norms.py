@@ -21,7 +21,7 @@ def group_norm_rows(gy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[
 
 @torch.no_grad()
 def group_norm_rows_backward(a: Tensor, b: Tensor, gy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor):
-    """a x̂ + b and r P(a gy)."""
+    """A x̂ + b and r P(a gy)."""
     check_group_norm(x, {"gy": gy}, mean, rstd)
     check_layer("a", a, x.shape[:2], x)
     check_layer("b", b, x.shape[:2], x)
@@ -45,7 +45,9 @@ def group_norm_grad_backward(u: Tensor, gy: Tensor, x: Tensor, weight: Tensor | 
     gamma = torch.ones(x.size(1), dtype=dtype, device=x.device) if weight is None else weight
     gamma = gamma[:, None]
     outs = _channels(dgy), _channels(dx), rows
-    for out_gy, out_x, out_rows, w, g, v, m, r in _chunks(*outs, _channels(u), _channels(gy), _channels(x), mean, rstd, cast=3):
+    for out_gy, out_x, out_rows, w, g, v, m, r in _chunks(
+        *outs, _channels(u), _channels(gy), _channels(x), mean, rstd, cast=3
+    ):
         normal = _normalized(v, m, r)
         projected = _projected(w, normal, r)  # r P(u)
         out_gy.copy_(gamma * projected)
@@ -85,8 +87,7 @@ def _group_mean(t: Tensor, groups: int) -> Tensor:
 
 
 def _projected(w: Tensor, normal: Tensor, rstd: Tensor) -> Tensor:
-    """r P(w)."""
+    """R P(w)."""
     groups = rstd.size(1)
     out = w - _group_mean(w, groups) - normal * _group_mean(w * normal, groups)
     return out * rstd.repeat_interleave(w.size(1) // groups, 1)[..., None]
-
