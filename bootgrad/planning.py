@@ -219,11 +219,14 @@ def format_table(rows: Iterable[tuple[str, Layer]], purpose: str = "norms", cent
 
 
 def _cost(layer: Layer, path: str, purpose: str, centered: bool, summed: bool, itemsize: int = 4) -> Cost:
-    grad, unit = purpose == "grad", layer.forward_operations
+    grad, unit = purpose == "grad", float(layer.forward_operations)
     if path == "direct":
-        operations, entries, products = (1 + 2 * grad) * unit, layer.weight_entries, 0
+        operations, entries, products = (1 + 2 * grad) * unit, float(layer.weight_entries), 0.0
     else:
-        operations, entries = layer.rank1(grad) if path == "rank1" else layer.gram(grad)
+        if isinstance(layer, LinearLayer) and path == "rank1":
+            operations, entries = layer.rank1(grad)
+        else:
+            operations, entries = layer.gram(grad)
         # The weight gradient, c ∗ x and cᵀ ∗ gy are whole forward-sized products here.
         products = unit * ((summed or purpose == "statistics") + centered * (1 + grad))
     return Cost(operations + products, itemsize * entries, _time(path, operations, entries) + products)

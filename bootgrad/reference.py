@@ -58,8 +58,13 @@ def per_sample_gradients_of(
         {name: (B, *shape)}.
     """
     wanted = list(parameters.values())
-    options = dict(retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True)
-    rows = [torch.autograd.grad(loss, wanted, **options) for loss in losses]
+
+    def row(loss):
+        return torch.autograd.grad(
+            loss, wanted, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
+
+    rows = [row(loss) for loss in losses]
     return {name: torch.stack(parts) for name, parts in zip(parameters, zip(*rows, strict=True), strict=True)}
 
 
@@ -155,7 +160,7 @@ def linear_statistics(x: Tensor, gy: Tensor, center: Tensor | None) -> tuple[Ten
 
 def linear_sq_norms_with_grad(
     x: Tensor, gy: Tensor, center: Tensor | None, mask: Sequence[bool] = (True, True, True)
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """‖G_i − center‖² with its derivatives by x and gy, and Σ_i G_i; empty where ``mask`` leaves one out."""
     return _with_grad(linear_rows, x, gy, center, mask)
 
@@ -211,7 +216,7 @@ def conv_sq_norms_with_grad(
     *geometry,
     mask: Sequence[bool] = (True, True, True),
     **options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """‖G_i − center‖² with its derivatives by x and gy, and Σ_i G_i; empty where ``mask`` leaves one out."""
 
     def rows(x, gy):
@@ -220,7 +225,7 @@ def conv_sq_norms_with_grad(
     return _with_grad(rows, x, gy, center, mask)
 
 
-def group_norm_rows(gy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def group_norm_rows(gy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
     """Per-sample gradients of γ and β, (B, C) each; gy and x (B, C, …), x's mean and rstd (B, G), here and below."""
     if x.numel() == 0:
         return tuple(torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device) for _ in range(2))
@@ -236,7 +241,7 @@ def group_norm_rows(gy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[
 
 def group_norm_rows_backward(
     a: Tensor, b: Tensor, gy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Derivatives of Σ a γ' + Σ b β' by gy and x, where (γ', β') are `group_norm_rows`; a and b (B, C)."""
 
     def product(gy, x):
@@ -248,7 +253,7 @@ def group_norm_rows_backward(
 
 def group_norm_grad_backward(
     u: Tensor, gy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Derivatives of ⟨u, gx⟩ by gy, by x, and by each sample's γ, (B, C); gx is the gradient by group norm's input."""
     weights = x.new_ones(x.shape[:2]) if weight is None else weight.expand(x.shape[:2])
 
@@ -279,8 +284,10 @@ def _normalized(x: Tensor, eps: Tensor) -> Tensor:
 def _derivatives(product: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         inputs = tuple(t.detach().double().requires_grad_() for t in inputs)
-        zero = 0 * sum(t.sum() for t in inputs)  # empty inputs leave nothing to differentiate
-        return torch.autograd.grad((product(*inputs) if inputs[0].numel() else 0) + zero, inputs)
+        value = torch.stack([0 * t.sum() for t in inputs]).sum()  # empty inputs leave nothing to differentiate
+        if inputs[0].numel():
+            value = value + product(*inputs)
+        return torch.autograd.grad(value, inputs)
 
 
 def _rows(layer: Callable[[Tensor, Tensor], Tensor], weight_shape: Sequence[int], x: Tensor, gy: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def linear_statistics(x: Tensor, gy: Tensor, center: Tensor | None, path: str) -
 @torch.no_grad()
 def linear_sq_norms_with_grad(
     x: Tensor, gy: Tensor, center: Tensor | None, path: str, mask: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """‖G_i − center‖², its derivatives by x and gy, and Σ_i G_i."""
     return _sq_norms_with_grad(_linear(x, gy, path, center=center), x, gy, center, path, mask)
 
@@ -124,7 +124,7 @@ def conv_sq_norms_with_grad(
     groups: int,
     path: str,
     mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """‖G_i − center‖², its derivatives by x and gy, and Σ_i G_i."""
     layer = _conv(x, gy, kernel_size, stride, padding, dilation, groups, path, center=center)
     return _sq_norms_with_grad(layer, x, gy, center, path, mask)

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,12 +149,12 @@ class Conv:
         P = (pixels.mT @ pixels).view(-1, *space, *space)
         uu = x.new_zeros(x.size(0), *out, *out)
         for t, p in self._shifts(space, out):
-            uu[(..., *t, *t)] += P[(..., *p, *p)]
+            uu[_at(*t, *t)] += P[_at(*p, *p)]
         if not with_dx:
             return uu.view_as(gg), None
         Q, gg = P.zero_(), gg.view_as(uu)
         for t, p in self._shifts(space, out):
-            Q[(..., *p, *p)] += gg[(..., *t, *t)]
+            Q[_at(*p, *p)] += gg[_at(*t, *t)]
         N = pixels.size(2)
         return uu.view(-1, *[math.prod(out)] * 2), 2 * (pixels @ Q.view(-1, N, N))
 
@@ -161,14 +162,14 @@ class Conv:
         shifts = list(self._shifts(x.shape[2:], out))
         u = x.new_zeros(*x.shape[:2], len(shifts), *out)  # (b·g, C/g, K, *S')
         for k, (t, p) in enumerate(shifts):
-            u[(..., k, *t)] = x[(..., *p)]
+            u[_at(k, *t)] = x[_at(*p)]
         patches = u.view(x.size(0), -1, gg.size(1))
         uu = patches.mT @ patches
         if not with_dx:
             return uu, None
         du, dx = (2 * (patches @ gg)).view_as(u), torch.zeros_like(x)
         for k, (t, p) in enumerate(shifts):
-            dx[(..., *p)] += du[(..., k, *t)]
+            dx[_at(*p)] += du[_at(k, *t)]
         return uu, dx
 
     def _shifts(
@@ -202,6 +203,11 @@ class Conv:
         zeros, mask = (0,) * len(self.stride), (which == 0, which == 1, False)
         geometry = self.stride, self.padding, self.dilation, False, zeros, samples * self.groups
         return torch.ops.aten.convolution_backward(gy, x, weight, None, *geometry, mask)[which]
+
+
+def _at(*index: int | slice) -> Any:
+    """The index of the last dimensions."""
+    return (..., *index)
 
 
 def _side_by_side(t: Tensor) -> Tensor:
