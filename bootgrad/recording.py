@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from .derived import Derived, derive, is_batch_free, pull_back
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .planning import ConvLayer, LinearLayer
-from .rules.base import RULES, Operation, Phase, ProductOperation
+from .rules.base import PLAIN_RULES, RULES, Operation, Phase, ProductOperation
 from .rules.fallback import FallbackOperation
 from .rules.normalization import refuse_batch_statistics
 from .rules.terms import SumTerm, Term
@@ -106,14 +106,25 @@ class Recording(TorchFunctionMode):
     def run(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         """Call ``func`` as the model would."""
         refuse_batch_statistics(func, args, kwargs)
-        if self.phase is not Phase.PLAIN or not torch.is_grad_enabled() or not self._mentions((args, kwargs)):
+        if self.phase is not Phase.PLAIN or not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        if not self._mentions((args, kwargs)):
+            return self._run_plain(func, args, kwargs)
         rule = RULES.get(func)
         if rule is not None:
             out = rule(self, func, args, kwargs)
             if out is not NotImplemented:
                 return out
         return self._run_without_rule(func, args, kwargs)
+
+    @staticmethod
+    def _run_plain(func, args, kwargs):
+        rule = PLAIN_RULES.get(func)
+        if rule is not None and args and isinstance(args[0], Tensor) and args[0].requires_grad:
+            out = rule(func, args, kwargs)
+            if out is not NotImplemented:
+                return out
+        return func(*args, **kwargs)
 
     def _run_without_rule(self, func, args, kwargs):
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]

@@ -75,6 +75,20 @@ def rule(*funcs: Callable):
     return register
 
 
+PLAIN_RULES: dict[Callable, Callable] = {}
+
+
+def plain_rule(*funcs: Callable):
+    """Register a stand-in for torch functions of activations, ``rule(func, args, kwargs)``: no parameter, nothing recorded."""
+
+    def register(function):
+        for func in funcs:
+            PLAIN_RULES[func] = function
+        return function
+
+    return register
+
+
 class Operation(ABC):
     """One recorded call: its name, the tracked tensors it used, and the edge at which its gy arrives."""
 

@@ -1,0 +1,91 @@
+"""Piecewise-linear operations without parameters: ReLU and max pooling.
+
+Their derivative does not change with the input, except where pieces meet. Torch's second derivative by the input is therefore a
+tensor of zeros, which it makes and adds: two passes over each activation of a double backward pass. Here it is not there.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+_aten = torch.ops.aten
+
+
+class Relu(Function):
+    """y = max(x, 0), in place or not."""
+
+    @staticmethod
+    def forward(ctx, x, inplace):
+        """Compute y."""
+        if inplace:
+            ctx.mark_dirty(x)
+        y = x.relu_() if inplace else x.relu()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        """Differentiate by x."""
+        return ReluGrad.apply(gy, *ctx.saved_tensors), None
+
+
+class ReluGrad(Function):
+    """gy where y > 0, else 0: linear in gy, constant in y."""
+
+    @staticmethod
+    def forward(ctx, gy, y):
+        """Compute gx."""
+        ctx.save_for_backward(y)
+        return _aten.threshold_backward(gy, y, 0)
+
+    @staticmethod
+    def backward(ctx, h):
+        """Differentiate by gy."""
+        return ReluGrad.apply(h, *ctx.saved_tensors), None
+
+
+class MaxPool2d(Function):
+    """Max pooling of (B, C, H, W)."""
+
+    @staticmethod
+    def forward(ctx, x, window):
+        """Compute y, and remember where each maximum was."""
+        y, index = _aten.max_pool2d_with_indices(x, *window)
+        ctx.save_for_backward(index)
+        ctx.window, ctx.shape = window, x.shape
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        """Differentiate by x."""
+        return MaxPool2dGrad.apply(gy, *ctx.saved_tensors, ctx.window, ctx.shape), None
+
+
+class MaxPool2dGrad(Function):
+    """gy put back to where the maxima were: linear in gy, with a gather as its adjoint."""
+
+    @staticmethod
+    def forward(ctx, gy, index, window, shape: Sequence[int]):
+        """Compute gx."""
+        ctx.save_for_backward(index)
+        x = gy.new_empty(shape)  # only its shape is read
+        return _aten.max_pool2d_with_indices_backward(gy, x, *window, index)
+
+    @staticmethod
+    def backward(ctx, h):
+        """Differentiate by gy."""
+        (index,) = ctx.saved_tensors
+        return h.flatten(2).gather(2, index.flatten(2)).view(index.shape), None, None, None
+
+
+def relu(x: Tensor, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.relu`."""
+    return Relu.apply(x, inplace)
+
+
+def max_pool2d(x: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False) -> Tensor:
+    """`torch.nn.functional.max_pool2d` of a (B, C, H, W)."""
+    window = [[v, v] if isinstance(v, int) else list(v) for v in (kernel_size, stride or kernel_size, padding, dilation)]
+    return MaxPool2d.apply(x, (*window, ceil_mode))
