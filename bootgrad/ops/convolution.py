@@ -104,7 +104,7 @@ def _conv(
     n = x.dim() - 2
     if n < 1:
         raise ArgumentError(f"x must be (B, C, *S); got shape {tuple(x.shape)}")
-    geometry = [expand(v, n) for v in (kernel_size, stride, padding, dilation)]
+    geometry = expand(kernel_size, n), expand(stride, n), expand(padding, n), expand(dilation, n)
     with argument_errors():
         check_conv(x, gy, *geometry, groups)
         check_shape("w", w, x.shape[:1])
@@ -196,7 +196,7 @@ class ConvProduct(Product):
         return _raw.conv_deviation_sq_norms(x, gy, center, *self._geometry, path)
 
     def sq_norms_with_grad(self, x, gy, center, mask):  # noqa: D102
-        path = self._path(x, gy, "grad", center)
+        path = self._path(x, gy, "grad", center, mask[2])
         s, *rest = _raw.conv_sq_norms_with_grad(x, gy, center, self.kernel_size, *self._geometry, path, list(mask))
         return s, *(t if wanted else None for t, wanted in zip(rest, mask, strict=True))
 
@@ -209,5 +209,5 @@ class ConvProduct(Product):
             x.size(0), x.size(1), tuple(x.shape[2:]), gy.size(1), self.kernel_size, *self._geometry
         )
 
-    def _path(self, x: Tensor, gy: Tensor, purpose: str, center: Tensor | None) -> str:
-        return planning.choose_path(self.layer(x, gy), purpose, center is not None)
+    def _path(self, x: Tensor, gy: Tensor, purpose: str, center: Tensor | None, summed: bool = False) -> str:
+        return planning.choose_path(self.layer(x, gy), purpose, center is not None, summed)

@@ -136,7 +136,7 @@ class LinearProduct(Product):
     def sq_norms_with_grad(self, x, gy, center, mask):  # noqa: D102
         if x.size(1) == 1:
             return self._rank1(x, gy, center, mask)
-        path = self._path(x, gy, "grad", center)
+        path = self._path(x, gy, "grad", center, mask[2])
         masks = [*self._roles(*mask[:2]), mask[2]]
         s, *grads, total = _raw.linear_sq_norms_with_grad(*self._roles(x, gy), center, path, masks)
         return s, *(t if wanted else None for t, wanted in zip((*self._roles(*grads), total), mask, strict=True))
@@ -175,8 +175,8 @@ class LinearProduct(Product):
     def _roles(self, x, gy):
         return (gy, x) if self.transposed else (x, gy)
 
-    def _path(self, x: Tensor, gy: Tensor, purpose: str, center: Tensor | None) -> str:
-        return planning.choose_path(self.layer(x, gy), purpose, center is not None)
+    def _path(self, x: Tensor, gy: Tensor, purpose: str, center: Tensor | None, summed: bool = False) -> str:
+        return planning.choose_path(self.layer(x, gy), purpose, center is not None, summed)
 
 
 def _shapes(x: Tensor, gy: Tensor) -> str:
