@@ -46,7 +46,9 @@ SCHEMAS = {
     "linear_statistics": "(Tensor x, Tensor gy, Tensor? center, str path) -> (Tensor, Tensor, Tensor, Tensor)",
     # One visit for a second-order pass: s_i = ‖G_i − center‖² (center 0 when absent) with ∂s_i/∂x_i, shaped and typed as x,
     # and ∂s_i/∂gy_i, as gy, and Σ_i G_i (O, I). A derivative or sum that ``mask`` leaves out is empty (0,).
-    "linear_sq_norms_with_grad": "(Tensor x, Tensor gy, Tensor? center, str path, bool[3] mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "linear_sq_norms_with_grad": (
+        "(Tensor x, Tensor gy, Tensor? center, str path, bool[3] mask) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
     # Convolutions: x (B, C, *S), gy (B, O, *S'), weights (O, C/groups, *K); zero padding, the same on both sides.
     "conv_sq_norms": f"(Tensor x, Tensor gy, int[] kernel_size, {_GEOMETRY}, str path) -> Tensor",
     "conv_deviation_sq_norms": f"(Tensor x, Tensor gy, Tensor center, {_GEOMETRY}, str path) -> Tensor",
@@ -119,8 +121,10 @@ def argument_errors():
 
 def check_shape(name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
     """Raise unless ``tensor`` (or None) has ``shape``."""
+    if tensor is None:
+        return
     torch._check(
-        tensor is None or list(tensor.shape) == list(shape),
+        list(tensor.shape) == list(shape),
         lambda: f"{name} must have shape {tuple(shape)}; got {tuple(tensor.shape)}",
     )
 

@@ -9,7 +9,7 @@ CHUNK_BYTES = 4 * 2**20
 
 
 @torch.no_grad()
-def group_norm_rows(gy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def group_norm_rows(gy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
     """Σ gy x̂ and Σ gy, (B, C) each."""
     check_group_norm(x, {"gy": gy}, mean, rstd)
     parts = [
