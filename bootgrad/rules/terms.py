@@ -30,8 +30,12 @@ CHUNK_BYTES = 64 * 2**20
 class Term(ABC):
     """B rows of the shape of one parameter."""
 
-    batch_size: int
     shape: torch.Size
+
+    @property
+    @abstractmethod
+    def batch_size(self) -> int:
+        """B."""
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
@@ -93,7 +97,12 @@ class Term(ABC):
 def recomputed(function: Callable[..., Tensor], *arguments: Term | Tensor | None) -> Tensor:
     """``function(*arguments)``, keeping only the arguments: what it needs in between is made again in a backward pass."""
     tensors: list[Tensor] = []
-    _map(arguments, lambda t: tensors.append(t) or t)
+
+    def keep(t: Tensor) -> Tensor:
+        tensors.append(t)
+        return t
+
+    _map(arguments, keep)
     return _Recomputed.apply(function, arguments, *tensors)
 
 
@@ -171,8 +180,9 @@ class FactoredTerm(Term):
     @functools.cached_property
     def visit(self) -> LayerStatistics:
         """Σ G_i and ‖G_i‖² in one visit, values without a graph."""
+        x, gy = self.pair()
         with torch.no_grad():
-            statistics = self.product.statistics(*(t.detach() for t in self.pair()), None)
+            statistics = self.product.statistics(x.detach(), gy.detach(), None)
         self._total = statistics.weight_grad
         return statistics
 
@@ -221,9 +231,9 @@ class DenseTerm(Term):
     def batch_size(self) -> int:  # noqa: D102
         return self.values.size(0)
 
-    @property
-    def shape(self) -> torch.Size:  # noqa: D102
-        return self.values.shape[1:]
+    def __post_init__(self):
+        """Note the shape of a row."""
+        self.shape = self.values.shape[1:]
 
     def rows(self, start, stop):  # noqa: D102
         return self.values[start:stop]
@@ -289,9 +299,9 @@ class SumTerm(Term):
     def batch_size(self) -> int:  # noqa: D102
         return self.parts[0].batch_size
 
-    @property
-    def shape(self) -> torch.Size:  # noqa: D102
-        return self.parts[0].shape
+    def __post_init__(self):
+        """Note the shape of a row."""
+        self.shape = self.parts[0].shape
 
     def rows(self, start, stop):  # noqa: D102
         return sum(part.rows(start, stop) for part in self.parts)
