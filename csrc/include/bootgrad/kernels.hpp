@@ -12,6 +12,7 @@
 #include "bootgrad/conv_direct.hpp"
 
 #include "bootgrad/conv_gram.hpp"
+#include "bootgrad/conv_narrow.hpp"
 
 #include "bootgrad/group_norm.hpp"
 
@@ -20,6 +21,10 @@ namespace bootgrad::BOOTGRAD_ISA {
 template <class In>
 void conv_of(const ConvCall& call) {
   const bool norms = call.sq_norms || call.deviation;
+  if (ConvNarrow<In>::fits(*call.plan) && !(norms && call.gram)) {
+    if (norms || call.inner || call.sum) ConvNarrow<In>(call).run();
+    return;
+  }
   if (call.inner) return ConvJvp<In>(call).run();
   if (call.sum && (call.gram || !norms)) ConvWeightedSum<In>(call).run();
   if (norms && call.gram) ConvGram<In>(call).run();
