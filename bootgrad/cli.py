@@ -5,6 +5,8 @@ A mistake of the user's ends in one line, ``bootgrad: error: …``, and exit cod
 
 import argparse
 import importlib.util
+import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -33,17 +35,25 @@ _OPTIONS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Γ and λ shows ? in their place
+            stream.reconfigure(errors="replace")
     try:
         arguments = _parser().parse_args(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return arguments.run(arguments)
+            code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
     except BootgradError as error:
         print(f"bootgrad: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bootgrad: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has gone, as in ``bootgrad info | head -1``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import io
 import json
 import math
 import os
@@ -208,8 +209,10 @@ def test_compare_trains_the_variants_from_one_seed(data, tmp_path, capsys):
     assert [line.split()[0] for line in table[2:5]] == ["plain", "Reg1", "Reg1"]
 
     before = timeless(read_csv(out / "reg1" / "run.csv"))
+    (out / "plain" / "checkpoint.pt").unlink()
     assert main(["compare", *options]) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "holds a run already" in captured.err and captured.out == ""  # nothing is trained before all is well
     assert main(["compare", *options, "--resume"]) == 0
     assert timeless(read_csv(out / "reg1" / "run.csv")) == before
 
@@ -237,6 +240,9 @@ MISTAKES = {
     "train --resume nowhere.pt": "there is no checkpoint nowhere.pt",
     "train --resume --overwrite": "not allowed with argument",
     "train --out /dev/null/x --train-size 128": "--out /dev/null/x cannot be made or entered",
+    "compare --reg1 0.1": "a comparison needs --reg1 and --reg2 above 0, for the variants that have them; got 0.1 and 0",
+    "compare --reg1 0.1 --reg2 0.1": "--reg2 about the batch mean is identically zero",
+    "compare --resume here": "unrecognized arguments: here",
     "plan": "the following arguments are required: FILE.py:FUNCTION, --input",
     "plan nowhere.py:f --input 3": "there is no Python file 'nowhere.py'",
     "plan model.py --input 3": "must be given as FILE.py:FUNCTION; got 'model.py'",
@@ -333,6 +339,20 @@ def test_info_and_version(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0 and capsys.readouterr().out == f"bootgrad {bootgrad.__version__}\n"
+
+
+def test_a_terminal_without_greek_gets_question_marks(tmp_path, data, monkeypatch):
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "ascii"))
+    assert main(train(data, tmp_path / "run", "--epochs", "1")) == 0
+    assert b"accuracy           ?  noise scale" in content.getvalue() and b"images 8?6?1" in content.getvalue()
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    process = start("info")
+    process.stdout.close()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and errors == ""
 
 
 WORDS = [

@@ -184,7 +184,10 @@ class Trainer:
 
     def _step(self) -> None:
         x, y = self._batch()
-        seconds, (loss, moments, reg1, reg2) = self._timed(self._take_step, x, y)
+        try:
+            seconds, (loss, moments, reg1, reg2) = self._timed(self._take_step, x, y)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(f"{self.device} has too little memory for a step: lower --batch-size") from error
         if self.position % _PLAIN_EVERY == min(_PLAIN_EVERY, self.steps_per_epoch) // 2:
             if not self._is_plain_warm:
                 self._timed(self._take_plain_step, x, y)

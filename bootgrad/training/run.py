@@ -140,15 +140,22 @@ def compare(
     Returns:
         Whether all came to their end.
     """
+    settings = Settings(**options)
+    if not (settings.reg1 > 0 and settings.reg2 > 0):
+        raise ArgumentError(
+            "a comparison needs --reg1 and --reg2 above 0, for the variants that have them; "
+            f"got {settings.reg1:g} and {settings.reg2:g}"
+        )
     penalties: tuple[dict[str, float], ...] = ({"reg1": 0.0, "reg2": 0.0}, {"reg2": 0.0}, {})
+    folders = [out / name.lower().replace(" + ", "_") for name in VARIANT_NAMES]
+    for folder in folders:
+        _prepare_folder(folder, may_hold_run=overwrite or resume)
     runs = {}
-    for name, penalty in zip(VARIANT_NAMES, penalties, strict=True):
-        folder = out / name.lower().replace(" + ", "_")
-        before = folder / CHECKPOINT
+    for name, folder, penalty in zip(VARIANT_NAMES, folders, penalties, strict=True):
         say(f"\n{name}")
-        given = {**options, **penalty}
+        before = folder / CHECKPOINT
         going_on = before if resume and before.is_file() else None
-        runs[name], finished = train(given, folder, resume=going_on, overwrite=overwrite, say=say)
+        runs[name], finished = train({**options, **penalty}, folder, resume=going_on, overwrite=overwrite, say=say)
         if not finished:
             return False
     header = ("variant", *tables.EPOCH_HEADER[1:])

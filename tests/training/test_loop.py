@@ -207,6 +207,15 @@ def test_a_diverging_run_stops_with_the_step_and_the_remedy():
     assert all(math.isfinite(loss) for loss in trainer.history.steps["loss"])
 
 
+def test_a_device_that_is_too_small_is_named(monkeypatch):
+    def full(self, x, y):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "_take_step", full)
+    with pytest.raises(TrainingError, match="cpu has too little memory for a step: lower --batch-size"):
+        Trainer(Settings(**SMALL), images()).run_epoch()
+
+
 def test_a_checkpoint_of_another_model_or_other_data_is_refused():
     state = run(Trainer(Settings(**SMALL), images())).state_dict()
     other = Trainer(Settings(**SMALL), images(shape=(3, 12, 8)))
