@@ -52,7 +52,7 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/pytest benchmarks --benchmark-only
-	$(BIN)/python benchmarks/training_step.py
+	for model in reference mixed; do $(BIN)/python -m benchmarks.training_step --model $$model; done
 
 wheel: $(VENV)/.dev
 	rm -rf dist build

@@ -8,9 +8,6 @@ over three steps, from its value just before them. Results are checked first; a 
 """
 
 import argparse
-import csv
-import datetime
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,11 +19,9 @@ import torch
 import torch.nn.functional as F
 
 import bootgrad
-from bootgrad.ops.library import build_info
 
 from .models import MODELS, batch
-
-RESULTS = Path(__file__).parent / "results" / "training_step.csv"
+from .results import FOLDER, append, setting
 
 
 def make_variants(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], None]]:
@@ -55,12 +50,6 @@ def make_variants(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> d
         "reg1 zero": regularized(reg1=0.1, center="zero"),
         "reg2 ema": regularized(reg2=0.1, center="ema"),
     }
-
-
-def backend() -> str:
-    """What the ops run on: the compiled CPU kernels with their instruction set, or plain torch."""
-    cpu = build_info()[0]
-    return f"C++ {cpu.isa}" if cpu.loaded else "eager"
 
 
 def build(name: str, size: int):
@@ -123,7 +112,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--csv", type=Path, default=FOLDER / "training_step.csv")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -137,13 +126,8 @@ def main() -> None:
     for name, values in times.items():
         ratios = sorted(t / p for t, p in zip(values, times["plain"], strict=True))
         rows.append(
-            {
-                "date": datetime.date.today().isoformat(),
-                "device": platform.processor() or platform.machine(),
-                "torch": torch.__version__,
-                "bootgrad": bootgrad.__version__,
-                "backend": backend(),
-                "threads": options.threads,
+            setting()
+            | {
                 "model": options.model,
                 "batch": options.batch,
                 "step": name,
@@ -162,13 +146,7 @@ def main() -> None:
         print(
             f"{row['step']:18}{row['milliseconds']:>8}{row['ratio']:>8}{spread:>14}{row['memory_mib']:>7}{row['memory_ratio']:>7}"
         )
-    options.csv.parent.mkdir(parents=True, exist_ok=True)
-    new = not options.csv.exists()
-    with options.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=rows[0])
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(options.csv, rows)
 
 
 if __name__ == "__main__":
