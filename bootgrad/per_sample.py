@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
-from .rules.terms import Term
+from .rules.terms import Term, total
 
 Direction = Mapping[str, Tensor] | Tensor
 
@@ -155,8 +155,8 @@ class PerSampleGradients:
         with torch.no_grad():
             mean = self.mean()
         with self._grad_mode():
-            total = sum(term.covariance(mean[name]) for name, term in self._terms.items())
-            return total / (self.batch_size - unbiased)
+            scatter = total(term.covariance(mean[name]) for name, term in self._terms.items())
+            return scatter / (self.batch_size - unbiased)
 
     def __matmul__(self, v: Direction) -> Tensor:
         """G @ v: inner products ⟨g_i, v⟩, (B,), with v {name: tensor} or flat (P,)."""
@@ -186,7 +186,7 @@ class PerSampleGradients:
     def gram(self) -> Tensor:
         """Inner products of all rows, ⟨g_i, g_j⟩, (B, B). Rows are made in blocks: B²·P operations, B·P/blocks memory."""
         with self._grad_mode():
-            return sum(term.gram() for term in self._terms.values())
+            return total(term.gram() for term in self._terms.values())
 
     def materialize(self) -> dict[str, Tensor]:
         """The rows themselves, {name: (B, *shape)}: B·P numbers."""
@@ -206,7 +206,7 @@ class PerSampleGradients:
 
     def _sum_over_parameters(self, function) -> Tensor:
         with self._grad_mode():
-            return sum(function(term, name) for name, term in self._terms.items())
+            return total(function(term, name) for name, term in self._terms.items())
 
     def _by_parameter(self, w: Tensor | None) -> dict[str, Tensor]:
         with self._grad_mode():

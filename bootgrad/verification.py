@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError
 from .recording import named_parameters
 from .regularizers import reg1
+from .rules.terms import total
 from .statistics import record
 
 
@@ -84,7 +85,7 @@ def verify(
             grads = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
             rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, tensors, strict=True)])
     stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
-    covariance = sum((g - g.mean(0)).square().sum() for g in stacked) / len(rows)
+    covariance = total((g - g.mean(0)).square().sum() for g in stacked) / len(rows)
     expected = _grads(covariance, tensors)
 
     with torch.random.fork_rng():

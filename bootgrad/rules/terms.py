@@ -11,7 +11,7 @@ Every method is differentiable when the tensors inside have a graph. Results are
 import functools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,6 +108,13 @@ def recomputed(function: Callable[..., Tensor], *arguments: Term | Tensor | None
 
 def _map(arguments: Sequence[Any], function: Callable[[Tensor], Tensor]) -> list[Any]:
     return [a.map(function) if isinstance(a, Term) else function(a) if isinstance(a, Tensor) else a for a in arguments]
+
+
+def total(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of one tensor or more, a tensor of its own."""
+    out = sum(parts)
+    assert isinstance(out, Tensor)
+    return out
 
 
 class _Recomputed(Function):
@@ -304,13 +311,13 @@ class SumTerm(Term):
         self.shape = self.parts[0].shape
 
     def rows(self, start, stop):  # noqa: D102
-        return sum(part.rows(start, stop) for part in self.parts)
+        return total(part.rows(start, stop) for part in self.parts)
 
     def jvp(self, v):  # noqa: D102
-        return sum(part.jvp(v) for part in self.parts)
+        return total(part.jvp(v) for part in self.parts)
 
     def weighted_sum(self, w):  # noqa: D102
-        return sum(part.weighted_sum(w) for part in self.parts)
+        return total(part.weighted_sum(w) for part in self.parts)
 
     def map(self, function):  # noqa: D102
         return SumTerm([part.map(function) for part in self.parts])
