@@ -20,7 +20,8 @@ ISOMETRIES = {
     torch.t, torch.transpose, torch.permute, torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, torch.movedim,
     torch.clone, torch.swapaxes, torch.swapdims, torch.unflatten,
     _T.t, _T.transpose, _T.permute, _T.reshape, _T.view, _T.flatten, _T.squeeze, _T.unsqueeze, _T.movedim,
-    _T.clone, _T.contiguous, _T.swapaxes, _T.swapdims, _T.unflatten, _T.T.__get__, _T.mT.__get__,
+    _T.clone, _T.contiguous, _T.swapaxes, _T.swapdims, _T.unflatten,
+    _T.T.__get__, _T.mT.__get__,  # type: ignore[attr-defined]  # torch's stubs have tensors for these descriptors
 }  # fmt: skip
 _MASKINGS = {
     torch.mul, torch.multiply, torch.div, torch.add, torch.sub, torch.where, torch.masked_fill,
@@ -134,7 +135,7 @@ def pull_back(term: Term, derived: Derived, leaf: Tensor) -> Term:
     def compute(index: Tensor, term: Term, *values: Tensor) -> Tensor:
         current = {id(t): v for t, v in zip(leaves, values, strict=True)}
         value = current.pop(id(leaf))
-        _, pull = torch.func.vjp(lambda t: derived.replay(current | {id(leaf): t}), value)
+        pull = torch.func.vjp(lambda t: derived.replay(current | {id(leaf): t}), value)[1]
         chosen = term.select(index)
         rows = chosen.rows(0, chosen.batch_size).to(derived.tensor.dtype)
         return vmap(lambda g: pull(g)[0], rows)
