@@ -204,7 +204,9 @@ class Recording(TorchFunctionMode):
         out = []
         for operation in self.operations:
             if isinstance(operation, ProductOperation) and operation.weight is not None:
-                out.append((self.name_of(operation.weight), operation.layer(batch_size)))
+                layer = operation.layer(batch_size)
+                assert layer is not None
+                out.append((self.name_of(operation.weight), layer))
         return out
 
     # What the losses reach
@@ -299,7 +301,7 @@ class Recording(TorchFunctionMode):
         """The norms of the rows of each operation's gy under the losses Σ w_i ℓ_i."""
         inputs = [o.edge if o.probe is None else o.probe for o in operations]
         with self.in_phase(Phase.ROW_NORMS):
-            grads = gradients(losses, inputs, weights, retain_graph=True)
+            grads = present(gradients(losses, inputs, weights, retain_graph=True))
         return [
             torch.linalg.vector_norm(g.reshape(o.output_rows, -1), dim=1) if o.probe is None else g[0]
             for o, g in zip(operations, grads, strict=True)
@@ -313,7 +315,7 @@ class Recording(TorchFunctionMode):
         """Gy of each operation under the losses Σ w_i ℓ_i; no gradient of a parameter is computed."""
         with self.in_phase(Phase.OUTPUTS):
             edges = [o.edge for o in operations]
-            return list(gradients(losses, edges, weights, retain_graph=True, create_graph=create_graph))
+            return present(gradients(losses, edges, weights, retain_graph=True, create_graph=create_graph))
 
     def terms(self, operations: Sequence[Operation], gys: Sequence[Tensor]) -> dict[str, Term]:
         """One term per parameter that the operations use."""
@@ -354,9 +356,11 @@ class Recording(TorchFunctionMode):
         """A context in which backward passes through the record are of ``phase``."""
         return _InPhase(self, phase, set(map(id, probed)), centers)
 
-    def read_probes(self, probed: Sequence[Operation], grads: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    def read_probes(
+        self, probed: Sequence[Operation], grads: Sequence[Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor | None]]:
         """‖g_i‖² and ‖g_i − c‖² by parameter, from the gradients of the probes."""
-        out = {}
+        out: dict[str, tuple[Tensor, Tensor | None]] = {}
         for operation, grad in zip(probed, grads, strict=True):
             for k, tracked in enumerate(operation.tracked):
                 s, deviation = grad[2 * k : 2 * k + 2, : self.batch_size]
@@ -400,6 +404,13 @@ def gradients(losses: Tensor, inputs: Sequence, weights: Tensor, **options) -> S
                 "the graph of this recording was freed by an earlier backward: record again, or pass retain_graph=True to it"
             ) from error
         raise
+
+
+def present(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Gradients by operations that the losses reach: none is missing."""
+    out = [g for g in grads if g is not None]
+    assert len(out) == len(grads)
+    return out
 
 
 def named_parameters(*modules: nn.Module) -> dict[str, Tensor]:

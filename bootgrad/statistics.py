@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
 from .per_sample import Direction, PerSampleGradients, as_parameter_dict
-from .recording import Reach, Recording, gradients
+from .recording import Reach, Recording, gradients, present
 from .rules.base import Phase, row_statistics
 from .rules.terms import DenseTerm, Term
 
@@ -47,7 +47,7 @@ class Moments:
     @property
     def covariance_trace(self) -> Tensor:
         """Γ = (1/B) Σ_i ‖g_i − ḡ‖²; about the center first where there is one, which keeps digits when samples agree."""
-        if self.deviation_sq_norms is not None:
+        if self.deviation_sq_norms is not None and self.sq_mean_deviation is not None:
             return difference(self.deviation_sq_norms, self.sq_mean_deviation)
         return difference(self.sq_norms, self.sq_mean_norm)
 
@@ -92,7 +92,8 @@ def combine(parts: Mapping[str, Moments]) -> Statistics:
         return None if any(v is None for v in values) else sum(values)
 
     fields = ("sq_norms", "sq_mean_norm", "deviation_sq_norms", "sq_mean_deviation")
-    return Statistics(*(total(getattr(m, f) for m in parts.values()) for f in fields), per_parameter=dict(parts))
+    totals = {f: total(getattr(m, f) for m in parts.values()) for f in fields}
+    return Statistics(**totals, per_parameter=dict(parts))
 
 
 class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
@@ -158,9 +159,9 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             grads = gradients(losses, inputs, seed, retain_graph=retain_graph or bool(others), allow_unused=True)
         leaf_grads, rest = grads[: len(leaves)], grads[len(leaves) :]
         by_name = dict(zip(reach.parameters, leaf_grads, strict=False))
-        norms = self.read_probes(probed, rest[: len(probed)])
+        norms = self.read_probes(probed, present(rest[: len(probed)]))
         with torch.no_grad():
-            terms: dict[str, Term] = self.terms(others, rest[len(probed) :])
+            terms: dict[str, Term] = self.terms(others, present(rest[len(probed) :]))
             if B == 1:
                 terms = {name: DenseTerm(g.unsqueeze(0)) for name, g in by_name.items() if g is not None}
             for name, term in terms.items():
@@ -172,6 +173,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                 s, deviation = norms[name] if name in norms else row_statistics(p.new_zeros(B, 1), None)
                 if c is not None:
                     deviation = deviation if name in norms else s + c.square().sum()
+                    assert deviation is not None  # norms were taken about the center
                     mean_deviation = (g / B - c).to(s.dtype).square().sum() / scale**2
                     parts[name] = Moments(
                         s / scale**2, _sq_norm(g, s) / (B * scale) ** 2, deviation / scale**2, mean_deviation

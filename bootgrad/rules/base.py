@@ -121,6 +121,7 @@ class Operation(ABC):
 
     def probe_gradient(self, rows: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
         """The probe's gradient from ‖g_i‖² and ‖g_i − c‖² of each tracked tensor."""
+        assert self.probe is not None
         out = torch.zeros_like(self.probe, requires_grad=False)
         for k, (s, deviation) in enumerate(rows):
             out[2 * k, : s.numel()] = s
@@ -130,6 +131,7 @@ class Operation(ABC):
 
     def row_norms(self, gy: Tensor) -> Tensor:
         """The probe's gradient from the norms of the rows of gy."""
+        assert self.probe is not None
         out = torch.zeros_like(self.probe, requires_grad=False)
         out[0] = torch.linalg.vector_norm(gy.reshape(self.output_rows, -1), dim=1, dtype=out.dtype)
         return out
@@ -137,7 +139,7 @@ class Operation(ABC):
     def saved(self) -> tuple[Tensor, ...]:
         """The tensors that the operation's node keeps."""
         try:
-            return self.edge.node.saved_tensors
+            return self.edge.node.saved_tensors  # type: ignore[attr-defined]  # a Function's node; the stub is any node's
         except RuntimeError as error:
             raise RecordingError(
                 f"the graph of the recording was freed (at {self.name}): "
@@ -156,16 +158,20 @@ class ProductOperation(Operation):
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
-        weight, bias = (self.recorder.alias(t) if any(t is u for u in self.tracked) else t for t in (weight, bias))
+        weight, bias = self._alias(weight), None if bias is None else self._alias(bias)
         device = x.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
+            x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
+            bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
         rows = x.size(0) if x.dim() else 1
         with torch.autocast(device, enabled=False):
             y = RecordedProduct.apply(self, self.new_probe(rows, x), x, weight, bias)
         self.shapes = x.shape, y.shape
         return self.attach(y)
+
+    def _alias(self, t: Tensor) -> Tensor:
+        return self.recorder.alias(t) if any(t is u for u in self.tracked) else t
 
     def layer(self, batch_size: int) -> LinearLayer | ConvLayer | None:
         """The layer's shape for the cost model; None where the weight is not tracked."""
@@ -177,6 +183,7 @@ class ProductOperation(Operation):
 
     def factored(self, x: Tensor, gy: Tensor, batch_size: int) -> FactoredTerm:
         """The weight's term."""
+        assert self.weight is not None
         product, x, gy, inner = self.product.factor(x, gy, self.weight.shape, batch_size)
         return FactoredTerm(product, x, gy, self.weight.shape, inner)
 
