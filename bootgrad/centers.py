@@ -8,7 +8,7 @@ Letters: ``ḡ_t`` mini-batch gradient of step t, ``P`` parameter entries.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from .errors import ArgumentError, ArgumentTypeError
 from .per_sample import Direction, as_parameter_dict
 from .recording import check_losses
+from .rules.terms import total
 
 Parameters = Mapping[str, Tensor]
 
@@ -29,7 +30,8 @@ class Center(ABC):
         """C by parameter name, or None as long as nothing is known."""
 
     def update(self, mean: Parameters) -> None:
-        """Take in ḡ of a finished step, {name: tensor}; tensors are not changed."""
+        """Take in ḡ of a finished step, {name: tensor}; tensors are not changed. A center without memory takes nothing."""
+        return
 
     def derivative(self, parameters: Parameters, direction: Parameters) -> dict[str, Tensor] | None:
         """(∂c/∂θ)ᵀ direction, for centers that are differentiated; None for constant ones."""
@@ -40,7 +42,8 @@ class Center(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Go on from a `state_dict`; there is nothing to take over from an empty one."""
+        return
 
 
 class BatchMean(Center):
@@ -222,21 +225,18 @@ class FullBatchMean(Center):
     def _sweep(self, parameters: Parameters, direction: Parameters | None) -> dict[str, Tensor]:
         """The mean gradient, or with a direction the gradient of its inner product with it."""
         tensors = list(parameters.values())
-        total = [torch.zeros_like(p, requires_grad=False) for p in tensors]
+        sums = [torch.zeros_like(p, requires_grad=False) for p in tensors]
         count = 0
         for batch in self.loader:
             with torch.enable_grad():
                 losses = self.loss_fn(*batch) if isinstance(batch, tuple | list) else self.loss_fn(batch)
                 check_losses(losses)
                 twice = direction is not None
+                grads: Sequence[Tensor | None]
                 grads = torch.autograd.grad(losses.sum(), tensors, create_graph=twice, allow_unused=True)
-                if twice:
-                    pairs = zip(grads, parameters, strict=True)
-                    inner = sum((g * direction[n]).sum() for g, n in pairs if g is not None and g.requires_grad)
-                    grads = [None] * len(tensors)
-                    if isinstance(inner, Tensor):
-                        grads = torch.autograd.grad(inner, tensors, allow_unused=True)
-            for t, g in zip(total, grads, strict=True):
+                if direction is not None:
+                    grads = _hessian_product(grads, tensors, [direction[n] for n in parameters])
+            for t, g in zip(sums, grads, strict=True):
                 if g is not None:
                     t.add_(g)
             count += losses.numel()
@@ -244,8 +244,8 @@ class FullBatchMean(Center):
             raise ArgumentError(
                 "the loader of FullBatchMean yields no batch; it must be one that can be gone through again"
             )
-        torch._foreach_div_(total, count)
-        return dict(zip(parameters, total, strict=True))
+        torch._foreach_div_(sums, count)
+        return dict(zip(parameters, sums, strict=True))
 
     def state_dict(self):
         """Steps, and the gradient in use."""
@@ -254,6 +254,15 @@ class FullBatchMean(Center):
     def load_state_dict(self, state):
         """Go on from a `state_dict`."""
         self.steps, self._value = state["steps"], state["value"]
+
+
+def _hessian_product(
+    grads: Sequence[Tensor | None], tensors: Sequence[Tensor], direction: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradient by ``tensors`` of the inner product of ``grads``, which have a graph, with ``direction``."""
+    pairs = zip(grads, direction, strict=True)
+    inner = [(g * d).sum() for g, d in pairs if g is not None and g.requires_grad]
+    return torch.autograd.grad(total(inner), tensors, allow_unused=True) if inner else (None,) * len(tensors)
 
 
 NAMED: dict[str, Callable[[], Center]] = {"batch_mean": BatchMean, "zero": Zero, "ema": EmaMean, "window": WindowMean}
