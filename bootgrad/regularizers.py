@@ -18,7 +18,9 @@ from .centers import BatchMean, Center, as_center
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .per_sample import Direction, PerSampleGradients, as_parameter_dict
 from .recording import named_parameters
-from .statistics import accumulate, difference, record
+from .rules.terms import total
+from .statistics import accumulate, difference
+from .statistics import record as Record
 
 Strength = float | Callable[[int], float]
 METHODS = ("exact",)
@@ -67,7 +69,7 @@ def reg2(G: PerSampleGradients, center: Direction) -> Tensor:
     if center is None:
         raise ArgumentError("reg2 needs a center: about the batch mean it is identically zero")
     c = as_parameter_dict(center, dict(G.parameters), "center")
-    return sum((g - c[name]).square().sum() for name, g in G.mean().items())
+    return total((g - c[name]).square().sum() for name, g in G.mean().items())
 
 
 def _check_differentiable(G: PerSampleGradients, name: str) -> None:
@@ -88,7 +90,7 @@ _FIRST_STEP = {
 
 def _sq_norm(tensors) -> Tensor:
     """Σ ‖t‖² over tensors, in float64."""
-    return sum(torch.linalg.vector_norm(t).double().square() for t in tensors)
+    return total(torch.linalg.vector_norm(t).double().square() for t in tensors)
 
 
 @dataclass(frozen=True)
@@ -193,11 +195,11 @@ class GradientRegularizer:
             )
         if not callable(reg1) and not callable(reg2) and reg1 == 0 and reg2 == 0:
             warnings.warn("reg1 and reg2 are both 0: gradients will be the plain ones", BootgradWarning, stacklevel=2)
-        self._recording: record | None = None
+        self._recording: Record | None = None
 
-    def record(self) -> record:
+    def record(self) -> Record:
         """The context for the forward pass, where `backward` is given losses."""
-        self._recording = record(self.model)
+        self._recording = Record(self.model)
         return self._recording
 
     def backward(self, losses: Tensor | Callable[..., Tensor], *batch: Any) -> Report:
@@ -212,7 +214,7 @@ class GradientRegularizer:
             the step are as before.
         """
         if callable(losses):
-            recording = record(self.model)
+            recording = Record(self.model)
             with recording:
                 losses = losses(*batch)
         else:
@@ -237,13 +239,13 @@ class GradientRegularizer:
         self.step += 1
         return report
 
-    def _gradients(self, recording: record, losses: Tensor, strengths, centers):
+    def _gradients(self, recording: Record, losses: Tensor, strengths, centers):
         """The report, the leaves, their gradients, and ḡ; nothing of the user's is changed."""
         G = recording.per_sample_gradients(losses, create_graph=True)
         reach = recording.last_reach
         leaves = [*reach.parameters.values(), *reach.other_leaves]
         notes = []
-        total = losses.mean()
+        objective = losses.mean()
         penalties: dict[str, Tensor] = {}
         for name, function in (("reg1", reg1), ("reg2", reg2)):
             strength, c, center = strengths[name], centers[name], self.centers[name]
@@ -251,10 +253,10 @@ class GradientRegularizer:
                 notes.append(_FIRST_STEP[name])
             if strength and (name == "reg1" or c is not None):
                 penalties[name] = function(G, c)
-                total = total + strength * penalties[name]
+                objective = objective + strength * penalties[name]
         report, mean = self._report(G, losses, centers, penalties, notes)
         try:
-            grads = list(torch.autograd.grad(total, leaves, allow_unused=True))
+            grads = list(torch.autograd.grad(objective, leaves, allow_unused=True))
         except RuntimeError as error:
             if "is not implemented" in str(error):
                 raise UnsupportedError(
@@ -286,14 +288,25 @@ class GradientRegularizer:
             values["reg1"] = covariance + (0.0 if distance["reg1"] is None else distance["reg1"])
         values.setdefault("reg2", distance["reg2"])
         dtype = losses.dtype
-        reg1, reg2 = (None if v is None else v.to(dtype) for v in (values["reg1"], values["reg2"]))
-        moments = (t.to(dtype) for t in (covariance, covariance + sq_mean, sq_mean))
-        return Report(losses.detach().mean(), reg1, reg2, *moments, G.batch_size, self.method, tuple(notes)), mean
+        report = Report(
+            loss=losses.detach().mean(),
+            reg1=values["reg1"].to(dtype),
+            reg2=None if values["reg2"] is None else values["reg2"].to(dtype),
+            covariance_trace=covariance.to(dtype),
+            mean_sq_norm=(covariance + sq_mean).to(dtype),
+            sq_mean_norm=sq_mean.to(dtype),
+            batch_size=G.batch_size,
+            method=self.method,
+            notes=tuple(notes),
+        )
+        return report, mean
 
     def _add_center_derivative(self, reach, grads, mean, c, center: Center, strength: float) -> None:
         """A penalty's derivative by c is −2 λ (ḡ − c); a differentiable center takes it on to θ."""
         extra = center.derivative(named_parameters(self.model), {n: mean[n] - c[n] for n in mean})
-        for k, name in enumerate(reach.parameters if extra is not None else ()):
+        if extra is None:
+            return
+        for k, name in enumerate(reach.parameters):
             step = -2 * strength * extra[name]
             grads[k] = step if grads[k] is None else grads[k] + step
 
