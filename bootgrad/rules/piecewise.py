@@ -31,7 +31,9 @@ def _max_pool2d(func, args, kwargs):
     return _apply_max_pool2d(*args, **kwargs)
 
 
-def _apply_max_pool2d(input: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+def _apply_max_pool2d(
+    input: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):
     if return_indices or input.dim() != 4 or not input.is_contiguous():
         return NotImplemented
     return max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)

@@ -35,16 +35,16 @@ def layer(request):
     """(product, x, gy, weight), all of them random."""
     torch.manual_seed(0)
     if request.param in GEOMETRIES:
-        shape, O, kernel, geometry = GEOMETRIES[request.param]
+        shape, out, kernel, geometry = GEOMETRIES[request.param]
         n = len(kernel)
         full = {k: v if k == "groups" else ops.convolution.expand(v, n) for k, v in geometry.items()}
         product = ConvProduct(kernel, full["stride"], full["padding"], full["dilation"], full["groups"])
-        x, weight = random(*shape), random(O, shape[1] // full["groups"], *kernel)
+        x, weight = random(*shape), random(out, shape[1] // full["groups"], *kernel)
     else:
-        shape, O, transposed = LINEARS[request.param]
+        shape, out, transposed = LINEARS[request.param]
         product = LinearProduct(transposed)
         x = random(*shape)
-        weight = random(shape[-1], O) if transposed else random(O, shape[-1])
+        weight = random(shape[-1], out) if transposed else random(out, shape[-1])
     gy = random(*product.output(x, weight).shape)
     return product, x, gy, weight
 
@@ -120,8 +120,8 @@ def test_the_kept_derivatives_have_derivatives(layer):
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_public_convolution_ops(name):
     torch.manual_seed(0)
-    shape, O, kernel, geometry = GEOMETRIES[name]
-    x, weight = random(*shape), random(O, shape[1] // geometry["groups"], *kernel)
+    shape, out, kernel, geometry = GEOMETRIES[name]
+    x, weight = random(*shape), random(out, shape[1] // geometry["groups"], *kernel)
     convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(kernel)]
     y = convolve(x, weight, **geometry)
     gy = random(*y.shape)

@@ -9,7 +9,8 @@ import bootgrad
 from bootgrad.ops.piecewise import max_pool2d, relu
 
 WINDOWS = pytest.mark.parametrize(
-    "window", [dict(kernel_size=2), dict(kernel_size=3, stride=2, padding=1), dict(kernel_size=(2, 1), stride=1, ceil_mode=True)]
+    "window",
+    [dict(kernel_size=2), dict(kernel_size=3, stride=2, padding=1), dict(kernel_size=(2, 1), stride=1, ceil_mode=True)],
 )
 
 
