@@ -1,6 +1,9 @@
-"""Every op on the layers that count, beside torch's own weight gradient of the same layer: `pytest benchmarks --benchmark-only`.
+"""Every op on the layers that count, beside torch's own weight gradient of the same layer.
 
-Stored beside the times: multiply-adds of the op's path, the rate that they imply, and the bytes of x and gy. Results are compared with torch's weight gradient before anything is timed.
+Stored beside the times: multiply-adds of the op's path, the rate that they imply, and the bytes of x and gy. Results are
+compared with torch's before anything is timed.
+
+    pytest benchmarks --benchmark-only
 """
 
 import pytest
