@@ -1,8 +1,8 @@
 // Runs the CPU kernels on odd shapes against plain loops in double. Built with sanitizers by test_kernels.py.
 //
-// Inputs and outputs are allocated at their exact sizes and scratch memory anew for every call, full of NaNs: an access
-// out of bounds stops the program, and a read of what was never written shows in a result. Each call is made on one
-// thread and on three; the results must be the same bits.
+// Inputs and outputs are allocated at their exact sizes, and scratch memory anew for every call, full of NaNs and with gaps
+// between its pieces: an access out of bounds stops the program, and a read of what was never written shows in a result.
+// Each call is made on one thread and on three; the results must be the same bits.
 
 #include <cmath>
 #include <cstddef>
@@ -17,6 +17,19 @@
 #include "bootgrad/layer.hpp"
 #include "bootgrad/plan.hpp"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define BOOTGRAD_GAP 64
+namespace bootgrad::tested {
+inline void forbid(uintptr_t begin, size_t bytes) {
+  __asan_poison_memory_region(reinterpret_cast<void*>(begin), bytes);
+}
+}  // namespace bootgrad::tested
+#define ALLOW(p, bytes) __asan_unpoison_memory_region(p, bytes)
+#else
+#define ALLOW(p, bytes)
+#endif
+
 #define BOOTGRAD_ISA tested
 #include "bootgrad/kernels.hpp"
 
@@ -27,19 +40,30 @@ namespace {
 int64_t n_threads = 1;
 int failures = 0;
 
+struct Piece {
+  void* memory = nullptr;
+  size_t bytes = 0;
+
+  void free() {
+    ALLOW(memory, bytes);
+    std::free(memory);
+  }
+};
+
 void* scratch(int slot, size_t bytes) {
   struct Slots {
-    std::map<int, void*> memory;
+    std::map<int, Piece> pieces;
     ~Slots() {
-      for (auto& entry : memory) std::free(entry.second);
+      for (auto& entry : pieces) entry.second.free();
     }
   };
   thread_local Slots slots;
-  std::free(slots.memory[slot]);
-  const size_t rounded = (bytes + 63) / 64 * 64;
-  void* p = std::aligned_alloc(64, rounded > 0 ? rounded : 64);
-  std::memset(p, 0xff, rounded);
-  return slots.memory[slot] = p;
+  Piece& piece = slots.pieces[slot];
+  piece.free();
+  piece.bytes = (bytes + 63) / 64 * 64 + 64;
+  piece.memory = std::aligned_alloc(64, piece.bytes);
+  std::memset(piece.memory, 0xff, piece.bytes);
+  return piece.memory;
 }
 
 void parallel(int64_t threads, void (*work)(void*), void* ctx) {

@@ -2,6 +2,12 @@
 
 namespace bootgrad::BOOTGRAD_ISA {
 
+// Tests leave a gap behind each piece of scratch memory and define forbid() to catch an access to it.
+#ifndef BOOTGRAD_GAP
+#define BOOTGRAD_GAP 0
+inline void forbid(uintptr_t, size_t) {}
+#endif
+
 // Hands out pieces of one piece of memory. With base 0 it only counts, so that one function states sizes and places.
 struct Carver {
   uintptr_t base;
@@ -10,7 +16,9 @@ struct Carver {
   template <class T>
   T* take(int64_t count) {
     T* p = reinterpret_cast<T*>(base + used);
-    used += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T), taken = (bytes + 63) / 64 * 64 + BOOTGRAD_GAP;
+    if (BOOTGRAD_GAP > 0 && base != 0) forbid(base + used + bytes, taken - bytes);
+    used += taken;
     return p;
   }
 };
