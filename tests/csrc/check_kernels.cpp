@@ -1,8 +1,8 @@
 // Runs the CPU kernels on odd shapes against plain loops in double. Built with sanitizers by test_kernels.py.
 //
-// Inputs and outputs are allocated at their exact sizes, and scratch memory anew for every call, full of NaNs and with gaps
-// between its pieces: an access out of bounds stops the program, and a read of what was never written shows in a result.
-// Each call is made on one thread and on three; the results must be the same bits.
+// Inputs and outputs are allocated at their exact sizes, and scratch memory anew for every call, full of NaNs and with
+// gaps between its pieces: an access out of bounds stops the program, and a read of what was never written shows in a
+// result. Each call is made on one thread and on three; the results must be the same bits.
 
 #include <cmath>
 #include <cstddef>
