@@ -190,13 +190,11 @@ class SqNorms(Function):
     @staticmethod
     def forward(ctx, product, x, gy, center, sum_wanted):
         """Compute s (B,), and Σ_i G_i where it is wanted and comes along."""
-        ctx.product = product
-        mask = ctx.needs_input_grad[1:3]
-        if not any(mask):
-            ctx.save_for_backward(x, gy, center, None, None)
+        ctx.product, ctx.mask, ctx.kept = product, ctx.needs_input_grad[1:3], None
+        ctx.save_for_backward(x, gy, center)
+        if not any(ctx.mask):
             return product.sq_norms(x, gy, center), None
-        s, dx, dgy, total = product.sq_norms_with_grad(x, gy, center, (*mask, sum_wanted))
-        ctx.save_for_backward(x, gy, center, dx, dgy)
+        s, *ctx.kept, total = product.sq_norms_with_grad(x, gy, center, (*ctx.mask, sum_wanted))
         if total is not None:
             ctx.mark_non_differentiable(total)
         return s, total
@@ -204,8 +202,8 @@ class SqNorms(Function):
     @staticmethod
     def backward(ctx, alpha, _):
         """Differentiate by x, gy and c: ∂s_i/∂c = 2(c − G_i)."""
-        x, gy, center, dx, dgy = ctx.saved_tensors
-        gx, ggy = (None, None) if dx is dgy else SqNormsGrad.apply(ctx.product, x, gy, center, alpha, dx, dgy)
+        x, gy, center = ctx.saved_tensors
+        gx, ggy = _adjoint(ctx, x, gy, center, alpha) if any(ctx.mask) else (None, None)
         gc = 2 * (alpha.sum() * center - weighted_sum(ctx.product, x, gy, alpha)) if ctx.needs_input_grad[3] else None
         return None, gx, ggy, gc, None
 
@@ -219,20 +217,31 @@ class CovarianceTrace(Function):
     @staticmethod
     def forward(ctx, product, x, gy, mean):
         """Compute the sum; ``mean`` is ḡ, a value without a graph."""
-        ctx.product = product
-        mask = ctx.needs_input_grad[1:3]
-        s, dx, dgy, _ = product.sq_norms_with_grad(x, gy, mean, (*mask, False))
-        ctx.save_for_backward(x, gy, mean, dx, dgy)
+        ctx.product, ctx.mask = product, ctx.needs_input_grad[1:3]
+        s, *ctx.kept, _ = product.sq_norms_with_grad(x, gy, mean, (*ctx.mask, False))
+        ctx.save_for_backward(x, gy, mean)
         return s.sum()
 
     @staticmethod
     def backward(ctx, alpha):
         """Differentiate by x and gy; under create_graph the mean is attached, so that further derivatives are right."""
-        x, gy, mean, dx, dgy = ctx.saved_tensors
+        x, gy, mean = ctx.saved_tensors
         if torch.is_grad_enabled():
             mean = weighted_sum(ctx.product, x, gy) / x.size(0)
-        gx, ggy = SqNormsGrad.apply(ctx.product, x, gy, mean, alpha.expand(x.size(0)), dx, dgy)
-        return None, gx, ggy, None
+        return None, *_adjoint(ctx, x, gy, mean, alpha.expand(x.size(0))), None
+
+
+def _adjoint(ctx, x: Tensor, gy: Tensor, center: Tensor | None, alpha: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """α_i times the kept derivatives: in place the first time, which saves a pass over fresh memory, and made again after."""
+    kept, ctx.kept = ctx.kept, None
+    if kept is None:
+        with torch.no_grad():
+            _, *kept, _ = ctx.product.sq_norms_with_grad(x, gy, center, (*ctx.mask, False))
+    if torch.is_grad_enabled():
+        ctx.kept = kept
+        return SqNormsGrad.apply(ctx.product, x, gy, center, alpha, *kept)
+    dx, dgy = (None if d is None else d.mul_(per_sample(alpha, d)) for d in kept)
+    return dx, dgy
 
 
 class SqNormsGrad(Function):

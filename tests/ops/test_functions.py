@@ -89,6 +89,16 @@ def test_norms_are_three_times_differentiable(layer, centered):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+def test_a_second_backward_pass_finds_what_the_first_one_used(layer):
+    product, x, gy, weight = layer
+    x, gy = (t.detach().requires_grad_() for t in canonical(product, x, gy))
+    for s in (SqNorms.apply(product, x, gy, None, False)[0].sum(), CovarianceTrace.apply(product, x, gy, weight.detach())):
+        first, second = (torch.autograd.grad(s, (x, gy), retain_graph=True) for _ in range(2))
+        third = torch.autograd.grad(s, (x, gy), create_graph=True)
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+        torch.testing.assert_close(first, third, rtol=0, atol=0)
+
+
 def test_covariance_trace_is_differentiable_beyond_the_constant_mean(layer):
     product, x, gy, weight = layer
     x, gy = (t.detach().requires_grad_() for t in canonical(product, x, gy))
