@@ -3,27 +3,15 @@
 import torch
 from torch import nn
 
-
-def reference_cnn() -> tuple[nn.Module, tuple[int, ...]]:
-    """Conv 32 – pool – conv 64 – pool – conv 64 – fc 128 – fc 10 on 28×28×1."""
-    model = nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(64, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(64 * 7 * 7, 128),
-        nn.ReLU(),
-        nn.Linear(128, 10),
-    )
-    return model, (1, 28, 28)
+from bootgrad.training.model import reference_cnn
 
 
-def mixed_cnn() -> tuple[nn.Module, tuple[int, ...]]:
+def reference() -> tuple[nn.Module, tuple[int, ...]]:
+    """Reference CNN: conv 32 – pool – conv 64 – pool – conv 64 – fc 128 – fc 10 on 28×28×1."""
+    return reference_cnn((1, 28, 28), 10), (1, 28, 28)
+
+
+def mixed() -> tuple[nn.Module, tuple[int, ...]]:
     """Group norm, 5×5, depthwise strided, grouped and 1×1 convolutions on 28×28×1."""
     model = nn.Sequential(
         nn.Conv2d(1, 32, 5, padding=2),
@@ -46,7 +34,7 @@ def mixed_cnn() -> tuple[nn.Module, tuple[int, ...]]:
     return model, (1, 28, 28)
 
 
-MODELS = {"reference": reference_cnn, "mixed": mixed_cnn}
+MODELS = {"reference": reference, "mixed": mixed}
 
 
 def batch(shape: tuple[int, ...], size: int) -> tuple[torch.Tensor, torch.Tensor]:

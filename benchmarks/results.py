@@ -2,22 +2,15 @@
 
 import csv
 import datetime
-import platform
 from pathlib import Path
 
 import torch
 
 import bootgrad
 from bootgrad.ops.library import build_info
+from bootgrad.training.environment import processor_name
 
 FOLDER = Path(__file__).parent / "results"
-
-
-def processor() -> str:
-    """The processor's name."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((ln.partition(":")[2].strip() for ln in lines if ln.startswith("model name")), platform.machine())
 
 
 def backend() -> str:
@@ -30,7 +23,7 @@ def setting() -> dict[str, str]:
     """The columns that every stored row begins with."""
     return {
         "date": datetime.date.today().isoformat(),
-        "device": processor(),
+        "device": processor_name(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "bootgrad": bootgrad.__version__,

@@ -181,7 +181,7 @@ class PerSampleGradients:
             attached = torch.is_grad_enabled()
             if attached not in self._means:
                 self._means[attached] = {name: t / self.batch_size for name, t in self._by_parameter(None).items()}
-        return dict(self._means[attached])
+        return {name: t if attached else t.clone() for name, t in self._means[attached].items()}
 
     def gram(self) -> Tensor:
         """Inner products of all rows, ⟨g_i, g_j⟩, (B, B). Rows are made in blocks: B²·P operations, B·P/blocks memory."""

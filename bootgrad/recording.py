@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -78,7 +79,10 @@ class Recording(TorchFunctionMode):
         self._state = _states.setdefault(modules[0], _ModelState())
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._known: dict[int, Derived | None] = dict.fromkeys(self._names)
-        self._aliases: dict[int, Any] = {}
+        self._edges: dict[int, GradientEdge] = {}
+        self._aliases: dict[int, Any] = {}  # graph nodes of aliases, by id
+        self._windows: dict[int, int] = {}  # number of the last node of the operation that an alias is for
+        self._pending: list[int] = []
         self._probed: set[int] = set()
         self._centers: dict[str, Tensor] | None = None
         self._open = self._used = self.freed = False
@@ -105,26 +109,17 @@ class Recording(TorchFunctionMode):
 
     def run(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         """Call ``func`` as the model would."""
-        refuse_batch_statistics(func, args, kwargs)
         if self.phase is not Phase.PLAIN or not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        refuse_batch_statistics(func, args, kwargs)
         if not self._mentions((args, kwargs)):
-            return self._run_plain(func, args, kwargs)
+            return _run_plain(func, args, kwargs)
         rule = RULES.get(func)
         if rule is not None:
             out = rule(self, func, args, kwargs)
             if out is not NotImplemented:
                 return out
         return self._run_without_rule(func, args, kwargs)
-
-    @staticmethod
-    def _run_plain(func, args, kwargs):
-        rule = PLAIN_RULES.get(func)
-        if rule is not None and args and isinstance(args[0], Tensor) and args[0].requires_grad:
-            out = rule(func, args, kwargs)
-            if out is not NotImplemented:
-                return out
-        return func(*args, **kwargs)
 
     def _run_without_rule(self, func, args, kwargs):
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -168,13 +163,28 @@ class Recording(TorchFunctionMode):
         derived = self._known[id(tracked)]
         if derived is not None:
             derived.check_unchanged()
-        alias = tracked.view_as(tracked)
+        return self._guard(tracked.view_as(tracked))
+
+    def alias_cast(self, alias: Tensor, dtype: torch.dtype) -> Tensor:
+        """An alias in another dtype, at whose node the walk stops, too."""
+        return self._guard(alias.to(dtype)) if id(alias.grad_fn) in self._aliases else alias.to(dtype)
+
+    def _guard(self, alias: Tensor) -> Tensor:
         self._aliases[id(alias.grad_fn)] = alias.grad_fn
+        self._pending.append(id(alias.grad_fn))
         return alias
 
-    def add(self, operation: Operation) -> None:
-        """Take an operation into the record."""
+    def add(self, operation: Operation, edge: GradientEdge) -> None:
+        """Take an operation into the record; the aliases made since the last one are its own."""
         self.operations.append(operation)
+        self._edges[id(operation)] = edge
+        for node in self._pending:
+            self._windows[node] = edge.node._sequence_nr()
+        self._pending.clear()
+
+    def edge_of(self, operation: Operation) -> GradientEdge:
+        """The edge that the operation was added with."""
+        return self._edges[id(operation)]
 
     def takes_statistics(self, operation: Operation) -> bool:
         """Whether the operation's probe is read now."""
@@ -246,25 +256,34 @@ class Recording(TorchFunctionMode):
         seen = {losses.grad_fn}
         stack = [node for node in seen if node is not None]
         leaves: dict[int, Tensor] = {}
+        names = []
         while stack:
             node = stack.pop()
+            names.append(node.name())
             for successor, _ in node.next_functions:
-                if successor is None or successor in seen or id(successor) in self._aliases:
+                if successor is None or successor in seen:
                     continue
+                if id(successor) in self._aliases:
+                    # Nodes are numbered as they are made: a later one than the operation's own is a derivative of it.
+                    if self.batch_size == 1 or node._sequence_nr() <= self._windows.get(id(successor), -1):
+                        continue
+                    raise UnsupportedError(
+                        f"a parameter reaches the losses through {node.name()}, which is a derivative of a recorded operation, "
+                        "or the result of one that has no rule: losses made of gradients have no per-sample gradients here"
+                    )
                 seen.add(successor)
-                variable = getattr(successor, "variable", None)
-                if variable is None:
+                if successor.name() != "torch::autograd::AccumulateGrad":
                     stack.append(successor)
-                elif id(variable) not in self._names:
-                    leaves[id(variable)] = variable
-                elif self.batch_size > 1:
+                    continue
+                variable: Tensor = successor.variable  # type: ignore[attr-defined]  # of this node; the stub is any node's
+                if id(variable) in self._names and self.batch_size > 1:
                     raise UnsupportedError(
                         f"parameter {self._names[id(variable)]} reaches the losses through {node.name()}, outside of the "
                         "recorded operations: use it inside the `with` block in supported operations, or freeze it with "
                         "requires_grad_(False)"
                     )
-                else:
-                    leaves[id(variable)] = variable
+                leaves[id(variable)] = variable
+        self._graph = hash(tuple(names))
         operations = [o for o in self.operations if o.edge.node in seen]
         used = {id(leaf) for o in operations for t in o.tracked for leaf in self.leaves(t)} | set(leaves)
         parameters = {name: p for name, p in self.parameters.items() if id(p) in used}
@@ -275,13 +294,17 @@ class Recording(TorchFunctionMode):
 
         Norms of rows are compared, so that no gradient is kept; they scale exactly where samples are independent.
         """
-        modes = tuple(module.training for module in self.modules)
+        modes = tuple(child.training for module in self.modules for child in module.modules())
         signature = (
             self.batch_size,
             modes,
+            self._graph,
             tuple((o.name, tuple(map(self.name_of, o.tracked)), o.output_rows) for o in operations),
         )
-        if self.check == "never" or (self.check == "first" and signature in self._state.checked):
+        merged = any(
+            o.output_rows != self.batch_size for o in operations
+        )  # which rows are whose may change with the data
+        if self.check == "never" or (self.check == "first" and signature in self._state.checked and not merged):
             return
         a = _powers_of_two(self.batch_size).to(losses)
         tolerance = 1e-4 if losses.dtype in (torch.float32, torch.float64) else 2e-2
@@ -301,9 +324,13 @@ class Recording(TorchFunctionMode):
         """The norms of the rows of each operation's gy under the losses Σ w_i ℓ_i."""
         inputs = [o.edge if o.probe is None else o.probe for o in operations]
         with self.in_phase(Phase.ROW_NORMS):
-            grads = present(gradients(losses, inputs, weights, retain_graph=True))
+            grads = gradients(losses, inputs, weights, retain_graph=True, allow_unused=True)
         return [
-            torch.linalg.vector_norm(g.reshape(o.output_rows, -1), dim=1) if o.probe is None else g[0]
+            losses.new_zeros(o.output_rows, requires_grad=False)
+            if g is None
+            else g[0]
+            if o.probe is not None
+            else torch.linalg.vector_norm(g.reshape(o.output_rows, -1), dim=1)
             for o, g in zip(operations, grads, strict=True)
         ]
 
@@ -315,7 +342,8 @@ class Recording(TorchFunctionMode):
         """Gy of each operation under the losses Σ w_i ℓ_i; no gradient of a parameter is computed."""
         with self.in_phase(Phase.OUTPUTS):
             edges = [o.edge for o in operations]
-            return present(gradients(losses, edges, weights, retain_graph=True, create_graph=create_graph))
+            options = dict(retain_graph=True, create_graph=create_graph, allow_unused=True)
+            return filled(gradients(losses, edges, weights, **options), operations, losses)
 
     def terms(self, operations: Sequence[Operation], gys: Sequence[Tensor]) -> dict[str, Term]:
         """One term per parameter that the operations use."""
@@ -347,9 +375,8 @@ class Recording(TorchFunctionMode):
     def release(self) -> None:
         """Let go of the graph; the recording cannot be used again."""
         self.freed = True
-        for operation in self.operations:
-            del operation.edge
         self.operations.clear()
+        self._edges.clear()
         self._aliases.clear()
 
     def in_phase(self, phase: Phase, probed: Sequence[Operation] = (), centers: dict[str, Tensor] | None = None):
@@ -374,6 +401,16 @@ def _powers_of_two(batch_size: int) -> Tensor:
     a = 2.0 ** torch.randint(-1, 2, (batch_size,), generator=generator)
     a[:2] = torch.tensor([0.5, 2.0])[:batch_size]
     return a
+
+
+def _run_plain(func: Callable, args: tuple, kwargs: dict) -> Any:
+    """A call without parameters, by its stand-in where there is one."""
+    rule = PLAIN_RULES.get(func)
+    if rule is not None and args and isinstance(args[0], Tensor) and args[0].requires_grad:
+        out = rule(func, args, kwargs)
+        if out is not NotImplemented:
+            return out
+    return func(*args, **kwargs)
 
 
 class _InPhase:
@@ -403,14 +440,19 @@ def gradients(losses: Tensor, inputs: Sequence, weights: Tensor, **options) -> S
             raise RecordingError(
                 "the graph of this recording was freed by an earlier backward: record again, or pass retain_graph=True to it"
             ) from error
+        if "is not implemented" in str(error) and options.get("create_graph"):
+            raise UnsupportedError(
+                f"an operation of the model has no second derivative in torch ({error}): use an implementation that has"
+            ) from error
         raise
 
 
-def present(grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """Gradients by operations that the losses reach: none is missing."""
-    out = [g for g in grads if g is not None]
-    assert len(out) == len(grads)
-    return out
+def filled(grads: Sequence[Tensor | None], operations: Sequence[Operation], like: Tensor) -> list[Tensor]:
+    """Gradients by operations' outputs, zeros where the losses reach one by a path that passes no gradient."""
+    return [
+        like.new_zeros(o.output_shape, requires_grad=False) if g is None else g
+        for g, o in zip(grads, operations, strict=True)
+    ]
 
 
 def named_parameters(*modules: nn.Module) -> dict[str, Tensor]:

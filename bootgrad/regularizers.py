@@ -8,7 +8,7 @@ Source: "A Bootstrap Perspective on Stochastic Gradient Descent", arXiv 2512.076
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -233,9 +233,12 @@ class GradientRegularizer:
         values = {id(c): c.value(parameters) for c in distinct}
         centers = {name: values[id(c)] for name, c in self.centers.items()}
         report, leaves, grads, mean = self._gradients(recording, losses, strengths, centers)
+        if torch.isfinite(report.sq_mean_norm):
+            for center in distinct:
+                center.update(mean)
+        else:
+            report = replace(report, notes=(*report.notes, "the centers were left alone: the gradient is not finite"))
         accumulate(leaves, grads)
-        for center in distinct:
-            center.update(mean)
         self.step += 1
         return report
 
@@ -327,6 +330,9 @@ class GradientRegularizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict` of a regularizer with the same centers."""
-        self.step = state["step"]
-        for name, center in self.centers.items():
-            center.load_state_dict(state["centers"][name])
+        try:
+            self.step = state["step"]
+            for name, center in self.centers.items():
+                center.load_state_dict(state["centers"][name])
+        except (KeyError, TypeError) as error:
+            raise ArgumentError(f"not a state_dict of a GradientRegularizer with these centers: {error!r}") from None

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, ArgumentTypeError
+from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from .ops.schema import accumulation_dtype
 from .per_sample import Direction, PerSampleGradients, as_parameter_dict
-from .recording import Reach, Recording, gradients, present
-from .rules.base import Phase, row_statistics
+from .recording import Reach, Recording, filled, gradients
+from .rules.base import Phase
 from .rules.terms import DenseTerm, Term
 
 
@@ -134,6 +135,12 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             UnsupportedError: per-sample gradients would not exist or would come out wrong. ``.grad`` is untouched by errors.
         """
         reach = self.reach(losses)
+        for name, p in reach.parameters.items():
+            if p._backward_hooks:
+                raise UnsupportedError(
+                    f"parameter {name} has a gradient hook, so that its gradient is not the mean of the per-sample gradients: "
+                    "remove the hook, or change .grad after the backward pass"
+                )
         weights = _weights(reduction, losses)
         centers = None if center is None else as_parameter_dict(center, self.parameters, "center")
         uniform = bool((weights == weights[0]).all()) and float(weights[0]) != 0
@@ -159,9 +166,10 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             grads = gradients(losses, inputs, seed, retain_graph=retain_graph or bool(others), allow_unused=True)
         leaf_grads, rest = grads[: len(leaves)], grads[len(leaves) :]
         by_name = dict(zip(reach.parameters, leaf_grads, strict=False))
-        norms = self.read_probes(probed, present(rest[: len(probed)]))
+        unreached = (losses.new_zeros(2 * len(o.tracked), o.output_rows, requires_grad=False) for o in probed)
+        norms = self.read_probes(probed, [z if g is None else g for g, z in zip(rest, unreached, strict=False)])
         with torch.no_grad():
-            terms: dict[str, Term] = self.terms(others, present(rest[len(probed) :]))
+            terms: dict[str, Term] = self.terms(others, filled(rest[len(probed) :], others, losses))
             if B == 1:
                 terms = {name: DenseTerm(g.unsqueeze(0)) for name, g in by_name.items() if g is not None}
             for name, term in terms.items():
@@ -170,16 +178,12 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             for name, p in self.parameters.items():
                 g, c = by_name.get(name), None if scaled is None else scaled[name]
                 g = torch.zeros_like(p) if g is None else g
-                s, deviation = norms[name] if name in norms else row_statistics(p.new_zeros(B, 1), None)
+                s, deviation = norms.get(name, (p.new_zeros(B, dtype=accumulation_dtype(p.dtype)), None))
+                sq_mean, mean_deviation = _sq_norm(g, s) / (B * scale) ** 2, None
                 if c is not None:
-                    deviation = deviation if name in norms else s + c.square().sum()
-                    assert deviation is not None  # norms were taken about the center
+                    deviation = (s + c.square().sum() if deviation is None else deviation) / scale**2
                     mean_deviation = (g / B - c).to(s.dtype).square().sum() / scale**2
-                    parts[name] = Moments(
-                        s / scale**2, _sq_norm(g, s) / (B * scale) ** 2, deviation / scale**2, mean_deviation
-                    )
-                else:
-                    parts[name] = Moments(s / scale**2, _sq_norm(g, s) / (B * scale) ** 2)
+                parts[name] = Moments(s / scale**2, sq_mean, deviation if c is not None else None, mean_deviation)
         return leaf_grads, combine(parts)
 
     def per_sample_gradients(self, losses: Tensor, create_graph: bool = False) -> PerSampleGradients:
@@ -220,7 +224,7 @@ def _weights(reduction: str | Tensor, losses: Tensor) -> Tensor:
             raise ArgumentError(f"weights must have shape ({B},), one per loss; got {tuple(reduction.shape)}")
         if not torch.isfinite(reduction).all():
             raise ArgumentError("weights must be finite; got NaN or infinity")
-        return reduction.detach().to(losses)
+        return reduction.detach().to(losses).clone()
     if not isinstance(reduction, str):
         raise ArgumentTypeError(f'reduction must be "mean", "sum" or weights (B,); got {type(reduction).__name__}')
     if reduction not in ("mean", "sum"):
@@ -230,19 +234,26 @@ def _weights(reduction: str | Tensor, losses: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accumulate(leaves: list[Tensor], grads) -> None:
-    """Add gradients to ``.grad``, as a backward pass does; each gets memory of its own."""
+    """Add gradients to ``.grad`` in memory of its own, as a backward pass does, and call the hooks that wait for that."""
     taken: set[int] = set()
     for leaf, grad in zip(leaves, grads, strict=True):
         if grad is None:
             continue
         if leaf.grad is not None:
-            leaf.grad.add_(grad)
+            shared = any(
+                stride == 0 and size > 1 for stride, size in zip(leaf.grad.stride(), leaf.grad.shape, strict=True)
+            )
+            leaf.grad = leaf.grad + grad if shared else leaf.grad.add_(grad)
             continue
         storage = grad.untyped_storage()
         shared = storage.data_ptr() in taken or storage.nbytes() != grad.numel() * grad.element_size()
         taken.add(storage.data_ptr())
         owned = not shared and grad.stride() == leaf.stride()
         leaf.grad = grad if owned else torch.empty_like(leaf, requires_grad=False).copy_(grad)
+    for leaf, grad in zip(leaves, grads, strict=True):
+        hooks = getattr(leaf, "_post_accumulate_grad_hooks", None) or {}
+        for hook in list(hooks.values()) if grad is not None else ():
+            hook(leaf)
 
 
 class NoiseScale:
@@ -314,5 +325,8 @@ class NoiseScale:
 
     def load_state_dict(self, state: Mapping) -> None:
         """Go on from a `state_dict`."""
-        self.decay, self.steps = state["decay"], state["steps"]
-        self._weight, self._trace, self._sq_norm = state["parts"]
+        try:
+            self.decay, self.steps = state["decay"], state["steps"]
+            self._weight, self._trace, self._sq_norm = state["parts"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArgumentError(f"not a state_dict of a NoiseScale: {error!r}") from None

@@ -60,7 +60,7 @@ def verify(
     Args:
         model: the module; nothing about it changes, ``.grad`` included.
         loss_fn: ``loss_fn(*batch)`` gives losses (B,).
-        batch: tensors with samples in dimension 0, cut to the first few; other arguments are passed as they are.
+        batch: tensors with as many samples in dimension 0 as the first one, cut to a few; others are passed as they are.
         samples: how many samples to compare on.
         tolerance: largest relative error to accept; by default 1e-9 in float64, 1e-3 in float32, else 5e-2.
 
@@ -72,8 +72,7 @@ def verify(
     """
     if samples < 2:
         raise ArgumentError(f"Reg1 needs at least two samples to compare on; got {samples}")
-    sizes = {t.size(0) for t in batch if isinstance(t, Tensor) and t.dim()}
-    size = max(sizes, default=0)
+    size = next((t.size(0) for t in batch if isinstance(t, Tensor) and t.dim()), 0)  # the first tensor's samples
     cut = [t[:samples] if isinstance(t, Tensor) and t.dim() and t.size(0) == size else t for t in batch]
     parameters = named_parameters(model)
     tensors = list(parameters.values())

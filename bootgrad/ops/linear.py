@@ -94,8 +94,8 @@ class LinearProduct(Product):
     def output(self, x, weight, bias=None):  # noqa: D102
         return F.linear(x, weight.t() if self.transposed else weight, bias)
 
-    def input_grad(self, gy, weight, x_shape):  # noqa: D102
-        return (gy @ (weight.t() if self.transposed else weight)).reshape(x_shape)
+    def input_grad(self, gy, weight, x):  # noqa: D102
+        return (gy @ (weight.t() if self.transposed else weight)).reshape(x.shape)
 
     def weight_grad(self, x, gy, w=None):  # noqa: D102
         x, gy = self._roles(x, gy)

@@ -4,8 +4,6 @@ Their derivative does not change with the input, except where pieces meet. Torch
 tensor of zeros, which it makes and adds: two passes over each activation of a double backward pass. Here it is not there.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -53,24 +51,24 @@ class MaxPool2d(Function):
     def forward(ctx, x, window):
         """Compute y, and remember where each maximum was."""
         y, index = _aten.max_pool2d_with_indices(x, *window)
-        ctx.save_for_backward(index)
-        ctx.window, ctx.shape = window, x.shape
+        ctx.save_for_backward(x, index)
+        ctx.window = window
         return y
 
     @staticmethod
     def backward(ctx, gy):
         """Differentiate by x."""
-        return MaxPool2dGrad.apply(gy, *ctx.saved_tensors, ctx.window, ctx.shape), None
+        x, index = ctx.saved_tensors
+        return MaxPool2dGrad.apply(gy, x.detach(), index, ctx.window), None
 
 
 class MaxPool2dGrad(Function):
     """gy put back to where the maxima were: linear in gy, with a gather as its adjoint."""
 
     @staticmethod
-    def forward(ctx, gy, index, window, shape: Sequence[int]):
-        """Compute gx."""
+    def forward(ctx, gy, x, index, window):
+        """Compute gx; of x only the shape is read."""
         ctx.save_for_backward(index)
-        x = gy.new_empty(shape)  # only its shape is read
         return _aten.max_pool2d_with_indices_backward(gy, x, *window, index)
 
     @staticmethod

@@ -14,7 +14,6 @@ Letters as in `ops.schema`. A `Product` is immutable and knows the geometry; it 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,8 +47,8 @@ class Product(ABC):
         """The layer's output, y = W ∗ x + b."""
 
     @abstractmethod
-    def input_grad(self, gy: Tensor, weight: Tensor, x_shape: Sequence[int]) -> Tensor:
-        """The gradient of ⟨gy, W ∗ x⟩ with respect to x."""
+    def input_grad(self, gy: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        """The gradient of ⟨gy, W ∗ x⟩ with respect to x, of which only the shape is read."""
 
     @abstractmethod
     def weight_grad(self, x: Tensor, gy: Tensor, w: Tensor | None = None) -> Tensor:
@@ -109,7 +108,7 @@ class Output(Function):
     def backward(ctx, gy):
         """Differentiate by x and W."""
         x, weight = ctx.saved_tensors
-        gx = InputGrad.apply(ctx.product, gy, weight, x.shape) if ctx.needs_input_grad[1] else None
+        gx = InputGrad.apply(ctx.product, gy, weight, x.detach()) if ctx.needs_input_grad[1] else None
         gw = WeightGrad.apply(ctx.product, x, gy, weight.dtype) if ctx.needs_input_grad[2] else None
         return None, gx, gw
 
@@ -118,11 +117,11 @@ class InputGrad(Function):
     """gx = Wᵀ ∗ gy."""
 
     @staticmethod
-    def forward(ctx, product, gy, weight, x_shape):
-        """Compute gx."""
+    def forward(ctx, product, gy, weight, x):
+        """Compute gx; of x only the shape is read. An empty stand-in would take a hole of its size in the heap."""
         ctx.product = product
         ctx.save_for_backward(gy, weight)
-        return product.input_grad(gy, weight, x_shape)
+        return product.input_grad(gy, weight, x)
 
     @staticmethod
     def backward(ctx, h):
@@ -148,7 +147,7 @@ class WeightGrad(Function):
         """Differentiate by x and gy; v has the shape of W."""
         x, gy = ctx.saved_tensors
         v = v.to(x.dtype)
-        dx = InputGrad.apply(ctx.product, gy, v, x.shape) if ctx.needs_input_grad[1] else None
+        dx = InputGrad.apply(ctx.product, gy, v, x.detach()) if ctx.needs_input_grad[1] else None
         dgy = Output.apply(ctx.product, x, v) if ctx.needs_input_grad[2] else None
         return None, dx, dgy, None, None
 

@@ -10,6 +10,7 @@ Two `autograd.Function`s put an operation into the graph. `RecordedProduct` repl
 parameter, so that no (x, gy) outlives its own step of the backward pass.
 """
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
@@ -48,8 +49,14 @@ class Recorder(Protocol):
     def alias(self, tracked: Tensor) -> Tensor:
         """``tracked`` behind a node of its own, by which the walk over the graph knows this use."""
 
-    def add(self, operation: "Operation") -> None:
-        """Take ``operation`` into the record."""
+    def alias_cast(self, alias: Tensor, dtype: torch.dtype) -> Tensor:
+        """An alias in another dtype, known to the walk, too."""
+
+    def add(self, operation: "Operation", edge: GradientEdge) -> None:
+        """Take ``operation`` into the record, with the edge of its output."""
+
+    def edge_of(self, operation: "Operation") -> GradientEdge:
+        """The edge that the operation was added with."""
 
     def run(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         """Call ``func`` as the model would, recording included."""
@@ -92,15 +99,42 @@ def plain_rule(*funcs: Callable):
 class Operation(ABC):
     """One recorded call: its name, the tracked tensors it used, and the edge at which its gy arrives."""
 
-    edge: GradientEdge
-    output_rows: int
+    output_shape: torch.Size
 
     def __init__(self, recorder: Recorder, name: str, tracked: Sequence[Tensor]):
         """Describe a call of ``name`` on the ``tracked`` tensors."""
-        self.recorder = recorder
+        # Weak, and the edge is the recorder's: a graph node holds its operation, so that strong ones would be a cycle
+        # through the graph, which no collector sees.
+        self._recorder = weakref.ref(recorder)
         self.name = name
         self.tracked = list(tracked)
         self.probe: Tensor | None = None
+
+    @property
+    def recorder(self) -> Recorder:
+        """The recording, which must still be there."""
+        recorder = self._recorder()
+        if recorder is None:
+            raise RecordingError(
+                "the recording is gone: keep the object of `with record(model) as rec:` as long as it is used"
+            )
+        return recorder
+
+    @property
+    def phase(self) -> Phase:
+        """What the present backward pass is for; plain where the recording is gone."""
+        recorder = self._recorder()
+        return Phase.PLAIN if recorder is None else recorder.phase
+
+    @property
+    def edge(self) -> GradientEdge:
+        """Where the gradient of the output arrives."""
+        return self.recorder.edge_of(self)
+
+    @property
+    def output_rows(self) -> int:
+        """Size of the output's dimension 0."""
+        return self.output_shape[0] if self.output_shape else 1
 
     @abstractmethod
     def terms(self, gy: Tensor, batch_size: int) -> list[Term]:
@@ -108,9 +142,8 @@ class Operation(ABC):
 
     def attach(self, y: Tensor) -> Tensor:
         """Take the edge of ``y``, this operation's output, and join the record."""
-        self.edge = get_gradient_edge(y)
-        self.output_rows = y.size(0) if y.dim() else 1
-        self.recorder.add(self)
+        self.output_shape = y.shape
+        self.recorder.add(self, get_gradient_edge(y))
         return y
 
     def new_probe(self, y_rows: int, like: Tensor) -> Tensor:
@@ -162,8 +195,9 @@ class ProductOperation(Operation):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
-            bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
+            x = x if x.dtype == torch.float64 else x.to(dtype)
+            weight = weight if weight.dtype == torch.float64 else self.recorder.alias_cast(weight, dtype)
+            bias = bias if bias is None or bias.dtype == torch.float64 else self.recorder.alias_cast(bias, dtype)
         rows = x.size(0) if x.dim() else 1
         with torch.autocast(device, enabled=False):
             y = RecordedProduct.apply(self, self.new_probe(rows, x), x, weight, bias)
@@ -227,21 +261,20 @@ class RecordedProduct(Function):
     def forward(ctx, operation, probe, x, weight, bias):
         """Compute y."""
         ctx.operation = operation
-        ctx.save_for_backward(x if operation.weight is not None else None, weight)
-        ctx.x_shape = x.shape
+        ctx.save_for_backward(x, weight)
         return operation.product.output(x, weight, bias)
 
     @staticmethod
     def backward(ctx, gy):
         """Differentiate by what the phase asks for."""
         operation, (x, weight) = ctx.operation, ctx.saved_tensors
-        recorder, product = operation.recorder, operation.product
-        gx = InputGrad.apply(product, gy, weight, ctx.x_shape) if ctx.needs_input_grad[2] else None
-        if recorder.phase is Phase.OUTPUTS:
+        phase, product = operation.phase, operation.product
+        gx = InputGrad.apply(product, gy, weight, x.detach()) if ctx.needs_input_grad[2] else None
+        if phase is Phase.OUTPUTS:
             return None, None, gx, None, None
-        if recorder.phase is Phase.ROW_NORMS:
+        if phase is Phase.ROW_NORMS:
             return None, operation.row_norms(gy), gx, None, None
-        if recorder.takes_statistics(operation):
+        if phase is Phase.STATISTICS and operation.recorder.takes_statistics(operation):
             gw, gb, probe = operation.statistics(x, gy)
             return None, probe, gx, gw, gb
         gw = WeightGrad.apply(product, x, gy, weight.dtype) if ctx.needs_input_grad[3] else None
@@ -280,10 +313,10 @@ class Tap(Function):
     def backward(ctx, gy):
         """Pass gy on, and read the probe."""
         operation, probe = ctx.operation, None
-        recorder = operation.recorder
-        if recorder.phase is Phase.ROW_NORMS:
+        if operation.phase is Phase.ROW_NORMS:
             probe = operation.row_norms(gy)
-        if recorder.takes_statistics(operation):
+        if operation.phase is Phase.STATISTICS and operation.recorder.takes_statistics(operation):
+            recorder = operation.recorder
             rows = operation.rows_of(gy, recorder.batch_size, *ctx.saved_tensors)
             centers = [recorder.center_of(t) for t in operation.tracked]
             probe = operation.probe_gradient([row_statistics(r, c) for r, c in zip(rows, centers, strict=True)])

@@ -22,6 +22,12 @@ def _applies(recorder: Recorder, a, b) -> bool:
     return aligned[0] == 1 and (x.shape != parameter.shape or x.requires_grad)
 
 
+def _operands(args: tuple, kwargs: dict) -> tuple:
+    """The two operands, by position or by name."""
+    named = [kwargs[n] for n in ("input", "other") if n in kwargs]
+    return (*args, *named, None, None)[:2]
+
+
 def _record(recorder: Recorder, name: str, a: Tensor, b: Tensor, call, scale_a=1, scale_b=1, multiply=False):
     first = recorder.is_tracked(a)
     parameter, x, scale = (a, b, scale_a) if first else (b, a, scale_b)
@@ -37,7 +43,7 @@ def _record(recorder: Recorder, name: str, a: Tensor, b: Tensor, call, scale_a=1
 
 @rule(torch.add, _T.add, _T.__add__, _T.__radd__)
 def _add(recorder: Recorder, func, args, kwargs):
-    a, b = (args + (kwargs.get("other"),))[:2]
+    a, b = _operands(args, kwargs)
     if not _applies(recorder, a, b):
         return NotImplemented
     alpha = kwargs.get("alpha", 1)
@@ -46,7 +52,7 @@ def _add(recorder: Recorder, func, args, kwargs):
 
 @rule(torch.sub, _T.sub, _T.__sub__)
 def _sub(recorder: Recorder, func, args, kwargs):
-    a, b = (args + (kwargs.get("other"),))[:2]
+    a, b = _operands(args, kwargs)
     if not _applies(recorder, a, b):
         return NotImplemented
     alpha = kwargs.get("alpha", 1)
@@ -60,7 +66,7 @@ def _rsub(recorder: Recorder, func, args, kwargs):
 
 @rule(torch.mul, torch.multiply, _T.mul, _T.multiply, _T.__mul__, _T.__rmul__)
 def _mul(recorder: Recorder, func, args, kwargs):
-    a, b = (args + (kwargs.get("other"),))[:2]
+    a, b = _operands(args, kwargs)
     return _record(recorder, "mul", a, b, torch.mul, multiply=True) if _applies(recorder, a, b) else NotImplemented
 
 
@@ -76,9 +82,10 @@ def _sub_(recorder: Recorder, func, args, kwargs):
 
 @rule(_T.mul_, _T.__imul__)
 def _mul_(recorder: Recorder, func, args, kwargs):
-    if not _applies(recorder, *args[:2]):
+    a, b = _operands(args, kwargs)
+    if not _applies(recorder, a, b):
         return NotImplemented
-    return _in_place(_mul(recorder, torch.mul, (args[0].clone(), *args[1:]), kwargs), args[0])
+    return _in_place(_mul(recorder, torch.mul, (a.clone(), b), {}), a)
 
 
 def _in_place(out, target: Tensor):

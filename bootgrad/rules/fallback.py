@@ -8,15 +8,22 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import RecordingError, UnsupportedError
 from .base import Operation, Recorder
-from .terms import ComputedTerm, vmap
+from .terms import ComputedTerm, Term, vmap
 
-# The mode sees these as one opaque call, and their kernels have no rule under vmap.
-_REFUSED = {f for n in ("lstm", "gru", "rnn_tanh", "rnn_relu") if (f := getattr(torch, n, None)) is not None}
+# The mode sees these as one opaque call, and their kernels have no rule under vmap, or a wrong one.
+_REFUSED = {
+    *(f for n in ("lstm", "gru", "rnn_tanh", "rnn_relu") if (f := getattr(torch, n, None)) is not None),
+    F.multi_head_attention_forward,
+    F.instance_norm,
+    torch.instance_norm,
+    torch.Tensor.__setitem__,
+}
 
 
 class FallbackOperation(Operation):
@@ -33,7 +40,7 @@ class FallbackOperation(Operation):
         if self.func in _REFUSED:
             raise UnsupportedError(
                 f"{self.name} hides how it uses {names}: its per-sample gradients cannot be had. "
-                "Freeze these parameters (requires_grad_(False)), or write the recurrence with linear layers"
+                "freeze these parameters (requires_grad_(False)), or write the operation with plain ones"
             )
         if self.name.endswith("_") and (not self.name.endswith("__") or self.name.startswith("__i")):
             raise UnsupportedError(
@@ -46,6 +53,12 @@ class FallbackOperation(Operation):
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         y = self.func(*args, **kwargs)
         if not isinstance(y, Tensor) or not y.requires_grad:
+            outputs = [t for t in pytree.tree_leaves(y) if isinstance(t, Tensor) and t.requires_grad]
+            if outputs:
+                raise UnsupportedError(
+                    f"{self.name} on {names} puts out several tensors and has no rule: freeze these parameters, or write the "
+                    "operation with plain ones"
+                )
             return y
         if any(y is t for t in leaves):
             y = y.view_as(y)
@@ -57,10 +70,31 @@ class FallbackOperation(Operation):
             if isinstance(t, Tensor) and t._version != version:
                 raise RecordingError(f"an input of {self.name} was changed in place after the call; clone it first")
         index = torch.arange(batch_size, device=gy.device)
-        return [
+        terms: list[Term] = [
             ComputedTerm(partial(self._rows, batch_size, k), index, t.shape, [gy, *self.leaves])
             for k, t in enumerate(self.tracked)
         ]
+        with torch.no_grad():
+            self._check_sums(gy.detach(), terms)
+        return terms
+
+    def _check_sums(self, gy: Tensor, terms: Sequence[Term]) -> None:
+        """Raise unless the rows add up to what the whole call's derivative is: a shared tensor may look like samples."""
+
+        def output(*parameters):
+            filled = [t if slot is None else parameters[slot] for t, slot in zip(self.leaves, self.slots, strict=True)]
+            args, kwargs = pytree.tree_unflatten(filled, self.spec)
+            return self.func(*args, **kwargs)
+
+        pull = torch.func.vjp(output, *self.tracked)[1]
+        for term, expected in zip(terms, pull(gy), strict=True):
+            error = (term.weighted_sum(None) - expected).norm()
+            if not error <= 1e-3 * expected.norm() + 1e-6 * gy.norm():
+                raise UnsupportedError(
+                    f"{self.name} has no rule, and run one sample at a time it does something else than on the batch: its "
+                    "parameter's per-sample gradients cannot be had. Freeze the parameter, or write the operation with plain "
+                    "ones"
+                )
 
     def _rows(self, batch_size: int, k: int, index: Tensor, gy: Tensor, *values: Any) -> Tensor:
         """Rows ``index`` of tracked tensor ``k``, from gy and the flat arguments of the call."""

@@ -16,8 +16,12 @@ def _linear(recorder: Recorder, func, args, kwargs):
 
 
 def _apply_linear(recorder: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed=False):
-    if recorder.is_tracked(input) or weight.dim() != 2:
+    if recorder.is_tracked(input) or weight.dim() != 2 or input.dim() < 2:
         return NotImplemented
+    if bias is not None and bias.shape != weight.shape[:1]:  # torch broadcasts it
+        if not recorder.is_tracked(weight):
+            return recorder.run(torch.add, F.linear(input, weight), bias)
+        return recorder.run(torch.add, _apply_linear(recorder, input, weight), bias)
     tracked = (t if recorder.is_tracked(t) else None for t in (weight, bias))
     return ProductOperation(recorder, "linear", LinearProduct(transposed), *tracked)(input, weight, bias)
 
@@ -76,6 +80,8 @@ def _einsum(recorder: Recorder, func, args, kwargs):
     if len(summed) + len(free) != len(of_w) or len(summed) + len(kept) != len(of_x) or not kept or not summed:
         return NotImplemented
     size = dict(zip(of_x, x.shape, strict=True)) | dict(zip(of_w, weight.shape, strict=True))
+    if [size[a] for a in of_x] != list(x.shape):  # a letter that is broadcast
+        return NotImplemented
     batch = out[0] if out[0] in kept else kept[0]
     kept.sort(key=lambda a: a != batch)
     x = x.permute([of_x.index(a) for a in kept + summed]).flatten(len(kept))

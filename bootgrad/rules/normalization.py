@@ -14,7 +14,7 @@ from ..errors import UnsupportedError
 from ..ops.group_norm import group_norm, group_norm_rows
 from .base import Recorder, RowsOperation, per_sample_sum, rule
 
-_CHANNELS = {F.group_norm, torch.group_norm, F.batch_norm, torch.batch_norm, F.instance_norm}
+_CHANNELS = {F.group_norm, torch.group_norm, F.batch_norm, torch.batch_norm}
 _SIGNATURES = {
     torch.group_norm: "input num_groups weight bias eps cudnn_enabled",
     torch.layer_norm: "input normalized_shape weight bias eps cudnn_enable",
@@ -65,6 +65,20 @@ def _normalization(recorder: Recorder, func, args, kwargs):
         return out
 
     return RowsOperation(recorder, func.__name__, tracked, rows_of)(y, x)
+
+
+@rule(F.instance_norm)
+def _instance_norm(recorder: Recorder, func, args, kwargs):
+    """Group norm with a group for each channel, where nothing runs along."""
+    options = _arguments(func, args, kwargs)
+    x: Tensor = options["input"]
+    names = [n for n in ("weight", "bias") if recorder.is_tracked(options.get(n))]
+    own_statistics = options.get("use_input_stats", True) and options.get("running_mean") is None
+    if recorder.is_tracked(x) or not own_statistics or x.dim() < 3 or not x.numel():
+        return NotImplemented
+    tracked = [options[n] for n in names]
+    aliases = {n: recorder.alias(t) for n, t in zip(names, tracked, strict=True)}
+    return _group_norm(recorder, names, tracked, options | aliases | {"num_groups": x.size(1)})
 
 
 def _group_norm(recorder: Recorder, names, tracked, options: dict) -> Tensor:

@@ -1,0 +1,240 @@
+"""Unusual code: right, or refused by name; and nothing stays behind."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bootgrad
+from bootgrad import BootgradError
+
+pytestmark = pytest.mark.filterwarnings("ignore::bootgrad.BootgradWarning")
+
+
+class Model(nn.Module):
+    """A linear layer, free parameters, and a function of them."""
+
+    def __init__(self, forward, **shapes):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 4)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape) / 2))
+        self.function = forward
+        self.double()
+
+    def forward(self, x):
+        return self.function(self, x).tanh().reshape(len(x), -1).sum(1)
+
+
+def data(*shape):
+    return torch.randn(*(shape or (4, 4)), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+RIGHT = {
+    "bias of one": (lambda m, x: F.linear(x, m.w, m.b), dict(w=(3, 4), b=(1,))),
+    "bias of a row": (lambda m, x: F.linear(m.linear(x), m.w, m.b), dict(w=(3, 4), b=(1, 3))),
+    "scalar bias": (lambda m, x: F.linear(m.linear(x), m.w, m.b), dict(w=(3, 4), b=())),
+    "names": (lambda m, x: torch.add(input=torch.mul(input=m.linear(x), other=m.b), other=m.w), dict(w=(4,), b=(4,))),
+    "in place by name": (lambda m, x: m.linear(x).mul_(other=m.b), dict(b=(4,))),
+    "instance norm": (
+        lambda m, x: F.instance_norm(m.linear(x).view(4, 2, 2), weight=m.w, bias=m.b).pow(3),
+        dict(w=(2,), b=(2,)),
+    ),
+    "norm of weights": (lambda m, x: m.linear(x).sum(1) + 0.1 * m.linear.weight.square().sum(), {}),
+    "unreached output": (lambda m, x: m.linear(x) + 0 * (m.linear(x) * m.w).detach(), dict(w=(4,))),
+    "embedding": (lambda m, x: F.embedding((x > 0).long(), m.w) * m.linear(x)[..., None], dict(w=(2, 3))),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right(name):
+    function, shapes = RIGHT[name]
+    model = Model(function, **shapes)
+    assert bootgrad.verify(model, model, data()).ok
+
+
+def gradient_penalty(m, x):
+    x = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(m.linear(x).tanh().sum(), x, create_graph=True)
+    return g
+
+
+def set_item(m, x):
+    y = m.linear(x)
+    y[:, 0] = m.w
+    return y
+
+
+def lstm_cell(m, x):
+    return m.cell(m.linear(x))[0]
+
+
+REFUSED = {
+    "losses of gradients": (gradient_penalty, {}, "derivative of a recorded operation"),
+    "scale in a derivative": (
+        lambda m, x: torch.autograd.grad((y := x.clone().requires_grad_()).mul(m.w).sin().sum(), y, create_graph=True)[
+            0
+        ],
+        dict(w=(4,)),
+        "derivative of a recorded operation",
+    ),
+    "assignment": (set_item, dict(w=(4,)), "__setitem__ hides how it uses w"),
+    "several outputs": (lambda m, x: torch.broadcast_tensors(m.linear(x), m.w)[1], dict(w=(4,)), "broadcast_tensors"),
+    "a mask that looks like samples": (
+        lambda m, x: torch.where(torch.ones(4, 4).tril().bool(), m.linear(x.view(4, 1, 4).expand(4, 4, 4)), m.w),
+        dict(w=()),
+        "where has no rule, and run one sample at a time",
+    ),
+    "running statistics": (
+        lambda m, x: F.instance_norm(m.linear(x).view(4, 2, 2), torch.zeros(2).double(), torch.ones(2).double(), m.w),
+        dict(w=(2,)),
+        "instance_norm hides",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    function, shapes, message = REFUSED[name]
+    model = Model(function, **shapes)
+    with pytest.raises(BootgradError, match=message):
+        with bootgrad.record(model) as rec:
+            losses = model(data())
+        rec.backward(losses)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_fused_modules_are_refused():
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    for module, call in ((layer, layer), (nn.LSTMCell(4, 4), lambda x: nn.LSTMCell(4, 4)(x[:, 0])[0])):
+        with pytest.raises(BootgradError, match="hides how it uses|puts out several|do not depend"):
+            with bootgrad.record(module) as rec:
+                losses = call(torch.randn(3, 2, 4)).flatten(1).sum(1)
+            rec.backward(losses)
+
+
+def test_the_check_sees_a_changed_loss_and_changed_packing():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def step(loss, rows):
+        with bootgrad.record(model) as rec:
+            losses = loss(model(torch.randn(rows, 5)))
+        rec.backward(losses)
+
+    step(lambda z: z.square().sum(1), 4)
+    with pytest.raises(BootgradError, match="coupled"):
+        step(lambda z: F.cross_entropy(z @ z.t(), torch.arange(4), reduction="none"), 4)
+
+    def packed(lengths):
+        owner = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+        return lambda z: torch.zeros(4).index_add(0, owner, z.square().sum(1))
+
+    step(packed([2, 2, 2, 2]), 8)
+    with pytest.raises(BootgradError, match="coupled"):
+        step(packed([1, 3, 1, 3]), 8)
+
+
+def test_a_function_s_own_attributes_do_not_end_the_walk():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a):
+            ctx.variable = a
+            return 2 * a
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g
+
+    model = Model(lambda m, x: Twice.apply(m.linear(x)) * m.w, w=(4,))
+    assert bootgrad.verify(model, model, data()).ok
+
+
+def test_hooks():
+    model = Model(lambda m, x: m.linear(x))
+    seen = []
+    model.linear.bias.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    with bootgrad.record(model) as rec:
+        losses = model(data())
+    rec.backward(losses)
+    assert torch.equal(seen[0], model.linear.bias.grad)
+    model.linear.weight.register_hook(lambda g: 10 * g)
+    with bootgrad.record(model) as rec:
+        losses = model(data())
+    with pytest.raises(BootgradError, match="linear.weight has a gradient hook"):
+        rec.backward(losses)
+
+
+def test_weights_and_means_are_not_the_user_s_own():
+    model, offset = Model(lambda m, x: m.linear(x)), torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    with bootgrad.record(model) as rec:
+        losses = model(data()) + offset
+    rec.backward(losses, reduction=weights, retain_graph=True)
+    offset.grad.zero_()
+    assert weights.tolist() == [1, 2, 3, 4]
+    G = rec.per_sample_gradients(losses)
+    before = G.covariance_trace()
+    for t in G.mean().values():
+        t.zero_()
+    assert torch.equal(G.covariance_trace(), before)
+
+
+def test_an_expanded_grad_is_added_to():
+    model = Model(lambda m, x: m.linear(x))
+    model.linear.weight.grad = torch.zeros(1, dtype=torch.float64).expand(4, 4)
+    with bootgrad.record(model) as rec:
+        losses = model(data())
+    expected = torch.autograd.grad(losses.mean(), model.linear.weight, retain_graph=True)[0]
+    rec.backward(losses)
+    torch.testing.assert_close(model.linear.weight.grad, expected)
+
+
+def test_a_center_survives_a_gradient_that_is_not_finite():
+    model = Model(lambda m, x: m.linear(x))
+    reg = bootgrad.GradientRegularizer(model, reg1=0.1, center="ema")
+    reg.backward(model, data())
+    before = reg.centers["reg1"].value(dict(model.named_parameters()))
+    report = reg.backward(lambda x: (0 * model(x)).abs().sqrt(), data())
+    assert any("not finite" in note for note in report.notes)
+    after = reg.centers["reg1"].value(dict(model.named_parameters()))
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    with pytest.raises(BootgradError, match="not a state_dict"):
+        reg.load_state_dict({})
+    with pytest.raises(BootgradError, match="not a state_dict"):
+        bootgrad.NoiseScale().load_state_dict({})
+
+
+def forward_only(model, rec, losses):
+    pass
+
+
+def plain_backward(model, rec, losses):
+    losses.mean().backward()
+
+
+def penalty(model, rec, losses):
+    (losses.mean() + bootgrad.reg1(rec.per_sample_gradients(losses, create_graph=True))).backward()
+
+
+def failing(model, rec, losses):
+    with pytest.raises(BootgradError):
+        rec.backward(losses, center={})
+
+
+@pytest.mark.parametrize("use", [forward_only, plain_backward, penalty, failing])
+def test_nothing_stays_behind(use):
+    model = Model(lambda m, x: torch.relu(F.group_norm(m.linear(x), 2, m.w)) / m.b.exp(), w=(4,), b=(4,))
+    alive = []
+    for _ in range(3):
+        with bootgrad.record(model) as rec:
+            hidden = model.linear(data())
+            losses = (torch.relu(F.group_norm(hidden, 2, model.w)) / model.b.exp()).sum(1)
+        alive += [weakref.ref(hidden), weakref.ref(rec)]
+        use(model, rec, losses)
+        del rec, losses, hidden
+    gc.collect()
+    assert [r() for r in alive] == [None] * 6
