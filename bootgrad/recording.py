@@ -433,8 +433,11 @@ def gradients(losses: Tensor, inputs: Sequence, weights: Tensor, **options) -> S
     """`torch.autograd.grad` of Σ w_i ℓ_i, with a freed graph reported as an error of the recording."""
     if not inputs:
         return []
+    with torch.enable_grad():
+        # As grad_outputs, the weights would have torch import its symbolic shapes: 40 MB for a shape comparison.
+        total = (losses * weights).sum()
     try:
-        return torch.autograd.grad(losses, inputs, weights, **options)
+        return torch.autograd.grad(total, inputs, **options)
     except RuntimeError as error:
         if "second time" in str(error):
             raise RecordingError(
