@@ -168,7 +168,7 @@ class Trainer:
                 torch.cuda.set_rng_state(rng["cuda"], self.device)
             self.generator.set_state(rng["order"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            if isinstance(error, BootgradError):
+            if isinstance(error, DataError):
                 raise
             raise DataError(f"the checkpoint is not whole ({type(error).__name__}: {error}): start anew") from error
 
