@@ -183,6 +183,18 @@ def test_weights_and_means_are_not_the_user_s_own():
     assert torch.equal(G.covariance_trace(), before)
 
 
+def test_rows_made_from_parameters_notice_a_step():
+    model = Model(lambda m, x: m.linear(x) / m.w.exp(), w=(4,))
+    with bootgrad.record(model) as rec:
+        losses = model(data())
+    G = rec.per_sample_gradients(losses)
+    G.sq_norms()
+    with torch.no_grad():
+        model.w.mul_(2)
+    with pytest.raises(BootgradError, match="before the optimizer's step"):
+        G.gram()
+
+
 def test_an_expanded_grad_is_added_to():
     model = Model(lambda m, x: m.linear(x))
     model.linear.weight.grad = torch.zeros(1, dtype=torch.float64).expand(4, 4)

@@ -278,7 +278,22 @@ class ComputedTerm(Term):
         return self.index.numel()
 
     def rows(self, start, stop):  # noqa: D102
+        self._check_unchanged()
         return self.compute(self.index[start:stop], *self.parts)
+
+    def __post_init__(self):
+        """Note the versions of the tensors that rows are made from."""
+        self._versions = self._present_versions()
+
+    def _present_versions(self) -> list[int]:
+        return [part._version for part in self.parts if isinstance(part, Tensor)]
+
+    def _check_unchanged(self) -> None:
+        if self._versions != self._present_versions():
+            raise RecordingError(
+                "a parameter or an input was changed in place since the per-sample gradients were made, and these rows are "
+                "made from it anew: use them before the optimizer's step"
+            )
 
     def jvp(self, v):  # noqa: D102
         return torch.cat(self._chunked(lambda rows, v: DenseTerm(rows).jvp(v), v))
@@ -290,6 +305,7 @@ class ComputedTerm(Term):
         return torch.stack([recomputed(weigh(i, j), self, w) for i, j in self.chunks()]).sum(0)
 
     def map(self, function):  # noqa: D102
+        self._check_unchanged()
         return replace(self, parts=_map(self.parts, function))
 
     def select(self, index):  # noqa: D102
