@@ -10,9 +10,6 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 
-# Triton 3.9 warns, which fails tests, where this is unset; 1 is its default and what earlier versions do.
-export TRITON_DEFAULT_FP_FUSION ?= 1
-
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --no-build-isolation --constraint $(VENV)/constraints.txt

@@ -14,6 +14,7 @@ Letters: ``B`` samples, ``T`` positions, ``N`` pixels, ``I`` in, ``O`` out, ``C`
 ``S`` space, c a center. No torch here: shapes in, numbers out.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -183,10 +184,12 @@ def choose_path(layer: Layer, purpose: str = "norms", centered: bool = False, su
     """The quickest path by the estimate: ``"rank1"``, ``"direct"`` or ``"gram"``. Arguments as `cost`."""
     if purpose not in PURPOSES:
         raise ValueError(f"purpose must be one of {', '.join(PURPOSES)}; got {purpose!r}")
-    paths = layer.paths
-    if len(paths) == 1:
-        return paths[0]
-    return min(paths, key=lambda path: _cost(layer, path, purpose, centered, summed).time)
+    return _quickest(layer, purpose, centered, summed)
+
+
+@functools.lru_cache(maxsize=4096)
+def _quickest(layer: Layer, purpose: str, centered: bool, summed: bool) -> str:
+    return min(layer.paths, key=lambda path: _cost(layer, path, purpose, centered, summed).time)
 
 
 def format_table(rows: Iterable[tuple[str, Layer]], purpose: str = "norms", centered: bool = False) -> str:

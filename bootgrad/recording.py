@@ -83,6 +83,7 @@ class Recording(TorchFunctionMode):
         self._aliases: dict[int, Any] = {}  # graph nodes of aliases, by id
         self._windows: dict[int, int] = {}  # number of the last node of the operation that an alias is for
         self._pending: list[int] = []
+        self._by_products: dict[int, tuple[Tensor, Any]] = {}
         self._probed: set[int] = set()
         self._centers: dict[str, Tensor] | None = None
         self._open = self._used = self.freed = False
@@ -199,6 +200,15 @@ class Recording(TorchFunctionMode):
             return self._centers[self._names[id(tracked)]]
         (leaf,) = derived.leaves()
         return derived.replay({id(leaf): self._centers[self._names[id(leaf)]]})
+
+    def keep_by_product(self, operation: Operation, gy: Tensor, value: Any) -> None:
+        """Keep what a backward pass made; here, since a graph node that held it would hold its own graph."""
+        self._by_products[id(operation)] = (gy, value)
+
+    def by_product(self, operation: Operation, gy: Tensor) -> Any:
+        """What was kept for the operation, once, if it was made from this ``gy``; else None."""
+        made_from, value = self._by_products.pop(id(operation), (None, None))
+        return value if made_from is gy else None
 
     def name_of(self, tracked: Tensor) -> str:
         """The parameter's name, or those that a derived tensor is made of."""
@@ -378,6 +388,7 @@ class Recording(TorchFunctionMode):
         self.operations.clear()
         self._edges.clear()
         self._aliases.clear()
+        self._by_products.clear()
 
     def in_phase(self, phase: Phase, probed: Sequence[Operation] = (), centers: dict[str, Tensor] | None = None):
         """A context in which backward passes through the record are of ``phase``."""

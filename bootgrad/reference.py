@@ -225,47 +225,46 @@ def conv_sq_norms_with_grad(
     return _with_grad(rows, x, gy, center, mask)
 
 
-def group_norm_rows(gy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
-    """Per-sample gradients of γ and β, (B, C) each; gy and x (B, C, …), x's mean and rstd (B, G), here and below."""
-    if x.numel() == 0:
-        return tuple(torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device) for _ in range(2))
-    gy, x, eps = _group_norm_inputs(gy, x, rstd)
-    affine = x.new_ones(x.size(1), 1), x.new_zeros(x.size(1), 1)
-
-    def product(affine, gy_i, x_i, eps_i):
-        return ((affine[0] * _normalized(x_i, eps_i) + affine[1]) * gy_i).sum()
-
-    gamma, beta = vmap(grad(product), (None, 0, 0, 0))(affine, gy, x, eps)
-    return gamma.squeeze(2), beta.squeeze(2)
-
-
-def group_norm_rows_backward(
-    a: Tensor, b: Tensor, gy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
+def group_norm_backward(
+    gy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, input_grad: bool = True
 ) -> tuple[Tensor, ...]:
-    """Derivatives of Σ a γ' + Σ b β' by gy and x, where (γ', β') are `group_norm_rows`; a and b (B, C)."""
-
-    def product(gy, x):
-        gamma, beta = group_norm_rows(gy, x, mean, rstd)
-        return (a.double() * gamma + b.double() * beta).sum()
-
-    return _derivatives(product, gy, x)
+    """The gradient by x, empty unless asked for, and those of γ and β for each sample, (B, C); x's mean and rstd (B, G)."""
+    weights = x.new_ones(x.shape[:2]) if weight is None else weight.expand(x.shape[:2])
+    dx, gamma, beta = _group_norm_grads(gy.double(), x.double(), weights.double(), rstd)
+    return dx if input_grad else dx.new_zeros(0), gamma, beta
 
 
-def group_norm_grad_backward(
-    u: Tensor, gy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+def group_norm_double_backward(
+    u: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    gy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Derivatives of ⟨u, gx⟩ by gy, by x, and by each sample's γ, (B, C); gx is the gradient by group norm's input."""
+    """Derivatives of ⟨u, gx⟩ + Σ a γ' + Σ b β' by gy, by x, and by each sample's γ, where (gx, γ', β') are the above."""
     weights = x.new_ones(x.shape[:2]) if weight is None else weight.expand(x.shape[:2])
 
     def product(gy, x, weights):
-        g, x, eps = _group_norm_inputs(gy, x, rstd)
-
-        def output(x_i, gy_i, eps_i, weight_i):
-            return (weight_i[:, None] * _normalized(x_i, eps_i) * gy_i).sum()
-
-        return (vmap(grad(output))(x, g, eps, weights) * u.double().reshape(x.shape)).sum()
+        grads = _group_norm_grads(gy, x, weights, rstd)
+        pairs = [(g, c.double()) for g, c in zip(grads, (u, a, b), strict=True) if c is not None]
+        return sum((g * c).sum() for g, c in pairs) + 0 * weights.sum()
 
     return _derivatives(product, gy, x, weights)
+
+
+def _group_norm_grads(gy: Tensor, x: Tensor, weights: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+    if x.numel() == 0:
+        return torch.zeros_like(x), torch.zeros_like(weights), torch.zeros_like(weights)
+    g, flat, eps = _group_norm_inputs(gy, x, rstd)
+
+    def output(x_i, weight_i, bias_i, gy_i, eps_i):
+        return ((weight_i[:, None] * _normalized(x_i, eps_i) + bias_i[:, None]) * gy_i).sum()
+
+    by_x, *rows = vmap(grad(output, (0, 1, 2)))(flat, weights, torch.zeros_like(weights), g, eps)
+    return by_x.reshape(x.shape), *rows
 
 
 def _group_norm_inputs(gy: Tensor, x: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -107,28 +107,21 @@ def test_layers_without_samples_or_positions():
     assert reference.conv_weighted_sum(random(0, 2, 4), random(0, 3, 2), None, 3).eq(0).all()
 
 
-def test_group_norm_s_rows_and_their_derivatives():
+def test_group_norm_s_backward_pass_and_its_derivatives():
     x, gy, u, weight = random(3, 4, 5).requires_grad_(), random(3, 4, 5).requires_grad_(), random(3, 4, 5), random(4)
     grouped = x.detach().view(3, 2, 10)
     mean, rstd = grouped.mean(2), (grouped.var(2, correction=0) + 1e-2).rsqrt()
-    weights = weight.repeat(3, 1).requires_grad_()
+    weights, biases = weight.repeat(3, 1).requires_grad_(), torch.zeros(3, 4, dtype=x.dtype, requires_grad=True)
     a, b = random(3, 4), random(3, 4)
-    rows, gx = [], []
-    for i in range(3):
-        affine = torch.ones(4, dtype=x.dtype, requires_grad=True), torch.zeros(4, dtype=x.dtype, requires_grad=True)
-        y = F.group_norm(x[i : i + 1], 2, *affine, 1e-2)
-        rows.append(torch.autograd.grad((y * gy[i]).sum(), affine, create_graph=True))
-        y = F.group_norm(x[i : i + 1], 2, weights[i], None, 1e-2)
-        gx.append(torch.autograd.grad((y * gy[i]).sum(), x, create_graph=True)[0][i])
-    gamma, beta = (torch.stack(t) for t in zip(*rows, strict=True))
-    expected = torch.autograd.grad((a * gamma + b * beta).sum(), (gy, x))
-    double = torch.autograd.grad((u * torch.stack(gx)).sum(), (gy, x, weights))
-    for ours, theirs in (
-        (reference.group_norm_rows(gy, x, mean, rstd), (gamma, beta)),
-        (reference.group_norm_rows_backward(a, b, gy, x, mean, rstd), expected),
-        (reference.group_norm_grad_backward(u, gy, x, weight, mean, rstd), double),
-    ):
-        for p, q in zip(ours, theirs, strict=True):
+    y = torch.cat([F.group_norm(x[i : i + 1], 2, weights[i], biases[i], 1e-2) for i in range(3)])
+    grads = torch.autograd.grad(y, (x, weights, biases), gy, create_graph=True)
+    for p, q in zip(reference.group_norm_backward(gy, x, weight, mean, rstd), grads, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-11)
+    for cotangents in ((u, a, b), (u, None, None), (None, a, None), (None, None, b)):
+        total = sum((g * c).sum() for g, c in zip(grads, cotangents, strict=True) if c is not None)
+        expected = torch.autograd.grad(total, (gy, x, weights), retain_graph=True, materialize_grads=True)
+        ours = reference.group_norm_double_backward(*cotangents, gy, x, weight, mean, rstd)
+        for p, q in zip(ours, expected, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-11)
 
 

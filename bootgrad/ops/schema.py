@@ -62,16 +62,15 @@ SCHEMAS = {
         f"(Tensor x, Tensor gy, Tensor? center, int[] kernel_size, {_GEOMETRY}, str path, bool[3] mask)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
-    # Group norm: x, gy, u (B, C, …); of the accumulation dtype weight (C,) or absent, mean and rstd (B, G).
-    # Per-sample gradients of the affine parameters, (B, C) each: Σ gy x̂ and Σ gy
-    "group_norm_rows": "(Tensor gy, Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
-    # Its adjoint for cotangents a, b (B, C): by gy, a x̂ + b, and by x, r P(a gy)
-    "group_norm_rows_backward": (
-        "(Tensor a, Tensor b, Tensor gy, Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor)"
+    # Group norm: x, gy, u (B, C, …); of the accumulation dtype weight (C,) or absent, mean and rstd (B, G), a, b (B, C).
+    # The gradient by x, r P(γ gy), typed as x and empty (0,) unless asked for; those by γ and β for each sample, (B, C)
+    "group_norm_backward": (
+        "(Tensor gy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool input_grad) -> (Tensor, Tensor, Tensor)"
     ),
-    # The adjoint of gx = r P(γ gy) for a cotangent u: by gy, by x, and by γ for each sample, (B, C)
-    "group_norm_grad_backward": (
-        "(Tensor u, Tensor gy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)"
+    # The adjoint of that for cotangents u, a, b of its results, absent where zero: by gy, by x, and by γ for each sample
+    "group_norm_double_backward": (
+        "(Tensor? u, Tensor? a, Tensor? b, Tensor gy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd)"
+        " -> (Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -303,8 +302,8 @@ def _(x, gy, center, kernel_size, stride, padding, dilation, groups, path, mask)
     return _with_grad(x, gy, shape, mask)
 
 
-def check_group_norm(x: Tensor, others: dict[str, Tensor], mean: Tensor, rstd: Tensor) -> None:
-    """Raise unless ``others`` are shaped and typed as ``x`` (B, C, …), and mean and rstd (B, G) with G a divisor of C."""
+def check_group_norm(x: Tensor, others: dict[str, Tensor], weight: Tensor | None, mean: Tensor, rstd: Tensor) -> None:
+    """Raise unless ``others`` are as ``x`` (B, C, …), ``weight`` (C,), and mean and rstd (B, G) with G a divisor of C."""
     torch._check(x.dim() >= 2 and x.is_floating_point(), lambda: f"x must be floating point, (B, C, …); got {x.shape}")
     for name, t in others.items():
         torch._check(
@@ -322,6 +321,7 @@ def check_group_norm(x: Tensor, others: dict[str, Tensor], mean: Tensor, rstd: T
             f"mean and rstd must be (B, G), G a divisor of {x.size(1)}; got {tuple(mean.shape)} and {tuple(rstd.shape)}"
         ),
     )
+    check_layer("weight", weight, x.shape[1:2], x)
     check_layer("mean", mean, mean.shape, x)
     check_layer("rstd", rstd, mean.shape, x)
 
@@ -330,22 +330,15 @@ def _channel_rows(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=accumulation_dtype(x.dtype))
 
 
-@_fake("group_norm_rows")
-def _(gy, x, mean, rstd):
-    check_group_norm(x, {"gy": gy}, mean, rstd)
-    return _channel_rows(x), _channel_rows(x)
+@_fake("group_norm_backward")
+def _(gy, x, weight, mean, rstd, input_grad):
+    check_group_norm(x, {"gy": gy}, weight, mean, rstd)
+    return x.new_empty(x.shape if input_grad else 0), _channel_rows(x), _channel_rows(x)
 
 
-@_fake("group_norm_rows_backward")
-def _(a, b, gy, x, mean, rstd):
-    check_group_norm(x, {"gy": gy}, mean, rstd)
+@_fake("group_norm_double_backward")
+def _(u, a, b, gy, x, weight, mean, rstd):
+    check_group_norm(x, {"gy": gy} | ({} if u is None else {"u": u}), weight, mean, rstd)
     check_layer("a", a, x.shape[:2], x)
     check_layer("b", b, x.shape[:2], x)
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-@_fake("group_norm_grad_backward")
-def _(u, gy, x, weight, mean, rstd):
-    check_group_norm(x, {"gy": gy, "u": u}, mean, rstd)
-    check_layer("weight", weight, x.shape[1:2], x)
     return x.new_empty(x.shape), x.new_empty(x.shape), _channel_rows(x)

@@ -67,6 +67,12 @@ class Recorder(Protocol):
     def center_of(self, tracked: Tensor) -> Tensor | None:
         """The center about which statistics are taken, shaped as ``tracked``; None when there is none."""
 
+    def keep_by_product(self, operation: "Operation", gy: Tensor, value: Any) -> None:
+        """Keep what a backward pass through the operation made from ``gy`` and its term will need."""
+
+    def by_product(self, operation: "Operation", gy: Tensor) -> Any:
+        """What was kept for the operation, once, if it was made from this ``gy``; else None."""
+
 
 RULES: dict[Callable, Callable] = {}
 
@@ -161,6 +167,11 @@ class Operation(ABC):
             if deviation is not None:
                 out[2 * k + 1, : s.numel()] = deviation
         return out
+
+    def read(self, rows: Sequence[Tensor]) -> Tensor:
+        """The probe's gradient from the rows (B, *shape) of each tracked tensor."""
+        centers = [self.recorder.center_of(t) for t in self.tracked]
+        return self.probe_gradient([row_statistics(r, c) for r, c in zip(rows, centers, strict=True)])
 
     def row_norms(self, gy: Tensor) -> Tensor:
         """The probe's gradient from the norms of the rows of gy."""
@@ -316,10 +327,7 @@ class Tap(Function):
         if operation.phase is Phase.ROW_NORMS:
             probe = operation.row_norms(gy)
         if operation.phase is Phase.STATISTICS and operation.recorder.takes_statistics(operation):
-            recorder = operation.recorder
-            rows = operation.rows_of(gy, recorder.batch_size, *ctx.saved_tensors)
-            centers = [recorder.center_of(t) for t in operation.tracked]
-            probe = operation.probe_gradient([row_statistics(r, c) for r, c in zip(rows, centers, strict=True)])
+            probe = operation.read(operation.rows_of(gy, operation.recorder.batch_size, *ctx.saved_tensors))
         return None, probe, gy, *(None for _ in ctx.saved_tensors)
 
 

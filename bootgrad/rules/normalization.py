@@ -4,15 +4,19 @@ With x̂ the normalized input, sample i's gradients are Σ_t gy_{i,t} x̂_{i,t} 
 summed over what the parameter is broadcast along.
 """
 
+import functools
 import inspect
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 from ..errors import UnsupportedError
-from ..ops.group_norm import group_norm, group_norm_rows
-from .base import Recorder, RowsOperation, per_sample_sum, rule
+from ..ops import group_norm
+from .base import Operation, Phase, Recorder, RowsOperation, per_sample_sum, rule
+from .terms import DenseTerm
 
 _CHANNELS = {F.group_norm, torch.group_norm, F.batch_norm, torch.batch_norm}
 _SIGNATURES = {
@@ -23,9 +27,13 @@ _SIGNATURES = {
 }
 
 
+@functools.cache
+def _names(func) -> list[str]:
+    return _SIGNATURES[func].split() if func in _SIGNATURES else list(inspect.signature(func).parameters)
+
+
 def _arguments(func, args, kwargs) -> dict:
-    names = _SIGNATURES[func].split() if func in _SIGNATURES else list(inspect.signature(func).parameters)
-    return dict(zip(names, args, strict=False)) | kwargs
+    return dict(zip(_names(func), args, strict=False)) | kwargs
 
 
 @rule(
@@ -82,22 +90,66 @@ def _instance_norm(recorder: Recorder, func, args, kwargs):
 
 
 def _group_norm(recorder: Recorder, names, tracked, options: dict) -> Tensor:
-    x, groups, eps = options["input"], options["num_groups"], options.get("eps", 1e-5)
-    y = group_norm(x, groups, options.get("weight"), options.get("bias"), eps)
+    operation = GroupNormOperation(recorder, names, tracked, options["num_groups"], options.get("eps", 1e-5))
+    return operation(options["input"], options.get("weight"), options.get("bias"))
 
-    def rows_of(gy, batch_size, x):
-        rows = dict(zip(("weight", "bias"), group_norm_rows(gy, x, groups, eps), strict=True))
-        return [per_sample_sum(rows[n], batch_size, t.shape).to(t.dtype) for n, t in zip(names, tracked, strict=True)]
 
-    return RowsOperation(recorder, "group_norm", tracked, rows_of)(y, x)
+class GroupNormOperation(Operation):
+    """Group norm; ``names`` says which of weight and bias are tracked."""
+
+    def __init__(self, recorder, names: Sequence[str], tracked, groups: int, eps: float):
+        """Describe the call."""
+        super().__init__(recorder, "group_norm", tracked)
+        self.names, self.geometry = names, (groups, eps)
+
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The output, in the record."""
+        return self.attach(RecordedGroupNorm.apply(self, self.new_probe(x.size(0), x), x, weight, bias))
+
+    def terms(self, gy, batch_size):  # noqa: D102
+        rows = self.recorder.by_product(self, gy)
+        if rows is None:
+            rows = group_norm.GroupNormBackward.apply(gy, *self.saved(), *self.geometry, False)[1:]
+        return [DenseTerm(r) for r in self.rows(rows, batch_size)]
+
+    def rows(self, rows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
+        """Per-sample gradients of the tracked tensors from those of the output's rows, (N, C) each."""
+        by_name = dict(zip(("weight", "bias"), rows, strict=True))
+        return [
+            per_sample_sum(by_name[n], batch_size, t.shape).to(t.dtype)
+            for n, t in zip(self.names, self.tracked, strict=True)
+        ]
+
+
+class RecordedGroupNorm(Function):
+    """Group norm with a probe, whose backward pass yields the per-sample gradients along with the input's."""
+
+    @staticmethod
+    def forward(ctx, operation, probe, x, weight, bias):
+        """Compute y."""
+        ctx.operation = operation
+        y, mean, rstd = group_norm.forward(x, weight, bias, *operation.geometry)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        """Differentiate by what the phase asks for."""
+        operation, phase, mask = ctx.operation, ctx.operation.phase, list(ctx.needs_input_grad[2:])
+        statistics = phase is Phase.STATISTICS and operation.recorder.takes_statistics(operation)
+        if phase is not Phase.OUTPUTS and not statistics:
+            probe = operation.row_norms(gy) if phase is Phase.ROW_NORMS else None
+            return None, probe, *group_norm.backward(gy, *ctx.saved_tensors, *operation.geometry, mask)
+        gx, *rows = group_norm.GroupNormBackward.apply(gy, *ctx.saved_tensors, *operation.geometry, mask[0])
+        if phase is Phase.OUTPUTS:
+            operation.recorder.keep_by_product(operation, gy, rows)
+            return None, None, gx, None, None
+        sums = (r.sum(0).to(gy.dtype) if wanted else None for r, wanted in zip(rows, mask[1:], strict=True))
+        return None, operation.read(operation.rows(rows, operation.recorder.batch_size)), gx, *sums
 
 
 def _call(func, options: dict) -> Tensor:
-    return (
-        func(*[options[n] for n in _SIGNATURES[func].split() if n in options])
-        if func in _SIGNATURES
-        else func(**options)
-    )
+    return func(*[options[n] for n in _names(func) if n in options]) if func in _SIGNATURES else func(**options)
 
 
 def refuse_batch_statistics(func, args, kwargs) -> None:

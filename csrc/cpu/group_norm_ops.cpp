@@ -12,8 +12,10 @@ namespace {
 // Contiguous inputs of one call, with the schema's checks made.
 class Norm {
  public:
-  Norm(const Tensor& x_in, const Tensor& gy_in, const Tensor& mean_in, const Tensor& rstd_in)
+  Norm(const Tensor& x_in, const Tensor& gy_in, const std::optional<Tensor>& weight_in, const Tensor& mean_in,
+       const Tensor& rstd_in)
       : x(checked(x_in, mean_in, rstd_in)), gy(like_x("gy", gy_in)), mean(packed(mean_in)), rstd(packed(rstd_in)) {
+    if (weight_in) weight = layer("weight", *weight_in, {x.size(1)});
     call.runtime = &runtime();
     call.dtype = dtype_of(x);
     call.B = x.size(0);
@@ -25,6 +27,7 @@ class Norm {
     call.gy = pointer(gy);
     call.mean = pointer(mean);
     call.rstd = pointer(rstd);
+    call.weight = pointer(weight);
   }
 
   Tensor like_x(const char* name, const Tensor& t) const {
@@ -39,13 +42,18 @@ class Norm {
   }
 
   Sizes channels() const { return {x.size(0), x.size(1)}; }
-  Tensor rows() const { return allocate(x, channels(), accumulation_type(x)); }
+  Tensor rows() const {
+    Tensor out = allocate(x, channels(), accumulation_type(x));
+    if (x.numel() == 0) torch::stable::zero_(out);
+    return out;
+  }
   Tensor activation() const { return allocate(x, sizes_of(x), x.scalar_type()); }
   void run() const {
     if (x.numel() > 0) kernels().group_norm(call);
   }
 
   Tensor x, gy, mean, rstd;
+  std::optional<Tensor> weight;
   GroupNormCall call{};
 
  private:
@@ -60,38 +68,30 @@ class Norm {
   }
 };
 
-std::tuple<Tensor, Tensor> group_norm_rows(const Tensor& gy, const Tensor& x, const Tensor& mean, const Tensor& rstd) {
-  Norm norm(x, gy, mean, rstd);
+std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& gy, const Tensor& x, std::optional<Tensor> weight,
+                                                       const Tensor& mean, const Tensor& rstd, bool input_grad) {
+  Norm norm(x, gy, weight, mean, rstd);
   Tensor rows = norm.rows(), bias = norm.rows();
+  Tensor dx = input_grad ? norm.activation() : allocate(x, {0}, x.scalar_type());
   norm.call.rows = result(rows);
   norm.call.bias_rows = result(bias);
-  norm.run();
-  return {rows, bias};
-}
-
-std::tuple<Tensor, Tensor> group_norm_rows_backward(const Tensor& a, const Tensor& b, const Tensor& gy, const Tensor& x,
-                                                    const Tensor& mean, const Tensor& rstd) {
-  Norm norm(x, gy, mean, rstd);
-  const Tensor ap = norm.layer("a", a, norm.channels()), bp = norm.layer("b", b, norm.channels());
-  Tensor dgy = norm.activation(), dx = norm.activation();
-  norm.call.a = pointer(ap);
-  norm.call.b = pointer(bp);
-  norm.call.dgy = result(dgy);
   norm.call.dx = result(dx);
   norm.run();
-  return {dgy, dx};
+  return {dx, rows, bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_grad_backward(const Tensor& u, const Tensor& gy, const Tensor& x,
-                                                            std::optional<Tensor> weight, const Tensor& mean,
-                                                            const Tensor& rstd) {
-  Norm norm(x, gy, mean, rstd);
-  const Tensor up = norm.like_x("u", u);
-  std::optional<Tensor> weights;
-  if (weight) weights = norm.layer("weight", *weight, {x.size(1)});
+std::tuple<Tensor, Tensor, Tensor> group_norm_double_backward(std::optional<Tensor> u, std::optional<Tensor> a,
+                                                              std::optional<Tensor> b, const Tensor& gy,
+                                                              const Tensor& x, std::optional<Tensor> weight,
+                                                              const Tensor& mean, const Tensor& rstd) {
+  Norm norm(x, gy, weight, mean, rstd);
+  if (u) u = norm.like_x("u", *u);
+  if (a) a = norm.layer("a", *a, norm.channels());
+  if (b) b = norm.layer("b", *b, norm.channels());
   Tensor dgy = norm.activation(), dx = norm.activation(), rows = norm.rows();
-  norm.call.u = pointer(up);
-  norm.call.weight = pointer(weights);
+  norm.call.u = pointer(u);
+  norm.call.a = pointer(a);
+  norm.call.b = pointer(b);
   norm.call.dgy = result(dgy);
   norm.call.dx = result(dx);
   norm.call.rows = result(rows);
@@ -102,9 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_grad_backward(const Tensor& u, con
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bootgrad, CPU, m) {
-  m.impl("group_norm_rows", TORCH_BOX(&group_norm_rows));
-  m.impl("group_norm_rows_backward", TORCH_BOX(&group_norm_rows_backward));
-  m.impl("group_norm_grad_backward", TORCH_BOX(&group_norm_grad_backward));
+  m.impl("group_norm_backward", TORCH_BOX(&group_norm_backward));
+  m.impl("group_norm_double_backward", TORCH_BOX(&group_norm_double_backward));
 }
 
 }  // namespace bootgrad

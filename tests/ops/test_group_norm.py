@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
+from bootgrad import record
 from bootgrad.ops.backends import eager_norms
-from bootgrad.ops.group_norm import GroupNorm, GroupNormGrad, GroupNormRows, group_norm, group_norm_rows
+from bootgrad.ops.group_norm import GroupNormBackward, backward, forward
 
 raw = torch.ops.bootgrad
 SHAPES = pytest.mark.parametrize(
@@ -21,47 +22,48 @@ def random(*shape, dtype=torch.float64):
 
 @SHAPES
 @pytest.mark.parametrize("affine", [True, False])
-def test_group_norm_to_the_third_order(shape, groups, affine):
+def test_the_backward_pass_to_the_second_order(shape, groups, affine):
     torch.manual_seed(0)
-    x, gy = random(*shape), random(*shape)
-    affines = (random(shape[1]), random(shape[1])) if affine else (None, None)
-    torch.testing.assert_close(group_norm(x, groups, *affines, EPS), F.group_norm(x, groups, *affines, EPS))
-    inputs = (x, *affines) if affine else (x,)
+    x, gy, weight = random(*shape), random(*shape), random(shape[1]) if affine else None
+    biases = torch.zeros(shape[0], shape[1], dtype=x.dtype, requires_grad=True)
+    weights = torch.ones_like(biases) if weight is None else weight.expand_as(biases)
+    y = torch.cat(
+        [F.group_norm(x[i : i + 1], groups, w, b, EPS) for i, (w, b) in enumerate(zip(weights, biases, strict=True))]
+    )
+    mean, rstd = (t.detach() for t in forward(x, weight, None, groups, EPS)[1:])
 
-    def forward(x, weight=None, bias=None):
-        return GroupNorm.apply(x, weight, bias, groups, EPS)[0]
+    def grads(gy, x, weight=None):
+        mean, rstd = forward(x.detach(), None, None, groups, EPS)[1:]
+        return GroupNormBackward.apply(gy, x, weight, mean, rstd, groups, EPS, True)
 
-    assert gradcheck(forward, inputs)
-    assert gradgradcheck(forward, inputs)
-    mean, rstd = (t.detach() for t in GroupNorm.apply(x, *affines, groups, EPS)[1:])
-
-    def grad(gy, x, weight=None):
-        stats = GroupNorm.apply(x, weight, None, groups, EPS)[1:]
-        return GroupNormGrad.apply(gy, x, weight, *(t.detach() for t in stats), groups, EPS)
-
-    inputs = (gy, x, affines[0]) if affine else (gy, x)
-    expected = torch.autograd.grad(F.group_norm(x, groups, *affines, EPS), x, gy)[0]
-    torch.testing.assert_close(grad(*inputs), expected)
-    assert gradcheck(grad, inputs)
-    assert gradgradcheck(grad, inputs)
-    assert mean.shape == rstd.shape == (shape[0], groups)
+    inputs = (gy, x, weight) if affine else (gy, x)
+    expected = torch.autograd.grad(y, (x, biases), gy, retain_graph=True)
+    torch.testing.assert_close(grads(*inputs)[::2], expected)
+    if affine:
+        torch.testing.assert_close(grads(*inputs)[1].sum(0), torch.autograd.grad(y, weight, gy, retain_graph=True)[0])
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled):
+                ours = backward(gy, x, weight, mean, rstd, groups, EPS, [True, True, True])
+            torch.testing.assert_close(ours[0], expected[0])
+            torch.testing.assert_close(ours[2], expected[1].sum(0))
+    assert gradcheck(grads, inputs)
+    assert gradgradcheck(grads, inputs)
 
 
 @SHAPES
-def test_rows_to_the_second_order(shape, groups):
+def test_the_recorded_call_to_the_second_order(shape, groups):
     torch.manual_seed(0)
-    x, gy, weight, bias = random(*shape), random(*shape), random(shape[1]), random(shape[1])
-    y = F.group_norm(x, groups, weight, bias, EPS)
-    rows = group_norm_rows(gy, x, groups, EPS)
-    for i in range(shape[0]):
-        expected = torch.autograd.grad(y[i], (weight, bias), gy[i], retain_graph=True)
-        torch.testing.assert_close((rows[0][i], rows[1][i]), expected)
+    x, norm = random(*shape), torch.nn.GroupNorm(groups, shape[1], EPS, dtype=torch.float64)
+    torch.nn.init.normal_(norm.weight)
 
-    def function(gy, x):
-        return GroupNormRows.apply(gy, x, groups, EPS)
+    def recorded(x, *parameters):
+        with record(norm):
+            return norm(x)
 
-    assert gradcheck(function, (gy, x))
-    assert gradgradcheck(function, (gy, x))
+    torch.testing.assert_close(recorded(x), norm(x))
+    inputs = (x, norm.weight, norm.bias)
+    assert gradcheck(recorded, inputs)
+    assert gradgradcheck(recorded, inputs)
 
 
 def arguments(name, shape, groups, dtype, weighted=True):
@@ -73,14 +75,12 @@ def arguments(name, shape, groups, dtype, weighted=True):
     rstd = ((grouped - mean[..., None]).square().mean(2) + EPS).rsqrt()
     a, b = (torch.randn(*shape[:2], generator=g, dtype=torch.float64).to(wide) for _ in range(2))
     weight = torch.randn(shape[1], generator=g, dtype=torch.float64).to(wide) if weighted else None
-    return {
-        "group_norm_rows": (gy, x, mean, rstd),
-        "group_norm_rows_backward": (a, b, gy, x, mean, rstd),
-        "group_norm_grad_backward": (u, gy, x, weight, mean, rstd),
-    }[name]
+    if name == "group_norm_backward":
+        return gy, x, weight, mean, rstd, True
+    return u, a, b, gy, x, weight, mean, rstd
 
 
-OPS = pytest.mark.parametrize("name", ["group_norm_rows", "group_norm_rows_backward", "group_norm_grad_backward"])
+OPS = pytest.mark.parametrize("name", ["group_norm_backward", "group_norm_double_backward"])
 TOLERANCES = {
     torch.float64: dict(rtol=1e-11, atol=1e-11),
     torch.float32: dict(rtol=1e-4, atol=1e-4),  # differences of sums of the size of N
@@ -104,6 +104,39 @@ def test_the_registered_op_agrees_with_plain_torch(name, dtype, shape, groups, w
         torch.testing.assert_close(a.double(), b, **TOLERANCES[dtype])
     for a, b in zip(ours, getattr(raw, name)(*args), strict=True):
         assert torch.equal(a, b)  # the same input gives the same bits
+
+
+@pytest.mark.parametrize("given", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_absent_cotangents_are_zeros(given, weighted):
+    *cotangents, gy, x, weight, mean, rstd = arguments(
+        "group_norm_double_backward", (3, 4, 5, 6), 2, torch.float64, weighted
+    )
+    present = [c if g else None for c, g in zip(cotangents, given, strict=True)]
+    zeros = [c if g else torch.zeros_like(c) for c, g in zip(cotangents, given, strict=True)]
+    rest = gy, x, weight, mean, rstd
+    expected = eager_norms.group_norm_double_backward(*zeros, *rest)
+    for function in (raw.group_norm_double_backward, eager_norms.group_norm_double_backward):
+        torch.testing.assert_close(function(*present, *rest), expected)
+
+
+def test_the_input_s_gradient_may_be_left_out():
+    args = arguments("group_norm_backward", (3, 4, 5, 6), 2, torch.float64)
+    for function in (raw.group_norm_backward, eager_norms.group_norm_backward):
+        dx, *rows = function(*args[:-1], False)
+        assert dx.shape == (0,)
+        torch.testing.assert_close(tuple(rows), function(*args)[1:])
+
+
+@pytest.mark.parametrize("name", ["group_norm_backward", "group_norm_double_backward"])
+def test_a_channel_without_positions_has_zero_gradients(name):
+    empty = torch.zeros(2, 4, 0)
+    args = [
+        empty if isinstance(t, torch.Tensor) and t.dim() == 3 else t
+        for t in arguments(name, (2, 4, 3), 2, torch.float32)
+    ]
+    for function in (getattr(raw, name), getattr(eager_norms, name)):
+        assert all(t.eq(0).all() for t in function(*args))
 
 
 @OPS

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import schema
 from ..schema import accumulation_dtype
 from .eager_layers import Conv, Linear
-from .eager_norms import group_norm_grad_backward, group_norm_rows, group_norm_rows_backward  # noqa: F401
+from .eager_norms import group_norm_backward, group_norm_double_backward  # noqa: F401
 
 # A chunk stays in the last cache of a processor; elsewhere it keeps the device busy.
 CHUNK_BYTES = {"cpu": 4 * 2**20}

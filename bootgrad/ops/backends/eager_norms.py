@@ -1,62 +1,85 @@
 """Group norm's ops in plain torch, a chunk of samples at a time. Letters as in `ops.group_norm`."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..schema import accumulation_dtype, check_group_norm, check_layer
 
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = 8 * 2**20
 
 
 @torch.no_grad()
-def group_norm_rows(gy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
-    """Σ gy x̂ and Σ gy, (B, C) each."""
-    check_group_norm(x, {"gy": gy}, mean, rstd)
-    parts = [
-        ((g * _normalized(v, m, r)).sum(2), g.sum(2)) for g, v, m, r in _chunks(_channels(gy), _channels(x), mean, rstd)
-    ]
-    dtype = accumulation_dtype(x.dtype)
-    return tuple(torch.cat([x.new_zeros(0, x.size(1), dtype=dtype), *(p[k] for p in parts)]) for k in range(2))
-
-
-@torch.no_grad()
-def group_norm_rows_backward(a: Tensor, b: Tensor, gy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor):
-    """A x̂ + b and r P(a gy)."""
-    check_group_norm(x, {"gy": gy}, mean, rstd)
-    check_layer("a", a, x.shape[:2], x)
-    check_layer("b", b, x.shape[:2], x)
-    dgy, dx = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    outs = _channels(dgy), _channels(dx)
-    for out_gy, out_x, a_i, b_i, g, v, m, r in _chunks(*outs, a, b, _channels(gy), _channels(x), mean, rstd, cast=2):
+def group_norm_backward(gy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, input_grad: bool):
+    """By the input, r P(γ gy), and by γ and β for each sample, Σ gy x̂ and Σ gy."""
+    gamma = _checked(gy, x, weight, mean, rstd)
+    dx = torch.empty(x.shape if input_grad else 0, dtype=x.dtype, device=x.device)
+    rows, bias_rows = _rows(x), _rows(x)
+    for part in _chunks(x, 2):
+        g, v, m, r = (_wide(t[part]) for t in (_channels(gy), _channels(x), mean, rstd))
         normal = _normalized(v, m, r)
-        out_gy.copy_(torch.addcmul(b_i[..., None], a_i[..., None], normal))
-        out_x.copy_(_projected(g * a_i[..., None], normal, r))
-    return dgy, dx
+        rows[part], bias_rows[part] = (g * normal).sum(2), g.sum(2)
+        if input_grad:
+            _channels(dx)[part] = _projected(gamma * g, normal, r).to(x.dtype)
+    return dx, rows, bias_rows
 
 
 @torch.no_grad()
-def group_norm_grad_backward(u: Tensor, gy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor):
-    """∂⟨u, gx⟩ by gy, by x, and by γ for each sample."""
-    check_group_norm(x, {"gy": gy, "u": u}, mean, rstd)
-    check_layer("weight", weight, x.shape[1:2], x)
-    dtype = accumulation_dtype(x.dtype)
-    dgy, dx = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = torch.empty(x.shape[:2], dtype=dtype, device=x.device)
-    gamma = torch.ones(x.size(1), dtype=dtype, device=x.device) if weight is None else weight
-    gamma = gamma[:, None]
-    outs = _channels(dgy), _channels(dx), rows
-    for out_gy, out_x, out_rows, w, g, v, m, r in _chunks(
-        *outs, _channels(u), _channels(gy), _channels(x), mean, rstd, cast=3
-    ):
+def group_norm_double_backward(
+    u: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    gy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+):
+    """The adjoint of `group_norm_backward` for cotangents u, a and b: by gy, by x, and by γ for each sample."""
+    gamma = _checked(gy, x, weight, mean, rstd, u)
+    for name, t in (("a", a), ("b", b)):
+        check_layer(name, t, x.shape[:2], x)
+    dgy, dx = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    rows = _rows(x)
+    for part in _chunks(x, 5):
+        g, v, m, r = (_wide(t[part]) for t in (_channels(gy), _channels(x), mean, rstd))
         normal = _normalized(v, m, r)
-        projected = _projected(w, normal, r)  # r P(u)
-        out_gy.copy_(gamma * projected)
-        out_rows.copy_((g * projected).sum(2))
-        g = gamma * g
-        rho = r.repeat_interleave(x.size(1) // r.size(1), 1)[..., None]
-        a, b, s = (_group_mean(t, r.size(1)) for t in (w * normal, g * normal, g * projected))
-        out_x.copy_(-rho * (a * _projected(g, normal, r) + b * projected + s * normal))
+        by_gy, by_x = torch.zeros_like(g), torch.zeros_like(g)
+        if u is not None:
+            w = _wide(_channels(u)[part])
+            projected = _projected(w, normal, r)  # r P(u)
+            by_gy += gamma * projected
+            rows[part] = (g * projected).sum(2)
+            rho = r.repeat_interleave(x.size(1) // r.size(1), 1)[..., None]
+            h = gamma * g
+            ux, gx, s = (_group_mean(t, r.size(1)) for t in (w * normal, h * normal, h * projected))
+            by_x -= rho * (ux * _projected(h, normal, r) + gx * projected + s * normal)
+        if a is not None:
+            by_gy += a[part][..., None] * normal
+            by_x += _projected(a[part][..., None] * g, normal, r)
+        if b is not None:
+            by_gy += b[part][..., None]
+        _channels(dgy)[part], _channels(dx)[part] = by_gy.to(x.dtype), by_x.to(x.dtype)
     return dgy, dx, rows
+
+
+def _checked(
+    gy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, u: Tensor | None = None
+) -> Tensor:
+    """Γ as (C, 1), ones where there is none, when all arguments fit together."""
+    check_group_norm(x, {"gy": gy} | ({} if u is None else {"u": u}), weight, mean, rstd)
+    ones = torch.ones(x.size(1), dtype=mean.dtype, device=x.device) if weight is None else weight
+    return ones[:, None]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Zeros (B, C) of the accumulation dtype."""
+    return torch.zeros(x.shape[:2], dtype=accumulation_dtype(x.dtype), device=x.device)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(accumulation_dtype(t.dtype))
 
 
 def _channels(t: Tensor) -> Tensor:
@@ -64,14 +87,11 @@ def _channels(t: Tensor) -> Tensor:
     return t.reshape(*t.shape[:2], -1) if t.numel() else t.new_zeros(*t.shape[:2], 0)
 
 
-def _chunks(*tensors: Tensor, cast: int = 0):
-    """The tensors' chunks of samples; from the ``cast``-th on in the accumulation dtype."""
-    largest = max(tensors, key=torch.Tensor.numel)
-    B = largest.size(0)
-    step = max(1, CHUNK_BYTES // max(1, 8 * largest.numel() // max(1, B)))
-    for start in range(0, B, step):
-        parts = [t[start : start + step] for t in tensors]
-        yield parts[:cast] + [t.to(accumulation_dtype(t.dtype)) for t in parts[cast:]]
+def _chunks(x: Tensor, activations: int) -> Iterator[slice]:
+    """Ranges of samples, so many that this number of activations in double precision fit the budget."""
+    if x.numel():
+        step = max(1, CHUNK_BYTES // (8 * activations * x[0].numel()))
+        yield from (slice(start, start + step) for start in range(0, x.size(0), step))
 
 
 def _normalized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:

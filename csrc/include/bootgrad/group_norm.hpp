@@ -1,4 +1,5 @@
-// Group norm's derivatives, one group of one sample at a time, which stays in cache between the two passes over it.
+// Group norm's backward pass and its adjoint, one group of one sample at a time, which stays in cache between the two
+// passes over it.
 //
 // Letters: C channels, N positions of a channel, M = C/groups · N entries of a group, x̂ = r (x − μ), and the projection
 // P(w) = w − mean(w) − x̂ mean(w x̂). The formulas stand in bootgrad/ops/group_norm.py.
@@ -16,39 +17,44 @@ struct GroupNorm {
   In* at(void* t, int64_t channel) const { return static_cast<In*>(t) + channel * N; }
   static T value(const void* t, int64_t i) { return static_cast<const T*>(t)[i]; }
 
-  // Calls body(channel of the first, group) for every group of every sample.
+  // Calls body(its first channel, group, one Sums per channel) for every group of every sample.
   template <class Body>
   void each_group(const Body& body) const {
     share(
-        *call.runtime, call.B * call.groups, [](Carver&) { return 0; }, [](int) {},
-        [&](int64_t group, int) { body(group * Cg, group); });
+        *call.runtime, call.B * call.groups, [&](Carver& c) { return c.take<Sums>(Cg); }, [](Sums*) {},
+        [&](int64_t group, Sums* sums) { body(group * Cg, group, sums); });
   }
 
   struct Sums {
-    double of_w = 0, of_wx = 0;
+    double gy, gy_x, u, u_x, u_gy;  // Σ gy, Σ gy x̂, Σ u, Σ u x̂, Σ u gy
   };
 
-  // Σ w and Σ w x̂ over a channel.
-  Sums sums(const In* w, const In* x, T mean, T rstd) const {
+  // Sums over a channel, short runs in the compute type; those of u are zero where there is none.
+  Sums sums(int64_t channel, T mean, T rstd) const {
     constexpr int64_t n = kLanes<T>;
-    Vector<T> sum = {}, with_x = {};
+    const In *gy = at(call.gy, channel), *x = at(call.x, channel), *u = call.u ? at(call.u, channel) : nullptr;
+    double total[5] = {};
     int64_t i = 0;
-    for (; i + n <= N; i += n) {
-      const Vector<T> wi = load_wide(w + i);
-      sum += wi;
-      with_x += wi * ((load_wide(x + i) - mean) * rstd);
-    }
-    Sums out;
-    for (int64_t j = 0; j < n; ++j) {
-      out.of_w += static_cast<double>(sum[j]);
-      out.of_wx += static_cast<double>(with_x[j]);
+    while (i + n <= N) {
+      const int64_t end = N - i < 64 * n ? N / n * n : i + 64 * n;
+      Vector<T> run[5] = {};
+      for (; i < end; i += n) {
+        const Vector<T> g = load_wide(gy + i), normal = (load_wide(x + i) - mean) * rstd;
+        run[0] += g, run[1] += g * normal;
+        if (!u) continue;
+        const Vector<T> v = load_wide(u + i);
+        run[2] += v, run[3] += v * normal, run[4] += v * g;
+      }
+      for (int k = 0; k < 5; ++k)
+        for (int64_t j = 0; j < n; ++j) total[k] += static_cast<double>(run[k][j]);
     }
     for (; i < N; ++i) {
-      const T wi = static_cast<T>(widen(w[i]));
-      out.of_w += static_cast<double>(wi);
-      out.of_wx += static_cast<double>(wi * ((static_cast<T>(widen(x[i])) - mean) * rstd));
+      const double g = static_cast<double>(widen(gy[i])), v = u ? static_cast<double>(widen(u[i])) : 0;
+      const double normal = (static_cast<double>(widen(x[i])) - static_cast<double>(mean)) * static_cast<double>(rstd);
+      total[0] += g, total[1] += g * normal;
+      total[2] += v, total[3] += v * normal, total[4] += v * g;
     }
-    return out;
+    return {total[0], total[1], total[2], total[3], total[4]};
   }
 
   // out = p·a + q·b + s·x + t over a channel; a null b counts as zero.
@@ -69,71 +75,59 @@ struct GroupNorm {
     }
   }
 
-  void rows() const {
-    each_group([&](int64_t first, int64_t group) {
-      for (int64_t c = first; c < first + Cg; ++c) {
-        const Sums s = sums(at(call.gy, c), at(call.x, c), value(call.mean, group), value(call.rstd, group));
-        static_cast<T*>(call.rows)[c] = static_cast<T>(s.of_wx);
-        static_cast<T*>(call.bias_rows)[c] = static_cast<T>(s.of_w);
-      }
-    });
-  }
+  double gamma(int64_t channel) const { return call.weight ? number(call.weight, channel % call.C) : 1; }
+  static double number(const void* t, int64_t i) { return t ? static_cast<double>(value(t, i)) : 0; }
 
-  // dgy = a x̂ + b, dx = r P(a gy).
-  void rows_backward() const {
-    each_group([&](int64_t first, int64_t group) {
-      const T mean = value(call.mean, group), r = value(call.rstd, group);
-      double w = 0, wx = 0;
-      for (int64_t c = first; c < first + Cg; ++c) {
-        const Sums s = sums(at(call.gy, c), at(call.x, c), mean, r);
-        w += static_cast<double>(value(call.a, c)) * s.of_w / M;
-        wx += static_cast<double>(value(call.a, c)) * s.of_wx / M;
+  // rows = Σ gy x̂, bias_rows = Σ gy, dx = r P(γ gy).
+  void backward() const {
+    each_group([&](int64_t first, int64_t group, Sums* channels) {
+      const T mean = value(call.mean, group), rstd = value(call.rstd, group);
+      double g_mean = 0, b = 0;  // means of γ gy and of γ gy x̂
+      for (int64_t k = 0; k < Cg; ++k) {
+        const Sums& s = channels[k] = sums(first + k, mean, rstd);
+        static_cast<T*>(call.rows)[first + k] = static_cast<T>(s.gy_x);
+        static_cast<T*>(call.bias_rows)[first + k] = static_cast<T>(s.gy);
+        g_mean += gamma(first + k) * s.gy / M;
+        b += gamma(first + k) * s.gy_x / M;
       }
-      const T of_x = static_cast<T>(-wx) * r * r, constant = -of_x * mean - static_cast<T>(w) * r;
-      for (int64_t c = first; c < first + Cg; ++c) {
-        const T a = value(call.a, c);
-        const In* x = at(call.x, c);
-        combine_into(at(call.dgy, c), nullptr, T(0), nullptr, T(0), x, a * r, value(call.b, c) - a * r * mean);
-        combine_into(at(call.dx, c), at(call.gy, c), a * r, nullptr, T(0), x, of_x, constant);
-      }
-    });
-  }
-
-  // Σ u gy over a channel.
-  double product(const In* u, const In* gy) const { return dot(u, gy, N); }
-
-  // The adjoint of gx = r P(γ gy) for a cotangent u.
-  void grad_backward() const {
-    each_group([&](int64_t first, int64_t group) {
-      const T mean = value(call.mean, group), r = value(call.rstd, group);
-      const int64_t first_of_sample = first / call.C * call.C;
-      const auto gamma = [&](int64_t c) { return call.weight ? value(call.weight, c - first_of_sample) : T(1); };
-      double u_mean = 0, a = 0, g_mean = 0, b = 0, ug = 0;
-      T* rows = static_cast<T*>(call.rows);
-      for (int64_t c = first; c < first + Cg; ++c) {
-        const double weight = static_cast<double>(gamma(c));
-        const Sums of_u = sums(at(call.u, c), at(call.x, c), mean, r);
-        const Sums of_g = sums(at(call.gy, c), at(call.x, c), mean, r);
-        u_mean += of_u.of_w / M;
-        a += of_u.of_wx / M;
-        g_mean += weight * of_g.of_w / M;
-        b += weight * of_g.of_wx / M;
-        ug += weight * product(at(call.u, c), at(call.gy, c)) / M;
-      }
-      const double s = ug - u_mean * g_mean - a * b, rd = static_cast<double>(r), md = static_cast<double>(mean);
-      // dx = −r² [a γ gy + b u + (s − 2ab) x̂ − (a mean(γ gy) + b mean(u))], with x̂ = r x − r μ
-      const double of_x = -rd * rd * rd * (s - 2 * a * b);
-      const T constant = static_cast<T>(rd * rd * (a * g_mean + b * u_mean) - of_x * md);
-      for (int64_t c = first; c < first + Cg; ++c) {
-        const In *u = at(call.u, c), *gy = at(call.gy, c), *x = at(call.x, c);
-        const double weight = static_cast<double>(gamma(c));
-        const Sums of_g = sums(gy, x, mean, r);
-        rows[c] = static_cast<T>(rd * (product(u, gy) - u_mean * of_g.of_w - a * of_g.of_wx));
-        const double of_u = rd * weight;
-        combine_into(at(call.dgy, c), u, static_cast<T>(of_u), nullptr, T(0), x, static_cast<T>(-of_u * a * rd),
-                     static_cast<T>(of_u * (a * rd * md - u_mean)));
-        combine_into(at(call.dx, c), gy, static_cast<T>(-rd * rd * a * weight), u, static_cast<T>(-rd * rd * b), x,
+      if (!call.dx) return;
+      const double r = static_cast<double>(rstd), of_x = -r * r * b;
+      const T constant = static_cast<T>(-of_x * static_cast<double>(mean) - r * g_mean);
+      for (int64_t c = first; c < first + Cg; ++c)
+        combine_into(at(call.dx, c), at(call.gy, c), static_cast<T>(r * gamma(c)), nullptr, T(0), at(call.x, c),
                      static_cast<T>(of_x), constant);
+    });
+  }
+
+  // The adjoint of that for cotangents u of dx, a of rows and b of bias_rows.
+  void double_backward() const {
+    each_group([&](int64_t first, int64_t group, Sums* channels) {
+      const T mean = value(call.mean, group), rstd = value(call.rstd, group);
+      const double mu = static_cast<double>(mean), r = static_cast<double>(rstd);
+      double u_mean = 0, ux = 0, g_mean = 0, gx = 0, ug = 0;  // of u, u x̂, γ gy, γ gy x̂, γ gy u
+      double a_mean = 0, ax = 0;                              // of a gy and a gy x̂
+      for (int64_t k = 0; k < Cg; ++k) {
+        const Sums& s = channels[k] = sums(first + k, mean, rstd);
+        const double weight = gamma(first + k) / M, a = number(call.a, first + k) / M;
+        u_mean += s.u / M, ux += s.u_x / M;
+        g_mean += weight * s.gy, gx += weight * s.gy_x, ug += weight * s.u_gy;
+        a_mean += a * s.gy, ax += a * s.gy_x;
+      }
+      // dgy = γ r P(u) + a x̂ + b
+      // dx  = −r² [ux γ gy + gx u + (s − 2 ux gx) x̂ − (ux g_mean + gx u_mean)] + r P(a gy),  s = mean(γ gy P(u))
+      const double s = ug - u_mean * g_mean - ux * gx;
+      const double of_normal = -r * r * (s - 2 * ux * gx) - r * ax;
+      const double constant = r * r * (ux * g_mean + gx * u_mean) - r * a_mean - of_normal * r * mu;
+      for (int64_t k = 0; k < Cg; ++k) {
+        const int64_t c = first + k;
+        const In *u = call.u ? at(call.u, c) : nullptr, *gy = at(call.gy, c), *x = at(call.x, c);
+        const double a = number(call.a, c), of_u = r * gamma(c), scale = a - of_u * ux;
+        static_cast<T*>(call.rows)[c] =
+            static_cast<T>(r * (channels[k].u_gy - u_mean * channels[k].gy - ux * channels[k].gy_x));
+        combine_into(at(call.dgy, c), u, static_cast<T>(of_u), nullptr, T(0), x, static_cast<T>(scale * r),
+                     static_cast<T>(number(call.b, c) - scale * r * mu - of_u * u_mean));
+        combine_into(at(call.dx, c), gy, static_cast<T>(r * a - r * r * ux * gamma(c)), u, static_cast<T>(-r * r * gx),
+                     x, static_cast<T>(of_normal * r), static_cast<T>(constant));
       }
     });
   }
@@ -142,9 +136,7 @@ struct GroupNorm {
 template <class In>
 void group_norm_of(const GroupNormCall& call) {
   const GroupNorm<In> norm{call};
-  if (call.u) return norm.grad_backward();
-  if (call.a) return norm.rows_backward();
-  norm.rows();
+  call.dgy ? norm.double_backward() : norm.backward();
 }
 
 inline void group_norm(const GroupNormCall& call) {

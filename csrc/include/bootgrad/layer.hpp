@@ -89,7 +89,7 @@ struct GroupNormCall {
   const Runtime* runtime;
   DType dtype;
   int64_t B, C, groups, N;  // N positions of a channel
-  const void *x, *gy, *u;   // (B, C, N); u null where it is not asked for
+  const void *x, *gy, *u;   // (B, C, N); u, the cotangent of dx, or null
   // Of the compute type: mean and rstd (B, groups), weight (C,) or null, cotangents of the rows a and b (B, C) or null.
   const void *mean, *rstd, *weight, *a, *b;
   void *rows, *bias_rows;  // (B, C)
@@ -102,7 +102,7 @@ struct Kernels {
   void (*conv)(const ConvCall&);
   // out[b] = ‖x_b‖² ‖gy_b‖² for x (B, I) and gy (B, O)
   void (*rank1)(const Runtime&, DType, const void* x, const void* gy, int64_t B, int64_t I, int64_t O, void* out);
-  // grad_backward where there is u, rows_backward where there is a, else rows
+  // the double backward pass where there is dgy, else the backward pass
   void (*group_norm)(const GroupNormCall&);
 };
 
