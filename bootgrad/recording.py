@@ -1,11 +1,8 @@
 """Recording: a `TorchFunctionMode` that sees every torch function which is handed a parameter of the model.
 
 Known operations are replaced by ones that keep (x, gy); functions of parameters alone are followed; the rest falls back to
-``vmap`` or is refused. After the forward pass the recording knows, for losses (B,),
-
-    which operations the losses reach, by a walk over the autograd graph that stops at recorded uses of parameters;
-    which parameters they reach unseen, an error that names them;
-    whether samples are dimension 0 of every operation, by one backward pass under random weights.
+``vmap`` or is refused. After the forward pass the recording knows, for losses (B,), which operations and parameters they
+reach (`graph`), and by one backward pass under other weights whether samples are dimension 0 of every operation.
 """
 
 import warnings
@@ -22,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .derived import Derived, derive, is_batch_free, pull_back
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
+from .graph import Uses, check_losses, filled, gradients, powers_of_two, walk
 from .planning import ConvLayer, LinearLayer
 from .rules.base import PLAIN_RULES, RULES, Operation, Phase, ProductOperation
 from .rules.fallback import FallbackOperation
@@ -80,9 +78,7 @@ class Recording(TorchFunctionMode):
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._known: dict[int, Derived | None] = dict.fromkeys(self._names)
         self._edges: dict[int, GradientEdge] = {}
-        self._aliases: dict[int, Any] = {}  # graph nodes of aliases, by id
-        self._windows: dict[int, int] = {}  # number of the last node of the operation that an alias is for
-        self._pending: list[int] = []
+        self._uses = Uses()
         self._by_products: dict[int, tuple[Tensor, Any]] = {}
         self._probed: set[int] = set()
         self._centers: dict[str, Tensor] | None = None
@@ -164,24 +160,17 @@ class Recording(TorchFunctionMode):
         derived = self._known[id(tracked)]
         if derived is not None:
             derived.check_unchanged()
-        return self._guard(tracked.view_as(tracked))
+        return self._uses.begin(tracked.view_as(tracked))
 
     def alias_cast(self, alias: Tensor, dtype: torch.dtype) -> Tensor:
         """An alias in another dtype, at whose node the walk stops, too."""
-        return self._guard(alias.to(dtype)) if id(alias.grad_fn) in self._aliases else alias.to(dtype)
-
-    def _guard(self, alias: Tensor) -> Tensor:
-        self._aliases[id(alias.grad_fn)] = alias.grad_fn
-        self._pending.append(id(alias.grad_fn))
-        return alias
+        return self._uses.begin(alias.to(dtype)) if alias.grad_fn in self._uses else alias.to(dtype)
 
     def add(self, operation: Operation, edge: GradientEdge) -> None:
         """Take an operation into the record; the aliases made since the last one are its own."""
         self.operations.append(operation)
         self._edges[id(operation)] = edge
-        for node in self._pending:
-            self._windows[node] = edge.node._sequence_nr()
-        self._pending.clear()
+        self._uses.end(edge)
 
     def edge_of(self, operation: Operation) -> GradientEdge:
         """The edge that the operation was added with."""
@@ -259,45 +248,17 @@ class Recording(TorchFunctionMode):
             self._check_batch(losses, reach.operations)
         return reach
 
+    def _walk(self, losses: Tensor) -> Reach:
+        seen, leaves = walk(losses, self._uses, self._names, alone=self.batch_size == 1)
+        self._graph = hash(tuple(node.name() for node in seen))
+        nodes = set(seen)
+        operations = [o for o in self.operations if o.edge.node in nodes]
+        used = {id(leaf) for o in operations for t in o.tracked for leaf in self.leaves(t)} | set(map(id, leaves))
+        parameters = {name: p for name, p in self.parameters.items() if id(p) in used}
+        return Reach(operations, parameters, [t for t in leaves if id(t) not in self._names])
+
     def _describe(self, operation: Operation) -> str:
         return f"{operation.name} (parameter {', '.join(map(self.name_of, operation.tracked))})"
-
-    def _walk(self, losses: Tensor) -> Reach:
-        seen = {losses.grad_fn}
-        stack = [node for node in seen if node is not None]
-        leaves: dict[int, Tensor] = {}
-        names = []
-        while stack:
-            node = stack.pop()
-            names.append(node.name())
-            for successor, _ in node.next_functions:
-                if successor is None or successor in seen:
-                    continue
-                if id(successor) in self._aliases:
-                    # Nodes are numbered as they are made: a later one than the operation's own is a derivative of it.
-                    if self.batch_size == 1 or node._sequence_nr() <= self._windows.get(id(successor), -1):
-                        continue
-                    raise UnsupportedError(
-                        f"a parameter reaches the losses through {node.name()}, which is a derivative of a recorded operation, "
-                        "or the result of one that has no rule: losses made of gradients have no per-sample gradients here"
-                    )
-                seen.add(successor)
-                if successor.name() != "torch::autograd::AccumulateGrad":
-                    stack.append(successor)
-                    continue
-                variable: Tensor = successor.variable  # type: ignore[attr-defined]  # of this node; the stub is any node's
-                if id(variable) in self._names and self.batch_size > 1:
-                    raise UnsupportedError(
-                        f"parameter {self._names[id(variable)]} reaches the losses through {node.name()}, outside of the "
-                        "recorded operations: use it inside the `with` block in supported operations, or freeze it with "
-                        "requires_grad_(False)"
-                    )
-                leaves[id(variable)] = variable
-        self._graph = hash(tuple(names))
-        operations = [o for o in self.operations if o.edge.node in seen]
-        used = {id(leaf) for o in operations for t in o.tracked for leaf in self.leaves(t)} | set(leaves)
-        parameters = {name: p for name, p in self.parameters.items() if id(p) in used}
-        return Reach(operations, parameters, [t for k, t in leaves.items() if k not in self._names])
 
     def _check_batch(self, losses: Tensor, operations: Sequence[Operation]) -> None:
         """Raise unless the losses Σ a_i ℓ_i give every recorded output the rows of its plain gradient scaled by a.
@@ -316,7 +277,7 @@ class Recording(TorchFunctionMode):
         )  # which rows are whose may change with the data
         if self.check == "never" or (self.check == "first" and signature in self._state.checked and not merged):
             return
-        a = _powers_of_two(self.batch_size).to(losses)
+        a = powers_of_two(self.batch_size).to(losses)
         tolerance = 1e-4 if losses.dtype in (torch.float32, torch.float64) else 2e-2
         plain = self._row_norms(losses, torch.ones_like(losses), operations)
         scaled = self._row_norms(losses, a, operations)
@@ -387,7 +348,7 @@ class Recording(TorchFunctionMode):
         self.freed = True
         self.operations.clear()
         self._edges.clear()
-        self._aliases.clear()
+        self._uses = Uses()
         self._by_products.clear()
 
     def in_phase(self, phase: Phase, probed: Sequence[Operation] = (), centers: dict[str, Tensor] | None = None):
@@ -404,14 +365,6 @@ class Recording(TorchFunctionMode):
                 s, deviation = grad[2 * k : 2 * k + 2, : self.batch_size]
                 out[self.name_of(tracked)] = (s, deviation)
         return out
-
-
-def _powers_of_two(batch_size: int) -> Tensor:
-    """Weights ½, 1 or 2, not all alike: scaling by them is exact, so that even rounding errors of independent samples scale."""
-    generator = torch.Generator().manual_seed(0x5EED)
-    a = 2.0 ** torch.randint(-1, 2, (batch_size,), generator=generator)
-    a[:2] = torch.tensor([0.5, 2.0])[:batch_size]
-    return a
 
 
 def _run_plain(func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -440,35 +393,6 @@ class _InPhase:
         self._swap()
 
 
-def gradients(losses: Tensor, inputs: Sequence, weights: Tensor, **options) -> Sequence[Tensor | None]:
-    """`torch.autograd.grad` of Σ w_i ℓ_i, with a freed graph reported as an error of the recording."""
-    if not inputs:
-        return []
-    with torch.enable_grad():
-        # As grad_outputs, the weights would have torch import its symbolic shapes: 40 MB for a shape comparison.
-        total = (losses * weights).sum()
-    try:
-        return torch.autograd.grad(total, inputs, **options)
-    except RuntimeError as error:
-        if "second time" in str(error):
-            raise RecordingError(
-                "the graph of this recording was freed by an earlier backward: record again, or pass retain_graph=True to it"
-            ) from error
-        if "is not implemented" in str(error) and options.get("create_graph"):
-            raise UnsupportedError(
-                f"an operation of the model has no second derivative in torch ({error}): use an implementation that has"
-            ) from error
-        raise
-
-
-def filled(grads: Sequence[Tensor | None], operations: Sequence[Operation], like: Tensor) -> list[Tensor]:
-    """Gradients by operations' outputs, zeros where the losses reach one by a path that passes no gradient."""
-    return [
-        like.new_zeros(o.output_shape, requires_grad=False) if g is None else g
-        for g, o in zip(grads, operations, strict=True)
-    ]
-
-
 def named_parameters(*modules: nn.Module) -> dict[str, Tensor]:
     """The parameters that require grad, by name, without duplicates; several modules' names begin with their number."""
     out: dict[str, Tensor] = {}
@@ -479,30 +403,3 @@ def named_parameters(*modules: nn.Module) -> dict[str, Tensor]:
                 seen.add(id(p))
                 out[name if len(modules) == 1 else f"{k}.{name}"] = p
     return out
-
-
-def check_losses(losses: Any) -> None:
-    """Raise unless ``losses`` is (B,), finite and attached to a graph."""
-    if not isinstance(losses, Tensor):
-        raise ArgumentTypeError(f"losses must be a tensor of shape (B,); got {type(losses).__name__}")
-    if losses.dim() != 1:
-        raise ArgumentError(
-            f"losses must have shape (B,), one loss per sample; got {tuple(losses.shape)}: "
-            + (
-                'pass reduction="none" to the loss'
-                if losses.dim() == 0
-                else "reduce each sample's losses to one number"
-            )
-        )
-    if losses.numel() == 0:
-        raise ArgumentError("losses are empty: a batch needs at least one sample")
-    if not losses.is_floating_point():
-        raise ArgumentTypeError(f"losses must be floating point; got {losses.dtype}")
-    if not losses.requires_grad:
-        raise RecordingError(
-            "losses do not depend on anything that requires grad: was the forward pass run under torch.no_grad()?"
-        )
-    bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
-    if bad:
-        shown = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
-        raise ArgumentError(f"losses are NaN or infinite at {len(bad)} of {losses.numel()} samples: {shown}")

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from .graph import filled, gradients
 from .ops.schema import accumulation_dtype
 from .per_sample import Direction, PerSampleGradients, as_parameter_dict
-from .recording import Reach, Recording, filled, gradients
+from .recording import Reach, Recording
 from .rules.base import Phase
 from .rules.terms import DenseTerm, Term
 

@@ -15,7 +15,7 @@ LAYERS = (
     ("cli", "experiments", "monitoring", "integrations", "training"),
     ("regularizers", "statistics", "verification", "normalization"),
     ("per_sample", "centers"),
-    ("recording", "derived"),
+    ("recording", "derived", "graph"),
     ("rules",),
     ("ops",),
     ("ops.backends", "ops.library"),

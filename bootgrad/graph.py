@@ -1,0 +1,153 @@
+"""The autograd graph behind losses: what they reach, and gradients with errors that say what to do.
+
+A walk from the losses to the leaves stops at recorded uses of parameters, each of which has a node of its own. A parameter that
+is met otherwise reached the losses unseen: an error that names it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from .errors import ArgumentError, ArgumentTypeError, RecordingError, UnsupportedError
+from .rules.base import Operation
+
+
+class Uses:
+    """The nodes by which recorded operations take their parameters: aliases of these, one for each use."""
+
+    def __init__(self):
+        """Start with none."""
+        self._nodes: dict[int, Any] = {}
+        self._last: dict[int, int] = {}  # number of the last node of the operation that an alias is for
+        self._pending: list[int] = []
+
+    def __contains__(self, node: Any) -> bool:
+        """Whether ``node`` belongs to a recorded use."""
+        return id(node) in self._nodes
+
+    def begin(self, alias: Tensor) -> Tensor:
+        """Take in an alias that the next operation uses."""
+        self._nodes[id(alias.grad_fn)] = alias.grad_fn
+        self._pending.append(id(alias.grad_fn))
+        return alias
+
+    def end(self, edge: GradientEdge) -> None:
+        """Close the operation whose output has this edge: the aliases since the last one are its own."""
+        for node in self._pending:
+            self._last[node] = edge.node._sequence_nr()
+        self._pending.clear()
+
+    def are_met_by(self, node: Any, alias: Any) -> bool:
+        """Whether ``node`` is part of the operation itself: one that is made later is a derivative of it."""
+        return node._sequence_nr() <= self._last.get(id(alias), -1)
+
+
+def walk(losses: Tensor, uses: Uses, names: Mapping[int, str], alone: bool) -> tuple[list[Any], list[Tensor]]:
+    """The nodes that losses reach, in a fixed order, and the leaves outside of recorded uses.
+
+    Args:
+        losses: where the walk begins.
+        uses: where it stops.
+        names: parameters' names by id.
+        alone: the batch is one sample, whose gradient plain autograd has however it comes about.
+
+    Raises:
+        UnsupportedError: a parameter is met outside of its recorded uses, or through their derivatives.
+    """
+    nodes: list[Any] = [losses.grad_fn]
+    seen = set(nodes)
+    leaves: dict[int, Tensor] = {}
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        for successor, _ in node.next_functions:
+            if successor is None or successor in seen:
+                continue
+            if successor in uses:
+                if alone or uses.are_met_by(node, successor):
+                    continue
+                raise UnsupportedError(
+                    f"a parameter reaches the losses through {node.name()}, which is a derivative of a recorded operation, "
+                    "or the result of one that has no rule: losses made of gradients have no per-sample gradients here"
+                )
+            seen.add(successor)
+            if successor.name() != "torch::autograd::AccumulateGrad":
+                nodes.append(successor)
+                stack.append(successor)
+                continue
+            variable: Tensor = successor.variable
+            if id(variable) in names and not alone:
+                raise UnsupportedError(
+                    f"parameter {names[id(variable)]} reaches the losses through {node.name()}, outside of the "
+                    "recorded operations: use it inside the `with` block in supported operations, or freeze it with "
+                    "requires_grad_(False)"
+                )
+            leaves[id(variable)] = variable
+    return nodes, list(leaves.values())
+
+
+def check_losses(losses: Any) -> None:
+    """Raise unless ``losses`` is (B,), finite and attached to a graph."""
+    if not isinstance(losses, Tensor):
+        raise ArgumentTypeError(f"losses must be a tensor of shape (B,); got {type(losses).__name__}")
+    if losses.dim() != 1:
+        raise ArgumentError(
+            f"losses must have shape (B,), one loss per sample; got {tuple(losses.shape)}: "
+            + (
+                'pass reduction="none" to the loss'
+                if losses.dim() == 0
+                else "reduce each sample's losses to one number"
+            )
+        )
+    if losses.numel() == 0:
+        raise ArgumentError("losses are empty: a batch needs at least one sample")
+    if not losses.is_floating_point():
+        raise ArgumentTypeError(f"losses must be floating point; got {losses.dtype}")
+    if not losses.requires_grad:
+        raise RecordingError(
+            "losses do not depend on anything that requires grad: was the forward pass run under torch.no_grad()?"
+        )
+    bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
+        raise ArgumentError(f"losses are NaN or infinite at {len(bad)} of {losses.numel()} samples: {shown}")
+
+
+def powers_of_two(batch_size: int) -> Tensor:
+    """Weights ½, 1 or 2, not all alike: scaling by them is exact, so that even rounding errors of independent samples scale."""
+    generator = torch.Generator().manual_seed(0x5EED)
+    a = 2.0 ** torch.randint(-1, 2, (batch_size,), generator=generator)
+    a[:2] = torch.tensor([0.5, 2.0])[:batch_size]
+    return a
+
+
+def gradients(losses: Tensor, inputs: Sequence, weights: Tensor, **options) -> Sequence[Tensor | None]:
+    """`torch.autograd.grad` of Σ w_i ℓ_i, with a freed graph reported as an error of the recording."""
+    if not inputs:
+        return []
+    with torch.enable_grad():
+        # As grad_outputs, the weights would have torch import its symbolic shapes: 40 MB for a shape comparison.
+        total = (losses * weights).sum()
+    try:
+        return torch.autograd.grad(total, inputs, **options)
+    except RuntimeError as error:
+        if "second time" in str(error):
+            raise RecordingError(
+                "the graph of this recording was freed by an earlier backward: record again, or pass retain_graph=True to it"
+            ) from error
+        if "is not implemented" in str(error) and options.get("create_graph"):
+            raise UnsupportedError(
+                f"an operation of the model has no second derivative in torch ({error}): use an implementation that has"
+            ) from error
+        raise
+
+
+def filled(grads: Sequence[Tensor | None], operations: Sequence[Operation], like: Tensor) -> list[Tensor]:
+    """Gradients by operations' outputs, zeros where the losses reach one by a path that passes no gradient."""
+    return [
+        like.new_zeros(o.output_shape, requires_grad=False) if g is None else g
+        for g, o in zip(grads, operations, strict=True)
+    ]
