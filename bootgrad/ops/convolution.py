@@ -1,4 +1,4 @@
-"""Per-sample gradients of convolutions of one, two, three or more dimensions.
+"""Per-sample gradients of convolutions of one, two and three dimensions.
 
     G_i = Σ_t gy_{i,t} ⊗ u_{i,t}        u_{i,t} = the patch of x_i under the kernel at output position t
 

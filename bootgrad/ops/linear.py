@@ -117,7 +117,7 @@ class LinearProduct(Product):
     def statistics(self, x, gy, center):  # noqa: D102
         if x.size(1) == 1:
             s = _raw.linear_rank1_sq_norms(x.squeeze(1), gy.squeeze(1))
-            deviation = None if center is None else s - 2 * self.jvp(x, gy, center) + center.square().sum()
+            deviation = None if center is None else _about(s, self.jvp(x, gy, center), center)
             return LayerStatistics(self.weight_grad(x, gy), s, deviation, gy.squeeze(1))
         path = self._path(x, gy, "statistics", center)
         total, s, deviation, bias_rows = _raw.linear_statistics(*self._roles(x, gy), center, path)
@@ -151,7 +151,7 @@ class LinearProduct(Product):
         if center is not None:
             center = center if self.transposed else center.t()  # (I, O)
             cx = x @ center
-            s = s - 2 * (gy * cx).sum(1) + center.square().sum()
+            s = _about(s, (gy * cx).sum(1), center)
         if mask[0]:
             dx = 2 * gg[:, None] * x
             dx = dx if center is None else dx.addmm_(gy, center.t(), alpha=-2)
@@ -177,6 +177,11 @@ class LinearProduct(Product):
 
     def _path(self, x: Tensor, gy: Tensor, purpose: str, center: Tensor | None, summed: bool = False) -> str:
         return planning.choose_path(self.layer(x, gy), purpose, center is not None, summed)
+
+
+def _about(s: Tensor, inner: Tensor, center: Tensor) -> Tensor:
+    """‖G_i − c‖² from ‖G_i‖² and ⟨G_i, c⟩; rounding may leave less than nothing."""
+    return (s - 2 * inner + center.square().sum()).clamp_(min=0)
 
 
 def _shapes(x: Tensor, gy: Tensor) -> str:
