@@ -57,7 +57,7 @@ def walk(losses: Tensor, uses: Uses, names: Mapping[int, str], alone: bool) -> t
     Raises:
         UnsupportedError: a parameter is met outside of its recorded uses, or through their derivatives.
     """
-    nodes: list[Any] = [losses.grad_fn]
+    nodes: list[Any] = [] if losses.grad_fn is None else [losses.grad_fn]
     seen = set(nodes)
     leaves: dict[int, Tensor] = {}
     stack = list(nodes)
