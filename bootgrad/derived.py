@@ -4,7 +4,7 @@ A derived tensor W' = D(θ) is followed like a parameter. Its per-sample gradien
 with J = ∂D/∂θ. Where D only reorders entries (`ISOMETRIES`), norms carry over and nothing is multiplied out.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import UnsupportedError
+from .rules.base import autocast_now
 from .rules.terms import ComputedTerm, Term, vmap
 
 _T = torch.Tensor
@@ -42,16 +43,32 @@ class Derived:
     parents: Mapping[int, "Derived | None"]  # id of a tracked argument -> how it was derived; None for a parameter
 
     def __post_init__(self):
-        """Note the tensor's version."""
+        """Note the tensor's version, and under which autocast it was made."""
         self._version = self.tensor._version
+        self.autocast = autocast_now(self.tensor.device)
 
     def check_unchanged(self) -> None:
-        """Raise if the tensor was changed in place, after which it is no longer what the call made."""
-        if self.tensor._version != self._version:
+        """Raise if a tensor on the way from the parameters was changed in place, after which the calls do not make it."""
+        for derived in self.chain():
+            if derived.tensor._version == derived._version:
+                continue
             raise UnsupportedError(
-                f"a weight made by {getattr(self.func, '__name__', self.func)} was changed in place afterwards: "
+                f"a weight made by {getattr(derived.func, '__name__', derived.func)} was changed in place afterwards: "
                 "write the change as a call that returns a new tensor"
             )
+
+    def chain(self) -> "list[Derived]":
+        """This tensor and those that it is derived from, each once, parents first."""
+        found: dict[int, Derived] = {}
+
+        def visit(derived: Derived) -> None:
+            for parent in derived.parents.values():
+                if parent is not None and id(parent) not in found:
+                    visit(parent)
+            found[id(derived)] = derived
+
+        visit(self)
+        return list(found.values())
 
     @property
     def isometric(self) -> bool:
@@ -66,45 +83,45 @@ class Derived:
 
     def leaves(self) -> list[Tensor]:
         """The parameters that the tensor is a function of."""
-        found: dict[int, Tensor] = {}
-        for t in self._tensors():
-            parent = self.parents.get(id(t))
-            if parent is not None:
-                found |= {id(leaf): leaf for leaf in parent.leaves()}
-            elif id(t) in self.parents:
-                found[id(t)] = t
+        found = {
+            id(t): t for d in self.chain() for t in d._tensors() if id(t) in d.parents and d.parents[id(t)] is None
+        }
         return list(found.values())
 
     def replay(self, values: Mapping[int, Tensor]) -> Tensor:
         """The tensor, were the parameters the given ``values`` (by id of the parameter)."""
+        made = dict(values)
 
         def substitute(t: Any) -> Any:
-            if not isinstance(t, Tensor) or id(t) not in self.parents:
-                return t
-            parent = self.parents[id(t)]
-            return values.get(id(t), t) if parent is None else parent.replay(values)
+            return made.get(id(t), t) if isinstance(t, Tensor) else t
 
-        args, kwargs = pytree.tree_map(substitute, (self.args, self.kwargs))
-        return pytree.tree_leaves(self.func(*args, **kwargs))[self.position]
+        for derived in self.chain():
+            args, kwargs = pytree.tree_map(substitute, (derived.args, derived.kwargs))
+            with derived.autocast():
+                results = pytree.tree_leaves(derived.func(*args, **kwargs))
+            made[id(derived.tensor)] = results[derived.position]
+        return made[id(self.tensor)]
+
+    def constants(self) -> list[Tensor]:
+        """The other tensors that the calls take, masks for example."""
+        return [t for d in self.chain() for t in d._tensors() if id(t) not in d.parents]
 
     def _tensors(self) -> list[Tensor]:
         return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
 
 
-def is_batch_free(func: Callable, result: Any, tracked: list[Tensor], others: list[Tensor]) -> bool:
-    """Whether a call on ``tracked`` tensors and ``others`` yields a function of parameters alone.
+def may_be_batch_free(func: Callable, others: Sequence[Tensor]) -> bool:
+    """Whether a call with ``others`` beside tracked tensors can be a function of parameters alone: see `is_batch_free`."""
+    return not others or (func in _MASKINGS and not any(t.requires_grad for t in others))
+
+
+def is_batch_free(result: Any, tracked: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether such a call yielded a function of parameters alone.
 
     Others are taken for constants (a mask) in elementwise calls that leave a tracked tensor's shape as it is.
     """
-    if not others:
-        return True
     shapes = [t.shape for t in tracked]
-    return (
-        func in _MASKINGS
-        and isinstance(result, Tensor)
-        and result.shape in shapes
-        and not any(t.requires_grad for t in others)
-    )
+    return not others or (isinstance(result, Tensor) and result.shape in shapes)
 
 
 def derive(
@@ -133,14 +150,15 @@ def pull_back(term: Term, derived: Derived, leaf: Tensor) -> Term:
     leaves = derived.leaves()
 
     def compute(index: Tensor, term: Term, *values: Tensor) -> Tensor:
-        current = {id(t): v for t, v in zip(leaves, values, strict=True)}
+        current = {id(t): v for t, v in zip(leaves, values, strict=False)}  # behind them are the constants
         value = current.pop(id(leaf))
         pull = torch.func.vjp(lambda t: derived.replay(current | {id(leaf): t}), value)[1]
         chosen = term.select(index)
         rows = chosen.rows(0, chosen.batch_size).to(derived.tensor.dtype)
         return vmap(lambda g: pull(g)[0], rows)
 
-    return ComputedTerm(compute, torch.arange(term.batch_size, device=leaf.device), leaf.shape, [term, *leaves])
+    parts = [term, *leaves, *derived.constants()]
+    return ComputedTerm(compute, torch.arange(term.batch_size, device=leaf.device), leaf.shape, parts)
 
 
 @dataclass

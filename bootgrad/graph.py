@@ -20,29 +20,39 @@ class Uses:
 
     def __init__(self):
         """Start with none."""
-        self._nodes: dict[int, Any] = {}
-        self._last: dict[int, int] = {}  # number of the last node of the operation that an alias is for
-        self._pending: list[int] = []
+        self._aliases: dict[int, Any] = {}
+        self._own: dict[int, Any] = {}  # the operations' nodes, which may lead to an alias
+        self._pending: list[Any] = []
 
     def __contains__(self, node: Any) -> bool:
         """Whether ``node`` belongs to a recorded use."""
-        return id(node) in self._nodes
+        return id(node) in self._aliases
 
     def begin(self, alias: Tensor) -> Tensor:
         """Take in an alias that the next operation uses."""
-        self._nodes[id(alias.grad_fn)] = alias.grad_fn
-        self._pending.append(id(alias.grad_fn))
+        self._aliases[id(alias.grad_fn)] = alias.grad_fn
+        self._pending.append(alias.grad_fn)
         return alias
 
     def end(self, edge: GradientEdge) -> None:
         """Close the operation whose output has this edge: the aliases since the last one are its own."""
-        for node in self._pending:
-            self._last[node] = edge.node._sequence_nr()
-        self._pending.clear()
+        if self._pending:
+            # Nodes are numbered as they are made: the operation's own are those since its first alias.
+            first = min(alias._sequence_nr() for alias in self._pending)
+            stack = [edge.node]
+            while stack:
+                node = stack.pop()
+                if id(node) not in self._own:
+                    self._own[id(node)] = node
+                    stack += [n for n, _ in node.next_functions if n is not None and first < n._sequence_nr() < _LEAF]
+            self._pending.clear()
 
-    def are_met_by(self, node: Any, alias: Any) -> bool:
-        """Whether ``node`` is part of the operation itself: one that is made later is a derivative of it."""
-        return node._sequence_nr() <= self._last.get(id(alias), -1)
+    def met_by(self, node: Any) -> bool:
+        """Whether ``node`` is part of a recorded operation, and not a derivative of one."""
+        return id(node) in self._own
+
+
+_LEAF = 2**63  # leaves are numbered from here, in whatever order
 
 
 def walk(losses: Tensor, uses: Uses, names: Mapping[int, str], alone: bool) -> tuple[list[Any], list[Tensor]]:
@@ -63,11 +73,16 @@ def walk(losses: Tensor, uses: Uses, names: Mapping[int, str], alone: bool) -> t
     stack = list(nodes)
     while stack:
         node = stack.pop()
+        if node.name() == "CheckpointFunctionBackward":
+            raise UnsupportedError(
+                "torch.utils.checkpoint runs its function again in the backward pass, where nothing is recorded: "
+                "leave checkpointing out of recorded forward passes"
+            )
         for successor, _ in node.next_functions:
             if successor is None or successor in seen:
                 continue
             if successor in uses:
-                if alone or uses.are_met_by(node, successor):
+                if alone or uses.met_by(node):
                     continue
                 raise UnsupportedError(
                     f"a parameter reaches the losses through {node.name()}, which is a derivative of a recorded operation, "
@@ -116,11 +131,13 @@ def check_losses(losses: Any) -> None:
         raise ArgumentError(f"losses are NaN or infinite at {len(bad)} of {losses.numel()} samples: {shown}")
 
 
-def powers_of_two(batch_size: int) -> Tensor:
+def powers_of_two(batch_size: int, seed: int) -> Tensor:
     """Weights ½, 1 or 2, not all alike: scaling by them is exact, so that even rounding errors of independent samples scale."""
-    generator = torch.Generator().manual_seed(0x5EED)
+    generator = torch.Generator().manual_seed(0x5EED + seed)
     a = 2.0 ** torch.randint(-1, 2, (batch_size,), generator=generator)
-    a[:2] = torch.tensor([0.5, 2.0])[:batch_size]
+    first, second, *_ = torch.randperm(max(2, batch_size), generator=generator).tolist()
+    if batch_size > 1:
+        a[first], a[second] = 0.5, 2.0
     return a
 
 

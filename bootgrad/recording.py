@@ -5,9 +5,11 @@ Known operations are replaced by ones that keep (x, gy); functions of parameters
 reach (`graph`), and by one backward pass under other weights whether samples are dimension 0 of every operation.
 """
 
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .derived import Derived, derive, is_batch_free, pull_back
+from .derived import Derived, derive, is_batch_free, may_be_batch_free, pull_back
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .graph import Uses, check_losses, filled, gradients, powers_of_two, walk
 from .planning import ConvLayer, LinearLayer
@@ -27,14 +29,21 @@ from .rules.normalization import refuse_batch_statistics
 from .rules.terms import SumTerm, Term
 
 CHECKS = ("first", "always", "never")
+_DIFFERENTIATION = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
 @dataclass
 class _ModelState:
     """What is remembered of a model from one recording to the next."""
 
-    checked: set = field(default_factory=set)
+    uses: dict = field(default_factory=dict)  # how often each signature was seen
     warned: set = field(default_factory=set)
+
+    def counted(self, signature: Any, count: int) -> None:
+        """Remember that the signature was seen this often without an objection."""
+        if len(self.uses) > 4096:  # shapes that change with every batch
+            self.uses.clear()
+        self.uses[signature] = count
 
 
 _states: "weakref.WeakKeyDictionary[nn.Module, _ModelState]" = weakref.WeakKeyDictionary()
@@ -82,7 +91,8 @@ class Recording(TorchFunctionMode):
         self._by_products: dict[int, tuple[Tensor, Any]] = {}
         self._probed: set[int] = set()
         self._centers: dict[str, Tensor] | None = None
-        self._open = self._used = self.freed = False
+        self._eager = ExitStack()
+        self._used = self.freed = False
 
     # Recording
 
@@ -92,12 +102,14 @@ class Recording(TorchFunctionMode):
             raise RecordingError(
                 "this recording was used already: make a new one with record(model) for every forward pass"
             )
-        self._used = self._open = True
+        self._used = True
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled; compiled code would run what the rules did once
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         return super().__enter__()
 
     def __exit__(self, *exc):
         """Stop recording."""
-        self._open = False
+        self._eager.close()
         return super().__exit__(*exc)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -106,11 +118,12 @@ class Recording(TorchFunctionMode):
 
     def run(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         """Call ``func`` as the model would."""
-        if self.phase is not Phase.PLAIN or not torch.is_grad_enabled():
+        if self.phase is not Phase.PLAIN or not torch.is_grad_enabled() or func in _DIFFERENTIATION:
             return func(*args, **kwargs)
         refuse_batch_statistics(func, args, kwargs)
         if not self._mentions((args, kwargs)):
             return _run_plain(func, args, kwargs)
+        _refuse_second_runs(func)
         rule = RULES.get(func)
         if rule is not None:
             out = rule(self, func, args, kwargs)
@@ -122,9 +135,9 @@ class Recording(TorchFunctionMode):
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         tracked = list({id(t): t for t in tensors if id(t) in self._known}.values())
         others = [t for t in tensors if id(t) not in self._known]
-        if not others or all(not t.requires_grad for t in others):
+        if may_be_batch_free(func, others):
             result = func(*args, **kwargs)
-            if is_batch_free(func, result, tracked, others):
+            if is_batch_free(result, tracked, others):
                 for derived in derive(func, args, kwargs, result, self._known):
                     self._known[id(derived.tensor)] = derived
                 return result
@@ -275,9 +288,12 @@ class Recording(TorchFunctionMode):
         merged = any(
             o.output_rows != self.batch_size for o in operations
         )  # which rows are whose may change with the data
-        if self.check == "never" or (self.check == "first" and signature in self._state.checked and not merged):
+        if self.check == "never":
             return
-        a = powers_of_two(self.batch_size).to(losses)
+        count = self._state.uses.get(signature, 0) + 1
+        if self.check == "first" and count & (count - 1) and not merged:  # what was zero at first may grow
+            return self._state.counted(signature, count)
+        a = powers_of_two(self.batch_size, count).to(losses)
         tolerance = 1e-4 if losses.dtype in (torch.float32, torch.float64) else 2e-2
         plain = self._row_norms(losses, torch.ones_like(losses), operations)
         scaled = self._row_norms(losses, a, operations)
@@ -289,7 +305,7 @@ class Recording(TorchFunctionMode):
                     "sample's loss changes other samples' gradients, so per-sample gradients do not exist. Look for batch "
                     "statistics, in-batch contrasts, or a batch in another dimension than 0 between it and the losses"
                 )
-        self._state.checked.add(signature)
+        self._state.counted(signature, count)
 
     def _row_norms(self, losses: Tensor, weights: Tensor, operations: Sequence[Operation]) -> list[Tensor]:
         """The norms of the rows of each operation's gy under the losses Σ w_i ℓ_i."""
@@ -350,6 +366,7 @@ class Recording(TorchFunctionMode):
         self._edges.clear()
         self._uses = Uses()
         self._by_products.clear()
+        self._known = dict.fromkeys(self._names)
 
     def in_phase(self, phase: Phase, probed: Sequence[Operation] = (), centers: dict[str, Tensor] | None = None):
         """A context in which backward passes through the record are of ``phase``."""
@@ -365,6 +382,21 @@ class Recording(TorchFunctionMode):
                 s, deviation = grad[2 * k : 2 * k + 2, : self.batch_size]
                 out[self.name_of(tracked)] = (s, deviation)
         return out
+
+
+def _refuse_second_runs(func: Callable) -> None:
+    """Raise where the call is inside of something that runs it again, or otherwise than as written."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
+    if hooks and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
+        raise UnsupportedError(
+            f"{getattr(func, '__name__', func)} is inside of torch.utils.checkpoint, which runs it again in the backward pass, "
+            "where nothing is recorded: leave checkpointing out of recorded forward passes"
+        )
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise UnsupportedError(
+            f"{getattr(func, '__name__', func)} is inside of a transform of torch.func, where its per-sample gradients cannot "
+            "be seen: call the model without vmap, grad or jvp"
+        )
 
 
 def _run_plain(func: Callable, args: tuple, kwargs: dict) -> Any:

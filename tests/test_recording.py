@@ -12,6 +12,7 @@ from torch import nn
 
 import bootgrad
 from bootgrad import BootgradError
+from bootgrad.graph import powers_of_two
 
 from .models import Residual, Sequence, Unknown, loss_of, make
 
@@ -85,7 +86,7 @@ def test_samples_that_are_coupled_or_elsewhere_are_refused_by_operation():
     refused(BatchFirstForgotten(), torch.randn(5, 4, 3), per_sample, "puts out 5 rows in dimension 0 for 4 losses")
 
 
-def test_the_check_runs_on_the_first_step_of_each_signature_only(monkeypatch):
+def test_the_check_runs_on_the_first_second_fourth_step_of_each_signature(monkeypatch):
     model, x, target = make(Residual)
     calls = []
     original = bootgrad.record._row_norms
@@ -96,20 +97,43 @@ def test_the_check_runs_on_the_first_step_of_each_signature_only(monkeypatch):
 
     monkeypatch.setattr(bootgrad.record, "_row_norms", counted)
 
-    def step(n, **options):
+    def checks(n, **options):
         with bootgrad.record(model, **options) as rec:
             losses = loss_of(model(x[:n]), target[:n])
+        before = len(calls)
         rec.backward(losses)
+        assert set(calls[before:]) <= {n}
+        return (len(calls) - before) // 2  # a plain pass and a weighted one
 
-    for n in (4, 4, 3, 4, 3):
-        step(n)
-    assert calls == [4, 4, 3, 3]
-    step(4, check="always")
-    assert calls[4:] == [4, 4]
-    step(2, check="never")
-    assert len(calls) == 6
+    assert [checks(4) for _ in range(9)] == [1, 1, 0, 1, 0, 0, 0, 1, 0]
+    assert [checks(3) for _ in range(3)] == [1, 1, 0]
+    assert checks(4, check="always") == 1
+    assert checks(2, check="never") == 0
     with pytest.raises(BootgradError, match="check must be one of first, always, never"):
         bootgrad.record(model, check="sometimes")
+
+
+def test_samples_that_couple_later_are_found():
+    model, x = nn.Linear(4, 4).double(), torch.randn(4, 4, dtype=torch.float64)
+
+    def losses(strength):
+        z = model(x)
+        return z.square().sum(1) + strength * F.cross_entropy(z @ z.t(), torch.arange(4), reduction="none")
+
+    with bootgrad.record(model) as rec:
+        values = losses(0.0)  # a term that warms up
+    rec.backward(values)
+    for _ in range(3):  # a refusal is not a check that passed
+        with bootgrad.record(model) as rec:
+            values = losses(1.0)
+        with pytest.raises(BootgradError, match="coupled"):
+            rec.backward(values)
+
+
+def test_every_pair_of_samples_gets_different_weights_in_some_check():
+    weights = torch.stack([powers_of_two(8, seed) for seed in range(1, 9)])
+    assert all((weights[:, i] != weights[:, j]).any() for i in range(8) for j in range(i))
+    assert all(len(w.unique()) > 1 for w in weights) and powers_of_two(1, 1).numel() == 1
 
 
 def test_batchnorm_is_replaced():

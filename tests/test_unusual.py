@@ -1,11 +1,13 @@
 """Unusual code: right, or refused by name; and nothing stays behind."""
 
 import gc
+import threading
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 import bootgrad
@@ -250,3 +252,214 @@ def test_nothing_stays_behind(use):
         del rec, losses, hidden
     gc.collect()
     assert [r() for r in alive] == [None] * 6
+
+
+def test_gradients_pass_through_weights_and_biases_that_are_not_the_model_s():
+    model, x = Model(lambda m, x: m.linear(x), b=(3,)), data()
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    for use in (
+        lambda: F.linear(x, weight, model.b),  # a leaf outside of the model
+        lambda: F.linear(model.linear(x), weight.sin(), model.b),
+    ):
+        expected = torch.autograd.grad(use().tanh().sum(), [weight, model.b])
+        weight.grad = model.b.grad = None
+        with bootgrad.record(model) as rec:
+            losses = use().tanh().sum(1)
+        rec.backward(losses, reduction="sum")
+        torch.testing.assert_close([weight.grad, model.b.grad], list(expected))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda m, x: F.linear(x, m.w, m.linear(x)[:, :3].mean(0)),  # a bias of the whole batch
+        lambda m, x: F.linear(x, m.linear(x)[:3] * 1.0, m.b),  # weights of the batch
+    ],
+)
+def test_a_layer_made_of_the_batch_couples_it(layer):
+    model = Model(layer, w=(3, 4), b=(3,))
+    with bootgrad.record(model) as rec:
+        losses = model(data())
+    with pytest.raises(BootgradError, match="coupled"):
+        rec.backward(losses)
+
+
+def test_backward_passes_inside_of_the_block():
+    model, x = Model(lambda m, x: m.linear(x)), data()
+    expected = torch.autograd.grad(model(x).mean(), list(model.parameters()))
+    reg = bootgrad.GradientRegularizer(model, reg1=0.1)
+    with reg.record():
+        reg.backward(model(x))
+    penalized = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with reg.record():
+        losses = model(x)
+    reg.backward(losses)
+    torch.testing.assert_close(penalized, [p.grad for p in model.parameters()])
+    model.zero_grad()
+    with bootgrad.record(model) as rec:
+        own = torch.autograd.grad(model(x).mean(), list(model.parameters()))
+        torch.testing.assert_close(own, expected)
+        rec.backward(model(x), reduction=torch.full((4,), 0.25, dtype=x.dtype))
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
+
+
+def test_compiled_models_are_run_as_written():
+    model, x = Model(lambda m, x: m.linear(x)), data()
+    compiled = torch.compile(model, backend="eager")
+    with bootgrad.record(model) as rec:
+        losses = compiled(x)
+    G = rec.per_sample_gradients(losses)
+    sq_norms = rec.backward(losses).sq_norms
+    with bootgrad.record(model) as rec:
+        losses = model(x)
+    torch.testing.assert_close(sq_norms, rec.backward(losses).sq_norms)
+    torch.testing.assert_close(G.sq_norms(), sq_norms)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_is_refused(reentrant):
+    def forward(m, x):
+        return torch.utils.checkpoint.checkpoint(m.linear, x, use_reentrant=reentrant)
+
+    model = Model(lambda m, x: forward(m, m.linear(x)))
+    with pytest.raises(BootgradError, match="torch.utils.checkpoint"), bootgrad.record(model) as rec:
+        rec.backward(model(data()))
+
+
+def test_transforms_of_functions_are_refused():
+    model = Model(lambda m, x: torch.vmap(m.linear)(x))
+    with pytest.raises(BootgradError, match="transform of torch.func"), bootgrad.record(model):
+        model(data())
+
+
+@pytest.mark.parametrize("change", [lambda v: v[0].zero_(), lambda v: v.clamp_(-0.1, 0.1)])
+def test_a_derived_weight_changed_in_place_before_it_is_viewed(change):
+    def forward(m, x):
+        v = m.w.clone()
+        change(v)
+        return x @ v.view(3, 4).t()
+
+    with (
+        pytest.raises(BootgradError, match="changed in place"),
+        bootgrad.record(model := Model(forward, w=(3, 4))) as rec,
+    ):
+        rec.backward(model(data()))
+
+
+def test_a_mask_changed_in_place_after_the_rows_were_described():
+    model, mask = Model(lambda m, x: F.linear(x, m.w * mask), w=(3, 4)), torch.ones(3, 4, dtype=torch.float64)
+    with bootgrad.record(model) as rec:
+        G = rec.per_sample_gradients(model(data()))
+    mask.zero_()
+    with pytest.raises(BootgradError, match="changed in place"):
+        G.sq_norms()
+
+
+def test_long_chains_of_derived_weights():
+    def orthogonalized(m, x):
+        w = m.w
+        for _ in range(12):
+            w = 1.5 * w - 0.5 * w @ w.t() @ w
+        return x @ w.t()
+
+    model = Model(orthogonalized, w=(4, 4))
+    with torch.no_grad():
+        model.w.mul_(0.3)
+    assert bootgrad.verify(model, model, data()).ok
+
+
+def test_nodes_of_another_thread_are_not_part_of_an_operation():
+    model, x = Model(lambda m, x: m.linear(x)), data()
+    with bootgrad.record(model) as rec:
+        inputs = x.clone().requires_grad_()
+        y = model.linear(inputs).tanh().sum()
+    grads = []  # as on a GPU, whose backward nodes are made and numbered in a thread of their own
+    thread = threading.Thread(target=lambda: grads.extend(torch.autograd.grad(y, inputs, create_graph=True)))
+    thread.start()
+    thread.join()
+    with pytest.raises(BootgradError, match="derivative of a recorded operation"):
+        rec.backward(grads[0].square().sum(1))
+
+
+def test_frozen_layers_do_not_keep_their_inputs():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.shift = nn.Linear(4, 4).requires_grad_(False), nn.Parameter(torch.zeros(4))
+            self.frozen.bias.requires_grad_(True)
+
+        def forward(self, x):
+            h = x * self.shift.exp()
+            y = self.frozen(h)
+            h += 1  # as plain torch allows
+            return (y + h).square().sum(1)
+
+    model = Frozen()
+    assert bootgrad.verify(model, model, torch.randn(4, 4)).ok
+
+
+def test_one_image_without_a_batch():
+    model = nn.Conv1d(4, 8, 1)
+    with bootgrad.record(model) as rec:
+        losses = model(torch.randn(4, 5)).sum().reshape(1)
+    assert rec.backward(losses).sq_norms.shape == (1,)
+    with bootgrad.record(model) as rec:
+        losses = model(torch.randn(4, 5)).square().sum(0)[:4]
+    with pytest.raises(BootgradError, match="puts out 1 rows"):
+        rec.backward(losses)
+
+
+def test_calls_without_a_rule_run_once_and_let_go_of_the_graph():
+    calls = []
+
+    class Counted(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    class Token:
+        def __call__(self, grad):
+            return None
+
+    tokens = [Token()]
+
+    def forward(m, x):
+        hidden = m.linear(x)
+        hidden.register_hook(tokens[0])  # lives as long as the graph
+        return F.embedding((x > 0).long(), m.w) * hidden[..., None]
+
+    model = Model(forward, w=(2, 3))
+    with bootgrad.record(model) as rec, Counted():
+        losses = model(data())
+    assert calls.count(F.embedding) == 1
+    G = rec.per_sample_gradients(losses)
+    graph = weakref.ref(tokens.pop())
+    rec.release()
+    del losses, rec
+    gc.collect()
+    assert graph() is None and G.sq_norms().isfinite().all()
+
+
+@pytest.mark.parametrize("layer", ["low rank", "prelu"])
+def test_autocast_holds_where_calls_are_run_again(layer):
+    model, x = Model(lambda m, x: m.linear(x), a=(4, 2), b=(2, 4)).float(), data().float()
+    model.prelu = nn.PReLU(4)
+
+    def losses():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = (
+                F.linear(x, model.linear.weight + model.a @ model.b)
+                if layer == "low rank"
+                else model.prelu(model.linear(x))
+            )
+        return y.float().square().sum(1)
+
+    with bootgrad.record(model) as rec:
+        values = losses()
+    stats = rec.backward(values, reduction="sum")
+    for i in range(4):
+        grads = torch.autograd.grad(losses()[i], list(model.parameters()), allow_unused=True)
+        expected = sum(g.square().sum() for g in grads if g is not None)
+        torch.testing.assert_close(stats.sq_norms[i], expected, rtol=3e-2, atol=0)

@@ -137,19 +137,13 @@ class ConvProduct(Product):
         return self.stride, self.padding, self.dilation, self.groups
 
     def output(self, x, weight, bias=None):  # noqa: D102
-        if x.dim() == 1 + len(self.stride):  # an unbatched image
-            return self.output(x.unsqueeze(0), weight, bias).squeeze(0)
         zeros = (0,) * len(self.stride)
         return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, zeros, self.groups)
 
     def input_grad(self, gy, weight, x):  # noqa: D102
-        if x.dim() == 1 + len(self.stride):
-            return self.input_grad(gy.unsqueeze(0), weight, x.unsqueeze(0)).squeeze(0)
         return self._backward(gy, x, weight, (True, False, False))[0]
 
     def weight_grad(self, x, gy, w=None):  # noqa: D102
-        if x.dim() == 1 + len(self.stride):
-            x, gy = x.unsqueeze(0), gy.unsqueeze(0)
         return _raw.conv_weighted_sum(x, gy, w, self.kernel_size, *self._geometry)
 
     def _backward(self, gy, x, weight, mask):
@@ -165,8 +159,6 @@ class ConvProduct(Product):
         return gy.flatten(2).sum(2)
 
     def factor(self, x, gy, weight_shape, batch_size):  # noqa: D102
-        if x.dim() == 1 + len(self.stride):  # an unbatched image
-            x, gy = x.unsqueeze(0), gy.unsqueeze(0)
         if x.size(0) == batch_size:
             return self, x, gy, weight_shape
         # N/B consecutive images belong to a sample: they stack in a further dimension, which the kernel leaves alone.

@@ -13,7 +13,9 @@ parameter, so that no (x, gy) outlives its own step of the backward pass.
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +37,15 @@ class Phase(Enum):
     OUTPUTS = auto()  # gradients of the operations' outputs only
     STATISTICS = auto()  # gradients of everything, and the probes
     ROW_NORMS = auto()  # the norms of the rows of gy, in the probes
+
+
+def autocast_now(device: torch.device) -> Callable[[], AbstractContextManager]:
+    """A function that makes contexts with the present autocast of a device, in which to run a call again."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return partial(torch.autocast, kind, dtype, enabled, False) if enabled else nullcontext
 
 
 class Recorder(Protocol):
@@ -271,8 +282,8 @@ class RecordedProduct(Function):
     @staticmethod
     def forward(ctx, operation, probe, x, weight, bias):
         """Compute y."""
-        ctx.operation = operation
-        ctx.save_for_backward(x, weight)
+        ctx.operation, ctx.x_shape = operation, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight)
         return operation.product.output(x, weight, bias)
 
     @staticmethod
@@ -280,17 +291,20 @@ class RecordedProduct(Function):
         """Differentiate by what the phase asks for."""
         operation, (x, weight) = ctx.operation, ctx.saved_tensors
         phase, product = operation.phase, operation.product
-        gx = InputGrad.apply(product, gy, weight, x.detach()) if ctx.needs_input_grad[2] else None
-        if phase is Phase.OUTPUTS:
-            return None, None, gx, None, None
+        like_x = gy.new_empty(1).expand(ctx.x_shape) if x is None else x.detach()
+        gx = InputGrad.apply(product, gy, weight, like_x) if ctx.needs_input_grad[2] else None
+        gw = gb = probe = None
         if phase is Phase.ROW_NORMS:
-            return None, operation.row_norms(gy), gx, None, None
-        if phase is Phase.STATISTICS and operation.recorder.takes_statistics(operation):
+            probe = operation.row_norms(gy)
+        elif phase is Phase.STATISTICS and operation.recorder.takes_statistics(operation):
             gw, gb, probe = operation.statistics(x, gy)
-            return None, probe, gx, gw, gb
-        gw = WeightGrad.apply(product, x, gy, weight.dtype) if ctx.needs_input_grad[3] else None
-        gb = product.bias_grad(gy) if ctx.needs_input_grad[4] else None
-        return None, None, gx, gw, gb
+        # What is not tracked may come from further back, from other operations.
+        for_leaves = phase in (Phase.PLAIN, Phase.STATISTICS)
+        if gw is None and ctx.needs_input_grad[3] and (for_leaves or operation.weight is None):
+            gw = WeightGrad.apply(product, x, gy, weight.dtype)
+        if gb is None and ctx.needs_input_grad[4] and (for_leaves or operation.bias is None):
+            gb = product.bias_grad(gy)
+        return None, probe, gx, gw, gb
 
 
 class RowsOperation(Operation):

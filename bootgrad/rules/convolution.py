@@ -27,6 +27,8 @@ def _apply(
     if recorder.is_tracked(input):
         return NotImplemented
     n = weight.dim() - 2
+    if input.dim() == n + 1:  # one image, without a batch
+        return _apply(recorder, func, input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
     kernel, stride, dilation = tuple(weight.shape[2:]), expand(stride, n), expand(dilation, n)
     if padding == "valid":
         padding = 0

@@ -19,10 +19,9 @@ struct Geometry {
 class Layer {
  public:
   Layer(const Tensor& x_in, const Tensor& gy_in, const Sizes& kernel, const Geometry& g)
-      : shape(checked(x_in, gy_in, kernel, g)), x(packed(x_in)), gy(packed(gy_in)), tables(shape) {
+      : shape(checked(x_in, gy_in, kernel, g)), x(packed(x_in)), gy(packed(gy_in)) {
     weight_shape = {shape.O, shape.C / shape.groups};
     weight_shape.insert(weight_shape.end(), kernel.begin(), kernel.end());
-    call.plan = &tables.plan;
     call.runtime = &runtime();
     call.dtype = dtype_of(x);
     call.x = pointer(x);
@@ -38,13 +37,16 @@ class Layer {
 
   Tensor per_sample() const { return allocate(x, {shape.B}, accumulation_type(x)); }
   Tensor layer(const Sizes& sizes) const { return allocate(x, sizes, accumulation_type(x)); }
-  void run() const { kernels().conv(call); }
+  void run() {
+    const ConvTables tables(shape, false, call.gram, call.dx);
+    call.plan = &tables.plan;
+    kernels().conv(call);
+  }
 
   ConvShape shape;
   Tensor x, gy;
   std::optional<Tensor> held;
   Sizes weight_shape;
-  ConvTables tables;
   ConvCall call{};
 
  private:

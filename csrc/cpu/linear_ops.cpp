@@ -14,12 +14,7 @@ namespace {
 class Layer {
  public:
   Layer(const Tensor& x_in, const Tensor& gy_in)
-      : shape(checked(x_in, gy_in)),
-        x(packed(x_in)),
-        gy(packed(gy_in)),
-        weight_shape{shape.O, shape.C},
-        tables(shape, true) {
-    call.plan = &tables.plan;
+      : shape(checked(x_in, gy_in)), x(packed(x_in)), gy(packed(gy_in)), weight_shape{shape.O, shape.C} {
     call.runtime = &runtime();
     call.dtype = dtype_of(x);
     call.x = pointer(x);
@@ -35,13 +30,16 @@ class Layer {
 
   Tensor per_sample() const { return allocate(x, {shape.B}, accumulation_type(x)); }
   Tensor layer(const Sizes& sizes) const { return allocate(x, sizes, accumulation_type(x)); }
-  void run() const { kernels().conv(call); }
+  void run() {
+    const ConvTables tables(shape, true, call.gram, call.dx);
+    call.plan = &tables.plan;
+    kernels().conv(call);
+  }
 
   ConvShape shape;
   Tensor x, gy;
   std::optional<Tensor> held;
   Sizes weight_shape;
-  ConvTables tables;
   ConvCall call{};
 
  private:

@@ -93,9 +93,9 @@ struct ConvLayer {
       }
   }
 
-  // Weights [R, ld] as [K, Og, ldc], kernel positions in the order of the phases.
+  // Weights [R, ld] as [reached, Og, ldc], kernel positions in the order of the phases.
   void transpose_weights(const T* from, T* out) const {
-    for (int64_t j = 0; j < plan.K; ++j)
+    for (int64_t j = 0; j < plan.reached; ++j)
       transpose<T>(from + plan.tap_order[j] * ld, plan.K * ld, plan.Cg, plan.Og, out + j * plan.Og * ldc, ldc, T(1));
   }
 
@@ -107,6 +107,7 @@ struct ConvLayer {
   // out[place, c] = factor · Σ_{k,o} gy[pixel, k, o] · weights[(c,k), o]: its transpose, at a phase's pixels.
   void backward(const Phase& phase, int64_t M, const T* gy, const int64_t* rows, const int64_t* place, const T* w_t,
                 T* out, T factor) const {
+    out += phase.first_pixel * ldc;
     gemm<T>(M, plan.Cg, phase.taps * plan.Og, {gy, rows, phase.depth}, w_t + phase.first_tap * plan.Og * ldc, ldc,
             Store<T>{out, ldc, ldc, factor, false, place});
   }

@@ -50,8 +50,8 @@ struct ConvGram : ConvLayer<In> {
   const int64_t n = kLanes<T>;
   const int64_t together = call.center ? ConvJvp<In>::samples_together(plan.T) : 1;
   const int64_t px = plan.channels_last ? round_up<T>(plan.T) : plan.x_plane;  // plane of `planes`
-  const int64_t lead = plan.pixels > 0 ? plan.pixel[0] : 0;
-  const int64_t span_x = plan.pixels > 0 ? plan.pixel[plan.pixels - 1] - lead + 1 : 0;
+  const int64_t lead = shifted && plan.pixels > 0 ? plan.pixel[0] : 0;
+  const int64_t span_x = shifted && plan.pixels > 0 ? plan.pixel[plan.pixels - 1] - lead + 1 : 0;
   const int64_t tap_max = plan.channels_last ? 0 : plan.R > 0 ? plan.tap[plan.K - 1] : 0;
   const int64_t span_t = !shifted || plan.channels_last || plan.T == 0 ? plan.T : plan.pos[plan.T - 1] + 1;
   const int64_t ldt = round_up<T>(span_t), ldp = round_up<T>(plan.x_plane) + n, ldq = round_up<T>(span_x);

@@ -172,7 +172,8 @@ struct ConvNarrow : ConvLayer<In> {
           phase.pixels, phase.taps, m.gy, phase.rows, [&](int64_t k) { return phase.depth[k * plan.Og]; }, m.keep + o0,
           [&](int64_t k) { return (j * plan.K + plan.tap_order[phase.first_tap + k]) * ldo; },
           [&](int64_t p0, int64_t count, Vector<T>(&acc)[kRows][1]) {
-            for (int64_t p = 0; p < count; ++p) store<T>(m.out + phase.out[p0 + p] * n, acc[p][0]);
+            for (int64_t p = 0; p < count; ++p)
+              store<T>(m.out + (phase.first_pixel + phase.out[p0 + p]) * n, acc[p][0]);
           });
     }
     transpose<T>(m.out, n, plan.pixels, lanes, m.rows, plan.pixels, T(2));

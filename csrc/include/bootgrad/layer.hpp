@@ -42,8 +42,9 @@ struct Phase {
   int64_t pixels;        // M
   int64_t taps;          // kernel positions that reach them
   int64_t first_tap;     // position of the first of them in ConvPlan::tap_order
+  int64_t first_pixel;   // number of the first pixel in x
   const int64_t* rows;   // [pixels]  offset of the pixel in the padded gy
-  const int64_t* out;    // [pixels]  number of the pixel in x
+  const int64_t* out;    // [pixels]  number of the pixel in x, counted from the first
   const int64_t* depth;  // [taps·Og] offset of (tap, o) in the padded gy
 };
 
@@ -58,9 +59,11 @@ struct ConvPlan {
   int64_t gs[3], glow[3], g_plane;  // padded size of gy, its margin in front, product
   const int64_t* tap;               // [R] offset of (c, k) in a group's padded x
   const int64_t* pos;               // [T] offset of t in the padded x
-  const int64_t* tap_order;         // [K] kernel positions, those of one phase together
+  // Where dx is wanted; else gy has no margins either.
+  const int64_t* tap_order;  // [reached] kernel positions that reach pixels, those of one phase together
+  int64_t reached, n_phases;
   const Phase* phases;
-  int64_t n_phases;
+  // On the Gram path, for shifts or for dx; the last for both.
   const int64_t* pixel;     // [pixels] offset of a pixel in a padded plane of x
   const int64_t* at_pixel;  // [x_plane] number of the pixel at an offset, −1 in the margin
   const int64_t* at_pos;    // [x_plane] number t of the position at an offset, −1 where there is none
