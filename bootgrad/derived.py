@@ -81,6 +81,12 @@ class Derived:
             and self.tensor.numel() == next(t for t in self._tensors() if id(t) in self.parents).numel()
         )
 
+    @property
+    def repeats_a_row(self) -> bool:
+        """Whether dimension 0 was made by ``repeat`` of one row."""
+        source = next(t for t in self._tensors() if id(t) in self.parents)
+        return self.func is _T.repeat and (source.dim() < self.tensor.dim() or source.size(0) == 1)
+
     def leaves(self) -> list[Tensor]:
         """The parameters that the tensor is a function of."""
         found = {

@@ -1,14 +1,15 @@
 """Recording: a `TorchFunctionMode` that sees every torch function which is handed a parameter of the model.
 
-Known operations are replaced by ones that keep (x, gy); functions of parameters alone are followed; the rest falls back to
-``vmap`` or is refused. After the forward pass the recording knows, for losses (B,), which operations and parameters they
-reach (`graph`), and by one backward pass under other weights whether samples are dimension 0 of every operation.
+Known operations are replaced by ones that keep (x, gy); functions of parameters and of the model's constants alone (buffers,
+frozen parameters, ranges) are followed; the rest falls back to ``vmap`` or is refused. After the forward pass the recording
+knows, for losses (B,), which operations and parameters they reach (`graph`), and by one backward pass under other weights
+whether samples are dimension 0 of every operation.
 """
 
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,12 +24,14 @@ from .derived import Derived, derive, is_batch_free, may_be_batch_free, pull_bac
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .graph import Uses, check_losses, filled, gradients, powers_of_two, walk
 from .planning import ConvLayer, LinearLayer
-from .rules.base import PLAIN_RULES, RULES, Operation, Phase, ProductOperation
+from .rules.base import PLAIN_RULES, RULES, Operation, Phase, ProductOperation, is_in_place
+from .rules.elementwise import expand_row
 from .rules.fallback import FallbackOperation
 from .rules.normalization import refuse_batch_statistics
 from .rules.terms import SumTerm, Term
 
 CHECKS = ("first", "always", "never")
+_getitem = Tensor.__getitem__
 _DIFFERENTIATION = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
@@ -86,6 +89,9 @@ class Recording(TorchFunctionMode):
         self._state = _states.setdefault(modules[0], _ModelState())
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._known: dict[int, Derived | None] = dict.fromkeys(self._names)
+        self._constants: dict[int, Tensor] = {
+            id(t): t for m in modules for t in (*m.buffers(), *m.parameters()) if id(t) not in self._names
+        }
         self._edges: dict[int, GradientEdge] = {}
         self._uses = Uses()
         self._by_products: dict[int, tuple[Tensor, Any]] = {}
@@ -121,8 +127,14 @@ class Recording(TorchFunctionMode):
         if self.phase is not Phase.PLAIN or not torch.is_grad_enabled() or func in _DIFFERENTIATION:
             return func(*args, **kwargs)
         refuse_batch_statistics(func, args, kwargs)
-        if not self._mentions((args, kwargs)):
-            return _run_plain(func, args, kwargs)
+        if not self._holds((args, kwargs), self._known):
+            result = _run_plain(func, args, kwargs)
+            if func is torch.arange or self._is_constant((args, kwargs)):
+                self._add_constants(result)
+            return result
+        # To replay a call that writes to a constant would write again.
+        if not self._holds_data((args, kwargs)) and not (is_in_place(func) and self._is_constant(args[:1])):
+            return self._derive(func, args, kwargs, func(*args, **kwargs))
         _refuse_second_runs(func)
         rule = RULES.get(func)
         if rule is not None:
@@ -131,16 +143,32 @@ class Recording(TorchFunctionMode):
                 return out
         return self._run_without_rule(func, args, kwargs)
 
+    def _derive(self, func, args, kwargs, result):
+        """``result``, each of its tensors known as a function of parameters alone."""
+        for derived in derive(func, args, kwargs, result, self._known):
+            self._known[id(derived.tensor)] = derived
+        self._add_constants(result)
+        return result
+
+    def _add_constants(self, result: Any) -> None:
+        for t in pytree.tree_leaves(result):
+            if isinstance(t, Tensor) and id(t) not in self._known:
+                self._constants[id(t)] = t
+
     def _run_without_rule(self, func, args, kwargs):
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         tracked = list({id(t): t for t in tensors if id(t) in self._known}.values())
         others = [t for t in tensors if id(t) not in self._known]
+        sizes = {t.size(0) for t in others if t.dim()}
+        repeated = [t for t in tracked if t.dim() and t.size(0) in sizes and self._repeats_a_row(t)]
+        if repeated:
+            rows = {id(t): expand_row(self, self.run(_getitem, t, slice(0, 1)), t.size(0)) for t in repeated}
+            args, kwargs = pytree.tree_map(lambda t: rows.get(id(t), t), (args, kwargs))
+            return self.run(func, *args, **kwargs)
         if may_be_batch_free(func, others):
             result = func(*args, **kwargs)
             if is_batch_free(result, tracked, others):
-                for derived in derive(func, args, kwargs, result, self._known):
-                    self._known[id(derived.tensor)] = derived
-                return result
+                return self._derive(func, args, kwargs, result)
             if not any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(result)):
                 return result
         operation = FallbackOperation(self, func, args, kwargs, tracked)
@@ -155,12 +183,30 @@ class Recording(TorchFunctionMode):
             )
         return result
 
-    def _mentions(self, value: Any) -> bool:
+    def _repeats_a_row(self, tracked: Tensor) -> bool:
+        """Whether dimension 0 repeats one row, as a class token is repeated for every sample."""
+        derived = self._known[id(tracked)]
+        return derived is not None and tracked.size(0) > 1 and (tracked.stride(0) == 0 or derived.repeats_a_row)
+
+    def _holds(self, value: Any, ids: Mapping[int, Any]) -> bool:
+        """Whether one of the tensors in ``value`` is among ``ids``."""
         if isinstance(value, Tensor):
-            return id(value) in self._known
+            return id(value) in ids
         if isinstance(value, list | tuple):
-            return any(map(self._mentions, value))
-        return isinstance(value, dict) and any(map(self._mentions, value.values()))
+            return any(self._holds(v, ids) for v in value)
+        return isinstance(value, dict) and any(self._holds(v, ids) for v in value.values())
+
+    def _holds_data(self, value: Any) -> bool:
+        """Whether one of the tensors in ``value`` is neither made of parameters nor a constant of the model."""
+        if isinstance(value, Tensor):
+            return id(value) not in self._known and (id(value) not in self._constants or value.requires_grad)
+        if isinstance(value, list | tuple):
+            return any(map(self._holds_data, value))
+        return isinstance(value, dict) and any(map(self._holds_data, value.values()))
+
+    def _is_constant(self, value: Any) -> bool:
+        """Whether there are tensors in ``value``, all of them buffers, frozen parameters, or made of these alone."""
+        return not self._holds_data(value) and self._holds(value, self._constants)
 
     # What rules ask of a recorder
 
@@ -367,6 +413,7 @@ class Recording(TorchFunctionMode):
         self._uses = Uses()
         self._by_products.clear()
         self._known = dict.fromkeys(self._names)
+        self._constants.clear()
 
     def in_phase(self, phase: Phase, probed: Sequence[Operation] = (), centers: dict[str, Tensor] | None = None):
         """A context in which backward passes through the record are of ``phase``."""

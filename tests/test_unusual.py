@@ -1,5 +1,6 @@
 """Unusual code: right, or refused by name; and nothing stays behind."""
 
+import functools
 import gc
 import threading
 import weakref
@@ -26,6 +27,7 @@ class Model(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.randn(shape) / 2))
         self.function = forward
+        self.register_buffer("table", torch.randn(4, 4))
         self.double()
 
     def forward(self, x):
@@ -48,6 +50,17 @@ RIGHT = {
     ),
     "norm of weights": (lambda m, x: m.linear(x).sum(1) + 0.1 * m.linear.weight.square().sum(), {}),
     "unreached output": (lambda m, x: m.linear(x) + 0 * (m.linear(x) * m.w).detach(), dict(w=(4,))),
+    "positions": (lambda m, x: m.linear(x)[:, :3, None] + F.embedding(torch.arange(3), m.w), dict(w=(5, 2))),
+    "positions of one row": (lambda m, x: m.linear(x)[:, :3, None] + m.w[torch.arange(3)[None]], dict(w=(5, 2))),
+    "class token": (lambda m, x: torch.cat([m.w.expand(4, -1), m.linear(x)], 1), dict(w=(1, 3))),
+    "class token, repeated": (lambda m, x: torch.cat([m.w.repeat(4, 1), x], 1) @ m.b, dict(w=(3,), b=(7, 2))),
+    "class token, added": (lambda m, x: x + m.w.sin().expand(4, -1) + m.w.expand_as(x), dict(w=(4,))),
+    "scaled buffer": (lambda m, x: m.linear(x) + m.w * m.table[0], dict(w=())),
+    "relative positions": (
+        lambda m, x: m.linear(x)[:, :2, None] + m.w[(m.table > 0).long()].sum(0)[:2],
+        dict(w=(2, 3)),
+    ),
+    "frozen factor": (lambda m, x: F.linear(x, m.w @ m.table[:2] @ m.table.t()), dict(w=(3, 2))),
     "embedding": (lambda m, x: F.embedding((x > 0).long(), m.w) * m.linear(x)[..., None], dict(w=(2, 3))),
 }
 
@@ -57,6 +70,22 @@ def test_right(name):
     function, shapes = RIGHT[name]
     model = Model(function, **shapes)
     assert bootgrad.verify(model, model, data()).ok
+
+
+@pytest.mark.parametrize(
+    "parametrize",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.orthogonal,
+        functools.partial(nn.utils.parametrizations.orthogonal, orthogonal_map="cayley"),
+    ],
+)
+@pytest.mark.parametrize("size", [(4, 4), (4, 3)])
+def test_parametrized_weights(parametrize, size):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), parametrize(nn.Linear(*size))).double().eval()
+    assert bootgrad.verify(model, lambda x: model(x).tanh().sum(1), data()).ok
 
 
 def gradient_penalty(m, x):
@@ -76,6 +105,7 @@ def lstm_cell(m, x):
 
 
 REFUSED = {
+    "buffer written in place": (lambda m, x: x @ m.table.clone().mul_(m.w), dict(w=(4, 4)), "in place"),
     "losses of gradients": (gradient_penalty, {}, "derivative of a recorded operation"),
     "scale in a derivative": (
         lambda m, x: torch.autograd.grad((y := x.clone().requires_grad_()).mul(m.w).sin().sum(), y, create_graph=True)[

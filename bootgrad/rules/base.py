@@ -48,6 +48,12 @@ def autocast_now(device: torch.device) -> Callable[[], AbstractContextManager]:
     return partial(torch.autocast, kind, dtype, enabled, False) if enabled else nullcontext
 
 
+def is_in_place(func: Callable) -> bool:
+    """Whether a torch function changes its first argument, by its name."""
+    name = getattr(func, "__name__", "")
+    return name.startswith("__i") if name.endswith("__") else name.endswith("_")
+
+
 class Recorder(Protocol):
     """What rules may ask of the recording."""
 

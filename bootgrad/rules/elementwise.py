@@ -90,3 +90,13 @@ def _mul_(recorder: Recorder, func, args, kwargs):
 
 def _in_place(out, target: Tensor):
     return out if out is NotImplemented or out.shape != target.shape else target.copy_(out)
+
+
+def expand_row(recorder: Recorder, row: Tensor, rows: int) -> Tensor:
+    """A tracked ``row`` (1, *shape) for each of ``rows`` samples, as an operation of its own: g_i = gy_i."""
+
+    def rows_of(gy, batch_size):
+        return [per_sample_sum(gy, batch_size, row.shape).to(row.dtype)]
+
+    y = recorder.alias(row).expand(rows, *row.shape[1:]).clone()
+    return RowsOperation(recorder, "expand", [row], rows_of)(y)

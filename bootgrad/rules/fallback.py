@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import RecordingError, UnsupportedError
-from .base import Operation, Recorder, autocast_now
+from .base import Operation, Recorder, autocast_now, is_in_place
 from .terms import ComputedTerm, Term, vmap
 
 # The mode sees these as one opaque call, and their kernels have no rule under vmap, or a wrong one.
@@ -44,7 +44,7 @@ class FallbackOperation(Operation):
                 f"{self.name} hides how it uses {names}: its per-sample gradients cannot be had. "
                 "freeze these parameters (requires_grad_(False)), or write the operation with plain ones"
             )
-        if self.name.endswith("_") and (not self.name.endswith("__") or self.name.startswith("__i")):
+        if is_in_place(self.func):
             raise UnsupportedError(
                 f"{self.name} uses {names} in place, and has no rule: write it as a call that returns a new tensor"
             )
