@@ -49,7 +49,7 @@ Tensor packed(const Tensor& t);
 
 const void* pointer(const Tensor& t);
 const void* pointer(const std::optional<Tensor>& t);
-// Null for an output that was not wanted: one without elements.
+// Null for an output without elements, as one is that was not wanted.
 void* result(Tensor& t);
 
 // The threads of torch's pool and memory that each thread keeps.

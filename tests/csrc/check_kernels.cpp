@@ -317,6 +317,11 @@ int main() {
       linear(4, 5, 16, 7),
       linear(2, 19, 6, 35),
       linear(2, 0, 3, 4),
+      linear(2, 3, 0, 70),
+      linear(2, 3, 4, 0),
+      conv(2, 0, 5, 1, {5, 4}, {3, 3}, 1, 1, 1),
+      conv(2, 0, 6, 3, {5, 4}, {3, 2}, 2, 1, 1),
+      conv(2, 3, 0, 1, {5, 4}, {3, 3}, 1, 1, 1),
   };
   for (const Case& c : cases) {
     check<float>(c);

@@ -63,7 +63,7 @@ struct ConvSum : ConvLayer<In> {
                  m);
           }
         });
-    combine_groups(*this, partial, division.blocks);
+    if (call.sum) combine_groups(*this, partial, division.blocks);
   }
 
   T* partial_sums() const {

@@ -20,16 +20,17 @@ namespace bootgrad::BOOTGRAD_ISA {
 
 template <class In>
 void conv_of(const ConvCall& call) {
-  const bool norms = call.sq_norms || call.deviation;
-  if (ConvNarrow<In>::fits(*call.plan) && !(norms && call.gram)) {
-    if (norms || call.inner || call.sum) ConvNarrow<In>(call).run();
+  const bool norms = call.sq_norms || call.deviation, sums = call.sum || call.bias;
+  const bool gram = norms && call.gram && call.plan->R > 0;  // without input features there is no patch to multiply
+  if (ConvNarrow<In>::fits(*call.plan) && !gram) {
+    if (norms || call.inner || sums) ConvNarrow<In>(call).run();
     return;
   }
   if (call.inner) return ConvJvp<In>(call).run();
-  if (call.sum && (call.gram || !norms)) ConvWeightedSum<In>(call).run();
-  if (norms && call.gram) ConvGram<In>(call).run();
-  if (norms && !call.gram) {
-    if (call.sum && !call.dx && !call.dgy)
+  if (sums && (gram || !norms)) ConvWeightedSum<In>(call).run();
+  if (gram) ConvGram<In>(call).run();
+  if (norms && !gram) {
+    if (sums && !call.dx && !call.dgy)
       ConvStatistics<In>(call).run();
     else
       ConvDirect<In>(call).run();

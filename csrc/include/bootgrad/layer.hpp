@@ -78,12 +78,12 @@ struct ConvCall {
   const void* gy;      // (B, O, *S'), or (B, T, O)
   const void* center;  // (O, C/groups, *K) or null
   const void* w;       // (B,) or null
-  // Results; null where not wanted.
+  // Results; null where not wanted or without elements.
   void* sum;        // (O, C/groups, *K)  Σ_i w_i G_i
   void* sq_norms;   // (B,)  ‖G_i‖²
   void* deviation;  // (B,)  ‖G_i − center‖²
   void* inner;      // (B,)  ⟨G_i, center⟩
-  void* bias;       // (B, O)
+  void* bias;       // (B, O)  Σ_t gy; without dx and dgy
   void* dx;         // as x   derivative of ‖G_i − center‖²
   void* dgy;        // as gy
 };
