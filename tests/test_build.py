@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("bootgrad", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+TOOLS = ("Makefile", ".ci", ".clang-format")
 INSTALL_TORCH = "install torch first, then `pip install --no-build-isolation .`"
 NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
 
@@ -21,8 +22,8 @@ pytestmark = [
 ]
 
 
-def copy_sources(folder):
-    for name in SOURCES:
+def copy_sources(folder, names=SOURCES):
+    for name in names:
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -134,7 +135,7 @@ def test_an_error_in_our_own_sources_fails_the_build(tmp_path):
 
 
 def test_without_torch_the_build_stops_and_says_why_but_metadata_is_made(tmp_path):
-    sources = copy_sources(tmp_path / "sources")
+    sources = copy_sources(tmp_path / "sources", SOURCES + TOOLS)
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "torch.py").write_text("raise ImportError('hidden')\n")
@@ -164,3 +165,6 @@ def test_the_cuda_library_keeps_torch_among_its_needs(tmp_path):
     library = sources / "out/bootgrad/_C_cuda.so"
     assert "libtorch.so" in needed(library)
     assert not {name for name in undefined_symbols(library) if name.startswith(("Py", "_Py"))}
+        "Makefile",
+        ".ci/run",
+        ".clang-format",
