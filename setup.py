@@ -4,10 +4,10 @@ Two libraries on LibTorch's stable ABI, without the Python API: `_C` (CPU) and `
 wheel, tagged py3-none-PLATFORM, serves every Python and torch that the package supports.
 
 Environment:
-    BOOTGRAD_CUDA=0|1: leave `_C_cuda` out, or insist on it. Default: build it when nvcc is found.
+    BOOTGRAD_CUDA=0|1: leave `_C_cuda` out, or insist on it. Unset: build it when nvcc is found.
     BOOTGRAD_REQUIRE_EXT=1: a missing `_C` is an error instead of a slower package.
     TORCH_CUDA_ARCH_LIST: architectures of `_C_cuda`, as for torch's own extensions.
-    MAX_JOBS: sources compiled at a time.
+    MAX_JOBS: sources compiled at a time. Unset: as many as there are cores.
 """
 
 import os
@@ -31,7 +31,7 @@ INSTALL_TORCH = (
     "bootgrad's extensions are compiled against the torch that will run them: "
     "install torch first, then `pip install --no-build-isolation .`"
 )
-# What the kernels ask of a compiler: C++17, vector types and their shuffles.
+# What the kernels ask of a compiler: C++17, vector types and their shuffles, which GCC has since version 12.
 PROBE = """
 typedef float v4 __attribute__((vector_size(16)));
 template <class... T> auto sum(T... x) { return (x + ...); }
@@ -49,11 +49,14 @@ class BuildLibraries(build_ext):
         except ImportError:
             sys.exit(INSTALL_TORCH)
         self.torch_paths = {"include": cpp.include_paths(), "library": cpp.library_paths()}
+        check_environment()
         reason = self.unusable()
         if reason:
-            if os.environ.get("BOOTGRAD_REQUIRE_EXT") == "1":
-                raise CompileError(f"BOOTGRAD_REQUIRE_EXT=1, but there is no usable C++ compiler: {reason}")
-            print(f"bootgrad: no usable C++ compiler ({reason}); installing without _C", file=sys.stderr)
+            reason = f"no usable C++ compiler, GCC 12 or newer or clang ({reason})"
+            for name in ("BOOTGRAD_REQUIRE_EXT", "BOOTGRAD_CUDA"):
+                if os.environ.get(name) == "1":
+                    raise CompileError(f"{name}=1, but there is {reason}")
+            print(f"bootgrad: {reason}; installing without _C", file=sys.stderr)
             self.extensions = []
             return
         super().build_extensions()
@@ -87,8 +90,7 @@ class BuildLibraries(build_ext):
                 extra_postargs=ext.extra_compile_args,
             )
 
-        jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -151,6 +153,15 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+def check_environment() -> None:
+    """Stop at a variable whose value would be misunderstood; an empty one counts as unset."""
+    jobs, cuda = os.environ.get("MAX_JOBS") or "1", os.environ.get("BOOTGRAD_CUDA") or "0"
+    if not jobs.isdecimal() or int(jobs) < 1:
+        sys.exit(f"MAX_JOBS must be a whole number of at least 1; got {jobs!r}")
+    if cuda not in ("0", "1"):
+        sys.exit(f"BOOTGRAD_CUDA must be 0 or 1, or unset; got {cuda!r}")
+
+
 def cuda_sources() -> list[Path]:
     """Sources of `_C_cuda`."""
     return sorted(path for pattern in ("*.cu", "*.cpp") for path in (ROOT / "csrc/cuda").glob(pattern))
@@ -170,8 +181,8 @@ def nvcc() -> str | None:
 
 def wants_cuda() -> bool:
     """Whether to build `_C_cuda`; under BOOTGRAD_CUDA=1 its absence is an error."""
-    wanted = os.environ.get("BOOTGRAD_CUDA", "auto")
-    if wanted == "0" or not cuda_sources():
+    wanted = os.environ.get("BOOTGRAD_CUDA")
+    if wanted == "0":
         return False
     compiler = nvcc()
     if compiler:

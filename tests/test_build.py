@@ -121,7 +121,25 @@ def test_without_a_compiler_the_package_installs_and_warns_once(tmp_path, enviro
 def test_a_required_extension_needs_a_compiler(tmp_path):
     built, wheel = build_wheel(copy_sources(tmp_path), BOOTGRAD_REQUIRE_EXT="1", **NO_COMPILER)
     assert built.returncode != 0 and wheel is None
-    assert "BOOTGRAD_REQUIRE_EXT=1, but there is no usable C++ compiler" in built.stdout
+    assert "BOOTGRAD_REQUIRE_EXT=1, but there is no usable C++ compiler, GCC 12 or newer or clang" in built.stdout
+
+
+REFUSED = {
+    "BOOTGRAD_CUDA=1, but there is no usable C++ compiler, GCC 12 or newer or clang": {
+        "BOOTGRAD_CUDA": "1",
+        **NO_COMPILER,
+    },
+    "BOOTGRAD_CUDA must be 0 or 1, or unset; got 'yes'": {"BOOTGRAD_CUDA": "yes"},
+    "MAX_JOBS must be a whole number of at least 1; got '0'": {"MAX_JOBS": "0"},
+    "MAX_JOBS must be a whole number of at least 1; got 'all'": {"MAX_JOBS": "all"},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_variables_that_cannot_be_obeyed_stop_the_build_in_one_sentence(tmp_path, message):
+    built = run("setup.py", "build_ext", "--build-lib", "out", cwd=copy_sources(tmp_path), **REFUSED[message])
+    assert built.returncode != 0 and not (tmp_path / "out").exists()
+    assert message in built.stdout.splitlines()[-1] and "Traceback" not in built.stdout
 
 
 def test_an_error_in_our_own_sources_fails_the_build(tmp_path):
@@ -152,6 +170,9 @@ def test_without_torch_the_build_stops_and_says_why_but_metadata_is_made(tmp_pat
         "csrc/include/bootgrad/gemm.hpp",
         "kernels/__init__.py",
         "bootgrad/ops/schema.py",
+        "Makefile",
+        ".ci/run",
+        ".clang-format",
     ):
         assert f"/{name}\n" in members
 
@@ -165,6 +186,3 @@ def test_the_cuda_library_keeps_torch_among_its_needs(tmp_path):
     library = sources / "out/bootgrad/_C_cuda.so"
     assert "libtorch.so" in needed(library)
     assert not {name for name in undefined_symbols(library) if name.startswith(("Py", "_Py"))}
-        "Makefile",
-        ".ci/run",
-        ".clang-format",
