@@ -5,6 +5,7 @@ new one. Reading compares every record's checksum first, since torch does not, a
 only.
 """
 
+import io
 import os
 import tempfile
 import zipfile
@@ -26,13 +27,18 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises:
         DataError: the folder cannot be written.
     """
-    content = {"format": FORMAT, "version": VERSION, **state}
+    content = io.BytesIO()  # torch's writer turns a full disk into errors of its own
+    torch.save({"format": FORMAT, "version": VERSION, **state}, content)
     with replacing(path) as file:
-        torch.save(content, file)
+        file.write(content.getbuffer())
 
 
 class replacing:  # noqa: N801 — used as a verb
-    """A context whose binary file takes the place of ``path`` when it ends without an error, and vanishes otherwise."""
+    """A context whose binary file takes the place of ``path`` when it ends without an error, and vanishes otherwise.
+
+    Raises:
+        DataError: the file cannot be made, written or renamed.
+    """
 
     def __init__(self, path: Path):
         """Nothing is opened yet."""
@@ -59,9 +65,11 @@ class replacing:  # noqa: N801 — used as a verb
                 os.chmod(self._name, 0o666 & ~_umask())
                 os.replace(self._name, self.path)
         except OSError as failure:
-            raise DataError(f"{self.path} could not be written ({failure.strerror}): is the disk full?") from failure
+            error = failure
         finally:
             Path(self._name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise DataError(f"{self.path} could not be written ({error.strerror}): is the disk full?") from error
 
 
 def read(path: Path) -> dict[str, Any]:

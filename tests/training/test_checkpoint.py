@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 import zipfile
 
 import pytest
@@ -71,6 +72,22 @@ def test_a_full_disk_is_reported_and_leaves_the_old_file(tmp_path, monkeypatch):
         checkpoint.save(tmp_path / "c.pt", {**state(), "fingerprint": 0})
     assert_same(checkpoint.read(tmp_path / "c.pt"))
     assert os.listdir(tmp_path) == ["c.pt"]
+
+
+@pytest.mark.parametrize("size", [100, 100_000])  # within the file's buffer, and beyond it
+def test_a_disk_that_fills_up_while_writing_is_reported(tmp_path, size):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (tmp_path / "f").write_bytes(b"old")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
+        with pytest.raises(DataError, match="f could not be written .File too large.: is the disk full?"):
+            with checkpoint.replacing(tmp_path / "f") as file:
+                file.write(bytes(size))
+        with pytest.raises(DataError, match="c.pt could not be written .File too large"):
+            checkpoint.save(tmp_path / "c.pt", state() | {"model": {"w": torch.zeros(size)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "f").read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]
 
 
 def test_files_that_are_no_checkpoints(tmp_path):
