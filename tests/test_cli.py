@@ -238,7 +238,7 @@ MISTAKES = {
     "train --data torchvision:ImageNet": "torchvision:NAME takes MNIST",
     "train --batch-size 100000": "--batch-size 100000 is larger than the training set of 1437 images",
     "train --resume nowhere.pt": "there is no checkpoint nowhere.pt",
-    "train --resume --overwrite": "not allowed with argument",
+    "train --lr 1e39": "--lr must be so small that float32 holds lr / (1 − momentum); got 1e+39",
     "train --out /dev/null/x --train-size 128": "--out /dev/null/x cannot be made or entered",
     "compare --reg1 0.1": "a comparison needs --reg1 and --reg2 above 0, for the variants that have them; got 0.1 and 0",
     "compare --reg1 0.1 --reg2 0.1": "--reg2 about the batch mean is identically zero",

@@ -45,6 +45,8 @@ class Settings:
             _check(name, "a finite number of at least 0", getattr(self, name), _is_number(getattr(self, name)))
         _check("lr", "above 0", self.lr, self.lr > 0)
         _check("momentum", "below 1", self.momentum, self.momentum < 1)
+        most = (1 - self.momentum) * torch.finfo(torch.float32).max  # Adam's first step is of size lr / (1 − momentum)
+        _check("lr", "so small that float32 holds lr / (1 − momentum)", self.lr, self.lr <= most)
         for name in ("train_size", "epochs", "batch_size", "threads"):
             value = getattr(self, name)
             if value is not None or name in ("epochs", "batch_size"):
@@ -97,7 +99,7 @@ def _check(name: str, expected: str, value: Any, is_good: bool) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _is_whole(value: Any, least: int) -> bool:

@@ -14,7 +14,7 @@ BAD = [
         for name in ("reg1", "reg2", "lr", "momentum")
         for value in (-1e-9, NAN, INF, -INF, True, "1", None)
     ],
-    ("lr", 0.0),
+    *[("lr", value) for value in (0.0, 1e39, 1e38)],  # Adam's first step is of size lr / (1 − 0.9)
     ("momentum", 1.0),
     *[(name, value) for name in ("epochs", "batch_size") for value in (0, -1, 1.0, None, "1", True)],
     ("batch_size", 1),
@@ -51,6 +51,18 @@ def test_plainness_and_words():
     assert not regularized.is_plain and regularized.penalty == "λ₁ = 0.125, λ₂ = 0.5, center ema"
     assert Settings(**regularized.as_dict()) == regularized
     assert tuple(regularized.as_dict()) == SETTING_NAMES
+
+
+def test_the_learning_rate_is_one_that_torch_can_use():
+    for momentum in (0.0, 0.9):
+        lr = 3e38 * (1 - momentum)
+        p = torch.zeros(1, requires_grad=True)
+        p.grad = torch.ones(1)
+        for optimizer in (torch.optim.Adam([p], lr=lr, betas=(momentum, 0.999)), torch.optim.SGD([p], lr=lr)):
+            optimizer.step()
+        assert Settings(lr=lr, momentum=momentum).lr == lr
+    with pytest.raises(BootgradError, match="^--lr must be"):
+        Settings(lr=10**400)  # as a damaged checkpoint may hold
 
 
 def test_a_cuda_device_that_is_there_is_accepted(monkeypatch):
