@@ -31,6 +31,7 @@ _OPTIONS = (
     ("--threads", int, "N", "threads of torch's CPU kernels"),
     ("--device", str, "NAME", "cpu, cuda or cuda:N"),
 )  # fmt: skip
+_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = _command(commands, "plan", _plan, "show per layer how its norms are computed, and what that costs")
     plan.add_argument("model", metavar="FILE.py:FUNCTION", help="a function without arguments that returns the model")
     plan.add_argument("--batch", type=int, default=128, metavar="N", help="samples in a batch")
+    plan.add_argument("--dtype", choices=_DTYPES, default="float32", help="type of the samples; default: float32")
     plan.add_argument("--input", required=True, metavar="1x28x28", help="shape of one sample")
 
     _command(commands, "info", _info, "show versions, and what is built, loaded and used")
@@ -166,13 +168,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     recording = record(model)
     try:
         with recording:
-            model(torch.zeros(arguments.batch, *shape))
+            model(torch.zeros(arguments.batch, *shape, dtype=getattr(torch, arguments.dtype)))
     except BootgradError:
         raise
     except Exception as error:  # the user's own code may raise anything
         raise ArgumentError(
-            f"the model of {arguments.model} fails on an input {(arguments.batch, *shape)} "
-            f"({type(error).__name__}: {error}): give --input the shape of one sample"
+            f"the model of {arguments.model} fails on an input {(arguments.batch, *shape)} of {arguments.dtype} "
+            f"({type(error).__name__}: {error}): give --input the shape of one sample, and --dtype its type"
         ) from error
     print(f"{arguments.model}: batch {arguments.batch}, input {'×'.join(map(str, shape))}; counts are per sample\n")
     print(planning.format_table(recording.plan(arguments.batch)))
@@ -192,11 +194,13 @@ def _load_model(text: str):
     file, _, function = text.rpartition(":")
     if not file or not function:
         raise ArgumentError(f"the model must be given as FILE.py:FUNCTION; got {text!r}")
-    if not file.endswith(".py") or not Path(file).is_file():
+    if not file.endswith(".py") or not os.path.isfile(file):
         raise ArgumentError(f"there is no Python file {file!r}: check the path")
     spec = importlib.util.spec_from_file_location("_bootgrad_plan", file)
     if spec is None or spec.loader is None:
         raise ArgumentError(f"{file!r} cannot be imported")
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    sys.path.insert(0, str(Path(file).resolve().parent))  # as under ``python FILE.py``
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

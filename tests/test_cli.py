@@ -32,6 +32,10 @@ def fails():
     raise LookupError("no weights here")
 def number():
     return 7
+def words():
+    return nn.Sequential(nn.Embedding(5, 4).requires_grad_(False), nn.Flatten(), nn.Linear(12, 2))
+def double():
+    return make_model().double()
 constant = 3
 """
 
@@ -251,7 +255,10 @@ MISTAKES = {
     "plan model.py:number --input 3": "must return a torch.nn.Module; got int",
     "plan model.py:fails --input 3": "could not be run (LookupError: no weights here)",
     "plan model.py:make_model --input 1x0": "--input must be sizes with x between, such as 1x28x28; got '1x0'",
-    "plan model.py:make_model --input 3x6x6": "fails on an input (128, 3, 6, 6) (RuntimeError: ",
+    "plan model.py:make_model --input 3x6x6": "fails on an input (128, 3, 6, 6) of float32 (RuntimeError: ",
+    "plan model.py:words --input 3": "give --input the shape of one sample, and --dtype its type",
+    "plan model.py:double --input 1x6x6": "give --input the shape of one sample, and --dtype its type",
+    "plan model.py:make_model --input 3 --dtype complex": "argument --dtype: invalid choice: 'complex'",
     "plan model.py:make_model --input 1x6x6 --batch 0": "--batch must be a whole number",
     "info --x": "unrecognized arguments: --x",
 }
@@ -347,6 +354,7 @@ def test_a_terminal_without_greek_gets_question_marks(tmp_path, data, monkeypatc
     assert main(train(data, tmp_path / "run", "--epochs", "1")) == 0
     assert b"accuracy           ?  noise scale" in content.getvalue() and b"images 8?6?1" in content.getvalue()
 
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 def test_a_reader_that_goes_away_is_no_error():
     process = start("info")
@@ -407,3 +415,28 @@ def test_the_digits_are_learned(tmp_path, penalty):
     assert main(["train", "--center", "ema", "--epochs", "12", "--out", str(tmp_path / "run"), *options]) == 0
     final = json.loads((tmp_path / "run" / "run.json").read_text())["epochs"][-1]
     assert final["test_accuracy"] > 0.95 and final["train_loss"] < 0.2
+    monkeypatch.setattr(sys, "path", [*sys.path])
+@pytest.mark.parametrize(("function", "shape", "dtype"), [("words", "3", "int64"), ("double", "1x6x6", "float64")])
+def test_plan_feeds_the_type_that_is_asked_for(tmp_path, monkeypatch, capsys, function, shape, dtype):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "model.py").write_text(MODEL)
+    assert main(["plan", f"{tmp_path}/model.py:{function}", "--input", shape, "--dtype", dtype]) == 0
+    assert "linear" in capsys.readouterr().out
+
+
+def test_plan_loads_a_file_as_python_does(tmp_path, monkeypatch, capsys):
+    """With modules beside it, also within the function, and dataclasses with annotations that are not evaluated."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "layers_beside_it.py").write_text("from torch import nn\nlayer = nn.Linear(3, 2)\n")
+    (tmp_path / "width_beside_it.py").write_text("width = 3\n")
+    (tmp_path / "model.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from layers_beside_it import layer\n"
+        "@dataclass\nclass Config:\n    width: int = 3\n"
+        "def make_model():\n    from width_beside_it import width\n    assert Config().width == width\n    return layer\n"
+    )
+    assert main(["plan", f"{tmp_path}/model.py:make_model", "--input", "3"]) == 0
+    assert "linear 3→2" in capsys.readouterr().out
+
+
