@@ -2,7 +2,7 @@
 
 Columns of a step: loss (mean over the batch, without penalty), Γ (``covariance_trace``), ‖ḡ‖² (``sq_mean_norm``), the
 averaged noise scale, Reg1 and Reg2 without their factors, seconds. Unknown numbers are nan, an empty field in CSV and
-null in JSON.
+null in JSON. Beside them stand the pairs of seconds that a step and a plain one took side by side.
 """
 
 import csv
@@ -28,7 +28,7 @@ EPOCH_COLUMNS = (
     "seconds_per_step",
     "plain_seconds_per_step",
 )
-TIMES = ("seconds", "seconds_per_step", "plain_seconds_per_step")
+PAIR_COLUMNS = ("seconds", "plain_seconds")
 
 
 class Table:
@@ -75,20 +75,20 @@ class Table:
 
 
 class History:
-    """The steps and epochs of a run."""
+    """The steps and epochs of a run, and the pairs from which its price is known."""
 
     def __init__(self):
         """Start empty."""
-        self.steps, self.epochs = Table(STEP_COLUMNS), Table(EPOCH_COLUMNS)
+        self.steps, self.epochs, self.pairs = Table(STEP_COLUMNS), Table(EPOCH_COLUMNS), Table(PAIR_COLUMNS)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Both tables."""
-        return {"steps": self.steps.state_dict(), "epochs": self.epochs.state_dict()}
+        """All tables."""
+        return {name: table.state_dict() for name, table in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Take both tables of a `state_dict`."""
-        self.steps.load_state_dict(state["steps"])
-        self.epochs.load_state_dict(state["epochs"])
+        """Take all tables of a `state_dict`."""
+        for name, table in vars(self).items():
+            table.load_state_dict(state[name])
 
     def write_csv(self, path: Path) -> None:
         """Write one row per step; the last step of an epoch also has its test loss and accuracy."""

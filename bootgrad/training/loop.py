@@ -68,8 +68,7 @@ class Trainer:
         self.order = torch.empty(0, dtype=torch.long)
         self._plain_model = copy.deepcopy(self.model)
         self._plain_optimizer = self._make_optimizer(self._plain_model)
-        self._is_plain_warm = False
-        self.pairs: list[tuple[float, float]] = []
+        self._is_warm = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -84,10 +83,10 @@ class Trainer:
     @property
     def cost(self) -> tuple[float, float]:
         """Median seconds of a step and of a plain one, over the pairs measured side by side; nan before the first."""
-        if not self.pairs:
+        pairs = self.history.pairs
+        if not len(pairs):
             return float("nan"), float("nan")
-        ours, plain = zip(*self.pairs, strict=True)
-        return statistics.median(ours), statistics.median(plain)
+        return statistics.median(pairs["seconds"]), statistics.median(pairs["plain_seconds"])
 
     def run_epoch(
         self, should_stop: Callable[[], bool] = lambda: False, on_step: Callable[[dict], Any] = lambda row: None
@@ -147,6 +146,7 @@ class Trainer:
 
         Raises:
             DataError: the state is of another model or of other data, or damaged.
+            ArgumentError: it has begun more epochs than the settings ask for.
         """
         try:
             self._check_same_model(state["model"])
@@ -171,6 +171,11 @@ class Trainer:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"the checkpoint is not whole ({type(error).__name__}: {error}): start anew") from error
+        begun = self.epoch + (self.position > 0)
+        if self.settings.epochs < begun:
+            raise ArgumentError(
+                f"--epochs {self.settings.epochs} is fewer than the {begun} that the run has begun: give {begun} or more"
+            )
 
     def _make_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         if self.settings.optimizer == "adam":
@@ -184,15 +189,12 @@ class Trainer:
 
     def _step(self) -> None:
         x, y = self._batch()
-        try:
-            seconds, (loss, moments, reg1, reg2) = self._timed(self._take_step, x, y)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(f"{self.device} has too little memory for a step: lower --batch-size") from error
-        if self.position % _PLAIN_EVERY == min(_PLAIN_EVERY, self.steps_per_epoch) // 2:
-            if not self._is_plain_warm:
-                self._timed(self._take_plain_step, x, y)
-                self._is_plain_warm = True
-            self.pairs.append((seconds, self._timed(self._take_plain_step, x, y)[0]))
+        seconds, (loss, moments, reg1, reg2) = self._timed(self._take_step, x, y)
+        if not self._is_warm:  # a first step also checks the batch dimension and allocates: no pair comes from it
+            self._take_plain_step(x, y)
+            self._is_warm = True
+        elif self.position % _PLAIN_EVERY == min(_PLAIN_EVERY, self.steps_per_epoch) // 2:
+            self.history.pairs.add(seconds=seconds, plain_seconds=self._timed(self._take_plain_step, x, y)[0])
         self.noise_scale.update(moments)
         self.position += 1
         self.history.steps.add(

@@ -250,7 +250,7 @@ def _write(trainer: Trainer, out: Path) -> None:
             "this": finite(ours),
             "plain": finite(plain),
             "ratio": finite(ours / plain),
-            "pairs": len(trainer.pairs),
+            "pairs": len(trainer.history.pairs),
         },
     }
     with checkpoint.replacing(out / "run.json") as file:

@@ -13,12 +13,12 @@ from bootgrad import BootgradError
 from bootgrad.errors import ArgumentError, DataError
 from bootgrad.training import checkpoint
 from bootgrad.training.data import ImageData
-from bootgrad.training.history import TIMES
 from bootgrad.training.loop import Trainer, TrainingError
 from bootgrad.training.model import reference_cnn
 from bootgrad.training.settings import Settings
 
 SMALL = {"batch_size": 4, "epochs": 2, "threads": torch.get_num_threads()}
+TIMES = ("seconds", "plain_seconds", "seconds_per_step", "plain_seconds_per_step")
 
 
 def images(count=17, shape=(1, 8, 6), seed=0):
@@ -184,12 +184,37 @@ def test_more_epochs_go_on_from_the_end():
 def test_plain_steps_beside_the_run_change_nothing(monkeypatch):
     data = images()
     with_copy = run(Trainer(Settings(**SMALL), data))
-    assert len(with_copy.pairs) == 2  # one in each epoch of four steps
+    assert len(with_copy.history.pairs) == 2  # one in each epoch of four steps
     ours, plain = with_copy.cost
     assert 0 < plain and 0 < ours
     assert with_copy.history.epochs["seconds_per_step"][-1] == ours
     monkeypatch.setattr(Trainer, "_take_plain_step", lambda self, x, y: None)
     assert_same_numbers(with_copy, run(Trainer(Settings(**SMALL), data)))
+
+
+def test_the_first_step_of_a_process_is_in_no_pair():
+    data, settings = images(), Settings(**{**SMALL, "batch_size": 16, "epochs": 3})
+    first = Trainer(settings, data)
+    first.run_epoch()
+    assert first.steps_per_epoch == 1 and math.isnan(first.cost[0])
+    first.run_epoch()
+    assert first.history.pairs["seconds"] == first.history.steps["seconds"][1:]
+    second = Trainer(settings, data)
+    second.load_state_dict(first.state_dict())
+    assert second.cost == first.cost
+    assert run(second).cost == first.cost  # its only step is a first one
+
+
+def test_fewer_epochs_than_are_begun_are_refused():
+    data = images()
+    trainer = run(Trainer(Settings(**SMALL), data))
+    with pytest.raises(ArgumentError, match="--epochs 1 is fewer than the 2 that the run has begun: give 2 or more"):
+        Trainer(Settings(**{**SMALL, "epochs": 1}), data).load_state_dict(trainer.state_dict())
+    trainer = Trainer(Settings(**SMALL), data)
+    trainer.run_epoch()
+    trainer.run_epoch(lambda: True)
+    with pytest.raises(ArgumentError, match="--epochs 1 is fewer than the 2"):
+        Trainer(Settings(**{**SMALL, "epochs": 1}), data).load_state_dict(trainer.state_dict())
 
 
 def test_only_the_first_images_are_used_where_few_are_asked_for():
@@ -205,15 +230,6 @@ def test_a_diverging_run_stops_with_the_step_and_the_remedy():
     with pytest.raises(TrainingError, match=r"infinite or NaN at step [23] of epoch 1: lower --lr"):
         trainer.run_epoch()
     assert all(math.isfinite(loss) for loss in trainer.history.steps["loss"])
-
-
-def test_a_device_that_is_too_small_is_named(monkeypatch):
-    def full(self, x, y):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(Trainer, "_take_step", full)
-    with pytest.raises(TrainingError, match="cpu has too little memory for a step: lower --batch-size"):
-        Trainer(Settings(**SMALL), images()).run_epoch()
 
 
 def test_a_checkpoint_of_another_model_or_other_data_is_refused():
