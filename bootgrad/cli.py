@@ -72,11 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", _train, "train the reference CNN and measure its gradients' noise")
     _add_settings(train)
     train.add_argument("--out", metavar="DIR", help="folder of the run; default: run, or the checkpoint's folder")
-    either = train.add_mutually_exclusive_group()
-    either.add_argument(
+    train.add_argument(
         "--resume", nargs="?", const="", metavar="CKPT", help="go on from a checkpoint; default: that in --out"
     )
-    either.add_argument("--overwrite", action="store_true", help="replace a run that --out holds")
+    train.add_argument("--overwrite", action="store_true", help="replace a run that --out holds")
     train.add_argument(
         "--check", action="store_true", help="first compare the library with plain autograd on a few images"
     )
@@ -93,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     plan = _command(commands, "plan", _plan, "show per layer how its norms are computed, and what that costs")
     plan.add_argument("model", metavar="FILE.py:FUNCTION", help="a function without arguments that returns the model")
     plan.add_argument("--batch", type=int, default=128, metavar="N", help="samples in a batch")
-    plan.add_argument("--dtype", choices=_DTYPES, default="float32", help="type of the samples; default: float32")
     plan.add_argument("--input", required=True, metavar="1x28x28", help="shape of one sample")
+    plan.add_argument("--dtype", choices=_DTYPES, default="float32", help="type of the samples; default: float32")
 
     _command(commands, "info", _info, "show versions, and what is built, loaded and used")
     return parser
@@ -199,9 +198,9 @@ def _load_model(text: str):
     spec = importlib.util.spec_from_file_location("_bootgrad_plan", file)
     if spec is None or spec.loader is None:
         raise ArgumentError(f"{file!r} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for it
     sys.path.insert(0, str(Path(file).resolve().parent))  # as under ``python FILE.py``
-    module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         make = getattr(module, function, None)

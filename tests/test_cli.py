@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import bootgrad
 from bootgrad.cli import main
-from bootgrad.training import checkpoint, run
+from bootgrad.training import checkpoint, loop, run
 from bootgrad.training.settings import Settings
 
 THREADS = str(torch.get_num_threads())
@@ -221,6 +221,92 @@ def test_compare_trains_the_variants_from_one_seed(data, tmp_path, capsys):
     assert timeless(read_csv(out / "reg1" / "run.csv")) == before
 
 
+def test_compare_goes_on_with_the_settings_of_the_runs_that_are_there(data, tmp_path, capsys):
+    penalties = ["--reg1", "0.05", "--reg2", "0.02"]
+    options = ["--data", data, "--batch-size", "4", "--threads", THREADS, "--lr", "0.01", "--center", "ema", *penalties]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(["compare", *options, "--epochs", "2", "--out", str(whole)]) == 0
+    assert main(train(data, parts / "plain", "--epochs", "1", "--lr", "0.01", "--center", "ema")) == 0
+    assert main(["compare", "--resume", *penalties, "--epochs", "2", "--out", str(parts)]) == 0
+    for name in ("plain", "reg1", "reg1_reg2"):
+        expected, got = (json.loads((out / name / "run.json").read_text())["settings"] for out in (whole, parts))
+        assert got == expected and got["lr"] == 0.01
+    rows, expected = (timeless(read_csv(out / "comparison.csv")) for out in (parts, whole))
+    assert rows == expected
+
+    options = ("--reg1", "0.05", "--center", "ema")
+    for change, remedy in ((("--lr", "0.5"), "start anew by --overwrite"), (("--epochs", "3"), "give --epochs")):
+        lr = () if "--lr" in change else ("--lr", "0.01")
+        assert main(train(data, parts / "reg1", "--epochs", "2", *options, *lr, *change, "--overwrite")) == 0
+        before = {path: path.read_bytes() for path in parts.rglob("*.*")}
+        capsys.readouterr()
+        assert main(["compare", "--resume", *penalties, "--out", str(parts)]) == 2
+        captured = capsys.readouterr()
+        assert f"{parts}/reg1 was trained with {' '.join(change)}, {parts}/plain with" in captured.err
+        assert remedy in captured.err and captured.out == ""
+        assert {path: path.read_bytes() for path in parts.rglob("*.*")} == before
+    assert main(["compare", "--resume", *penalties, "--epochs", "3", "--out", str(parts)]) == 0
+
+
+def test_resuming_elsewhere_spares_the_run_that_is_there(data, tmp_path, capsys):
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert main(train(data, a, "--epochs", "1", "--seed", "1")) == 0
+    assert main(train(data, b, "--epochs", "2", "--seed", "2")) == 0
+    before = {path: path.read_bytes() for path in b.iterdir()}
+    resume = ["train", "--resume", str(a / "checkpoint.pt"), "--epochs", "2", "--out", str(b)]
+    assert main(resume) == 2
+    assert f"--out {b} holds a run already" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in b.iterdir()} == before
+    assert main([*resume, "--overwrite"]) == 0
+    record = json.loads((b / "run.json").read_text())
+    assert record["seed"] == 1 and len(record["epochs"]) == 2
+    assert main(["train", "--resume", "--overwrite", "--out", str(b)]) == 2
+    assert "--overwrite would replace the run in" in capsys.readouterr().err
+    assert main(["train", "--resume", str(b / ".." / "b" / "checkpoint.pt"), "--out", str(b)]) == 0
+
+
+def test_a_run_that_is_overwritten_leaves_nothing_behind(data, tmp_path, monkeypatch):
+    assert main(train(data, tmp_path / "run", "--epochs", "1")) == 0
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Trainer, "run_epoch", killed)
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--epochs", "2"]) == 130
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.pt", "run.csv", "run.json", "run.png"]
+    assert main(train(data, tmp_path / "run", "--overwrite")) == 130
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.pt", "run.csv"]
+    assert read_csv(tmp_path / "run" / "run.csv") == []
+
+
+def test_resuming_keeps_what_the_steps_cost(data, tmp_path):
+    def cost():
+        return json.loads((tmp_path / "run" / "run.json").read_text())["seconds_per_step"]
+
+    assert main(train(data, tmp_path / "run", "--epochs", "2")) == 0
+    before = cost()
+    assert before["pairs"] == 2
+    assert main(["train", "--resume", "--out", str(tmp_path / "run")]) == 0  # nothing is left to do
+    assert cost() == before
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--epochs", "3"]) == 0
+    assert cost()["pairs"] == 3
+
+
+def test_too_little_memory_is_said_in_one_line(data, tmp_path, monkeypatch, capsys):
+    def huge(shape, classes):
+        return torch.nn.Linear(1 << 50, classes)
+
+    def full(self, x, y):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for change in ((loop, "reference_cnn", huge), (loop.Trainer, "_take_step", full)):
+        with monkeypatch.context() as context:
+            context.setattr(*change)
+            assert main(train(data, tmp_path / "run", "--overwrite")) == 2
+        expected = "there is too little memory for this run: lower --batch-size, or give --data smaller images\n"
+        assert capsys.readouterr().err.endswith(f"bootgrad: error: {expected}")
+
+
 MISTAKES = {
     "": "the following arguments are required: COMMAND",
     "trian": "invalid choice: 'trian'",
@@ -246,6 +332,7 @@ MISTAKES = {
     "train --out /dev/null/x --train-size 128": "--out /dev/null/x cannot be made or entered",
     "compare --reg1 0.1": "a comparison needs --reg1 and --reg2 above 0, for the variants that have them; got 0.1 and 0",
     "compare --reg1 0.1 --reg2 0.1": "--reg2 about the batch mean is identically zero",
+    "compare --resume --overwrite": "not allowed with argument",
     "compare --resume here": "unrecognized arguments: here",
     "plan": "the following arguments are required: FILE.py:FUNCTION, --input",
     "plan nowhere.py:f --input 3": "there is no Python file 'nowhere.py'",
@@ -267,6 +354,7 @@ MISTAKES = {
 @pytest.mark.parametrize("command", MISTAKES)
 def test_mistakes_get_one_line_and_exit_code_2(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     Path("model.py").write_text(MODEL)
     assert main(command.split()) == 2
     captured = capsys.readouterr()
@@ -329,6 +417,7 @@ def test_check_compares_with_autograd_first(data, tmp_path, capsys):
 
 def test_plan_shows_each_layer(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     Path("model.py").write_text(MODEL)
     assert main(["plan", "model.py:make_model", "--batch", "16", "--input", "1x6x6"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -336,6 +425,30 @@ def test_plan_shows_each_layer(tmp_path, monkeypatch, capsys):
     layers = {line.split()[0]: line for line in lines[2:]}
     assert "conv 3×3, 1→8, 6×6, T = 16" in layers["0.weight"] and "linear 128→5, T = 1" in layers["3.weight"]
     assert "rank1" in layers["3.weight"] and "133" in layers["3.weight"]  # I + O
+
+
+@pytest.mark.parametrize(("function", "shape", "dtype"), [("words", "3", "int64"), ("double", "1x6x6", "float64")])
+def test_plan_feeds_the_type_that_is_asked_for(tmp_path, monkeypatch, capsys, function, shape, dtype):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "model.py").write_text(MODEL)
+    assert main(["plan", f"{tmp_path}/model.py:{function}", "--input", shape, "--dtype", dtype]) == 0
+    assert "linear" in capsys.readouterr().out
+
+
+def test_plan_loads_a_file_as_python_does(tmp_path, monkeypatch, capsys):
+    """With modules beside it, also within the function, and dataclasses with annotations that are not evaluated."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "layers_beside_it.py").write_text("from torch import nn\nlayer = nn.Linear(3, 2)\n")
+    (tmp_path / "width_beside_it.py").write_text("width = 3\n")
+    (tmp_path / "model.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from layers_beside_it import layer\n"
+        "@dataclass\nclass Config:\n    width: int = 3\n"
+        "def make_model():\n    from width_beside_it import width\n    assert Config().width == width\n    return layer\n"
+    )
+    assert main(["plan", f"{tmp_path}/model.py:make_model", "--input", "3"]) == 0
+    assert "linear 3→2" in capsys.readouterr().out
 
 
 def test_info_and_version(capsys):
@@ -354,7 +467,6 @@ def test_a_terminal_without_greek_gets_question_marks(tmp_path, data, monkeypatc
     assert main(train(data, tmp_path / "run", "--epochs", "1")) == 0
     assert b"accuracy           ?  noise scale" in content.getvalue() and b"images 8?6?1" in content.getvalue()
 
-    monkeypatch.setattr(sys, "path", [*sys.path])
 
 def test_a_reader_that_goes_away_is_no_error():
     process = start("info")
@@ -415,28 +527,3 @@ def test_the_digits_are_learned(tmp_path, penalty):
     assert main(["train", "--center", "ema", "--epochs", "12", "--out", str(tmp_path / "run"), *options]) == 0
     final = json.loads((tmp_path / "run" / "run.json").read_text())["epochs"][-1]
     assert final["test_accuracy"] > 0.95 and final["train_loss"] < 0.2
-    monkeypatch.setattr(sys, "path", [*sys.path])
-@pytest.mark.parametrize(("function", "shape", "dtype"), [("words", "3", "int64"), ("double", "1x6x6", "float64")])
-def test_plan_feeds_the_type_that_is_asked_for(tmp_path, monkeypatch, capsys, function, shape, dtype):
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "model.py").write_text(MODEL)
-    assert main(["plan", f"{tmp_path}/model.py:{function}", "--input", shape, "--dtype", dtype]) == 0
-    assert "linear" in capsys.readouterr().out
-
-
-def test_plan_loads_a_file_as_python_does(tmp_path, monkeypatch, capsys):
-    """With modules beside it, also within the function, and dataclasses with annotations that are not evaluated."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "layers_beside_it.py").write_text("from torch import nn\nlayer = nn.Linear(3, 2)\n")
-    (tmp_path / "width_beside_it.py").write_text("width = 3\n")
-    (tmp_path / "model.py").write_text(
-        "from __future__ import annotations\n"
-        "from dataclasses import dataclass\n"
-        "from layers_beside_it import layer\n"
-        "@dataclass\nclass Config:\n    width: int = 3\n"
-        "def make_model():\n    from width_beside_it import width\n    assert Config().width == width\n    return layer\n"
-    )
-    assert main(["plan", f"{tmp_path}/model.py:make_model", "--input", "3"]) == 0
-    assert "linear 3→2" in capsys.readouterr().out
-
-

@@ -4,14 +4,17 @@ A folder holds ``checkpoint.pt`` (after each epoch, and when interrupted), ``run
 (settings, versions, device, epochs) and ``run.png``.
 """
 
+import contextlib
 import datetime
 import json
+import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
 import bootgrad
@@ -62,6 +65,24 @@ class Interruption:
         signal.signal(signal.SIGINT, self._before)
 
 
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+    """A context, or decorator, that turns the many errors of a full memory into one.
+
+    Raises:
+        TrainingError: memory could not be had.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch has a class for a full GPU only
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            raise TrainingError(
+                "there is too little memory for this run: lower --batch-size, or give --data smaller images"
+            ) from error
+        raise
+
+
+@enough_memory()
 def train(
     options: Mapping[str, Any],
     out: Path,
@@ -77,7 +98,7 @@ def train(
         options: settings by name, those that were given; others come from the checkpoint or are the defaults.
         out: folder of the run, made if need be.
         resume: checkpoint to go on from.
-        overwrite: start anew even if the folder holds a checkpoint.
+        overwrite: replace the run that the folder holds.
         check: compare the library with plain autograd on a few images first, and print the table.
         say: prints a line.
 
@@ -95,11 +116,13 @@ def train(
     trainer = Trainer(settings, data)
     if state is not None:
         trainer.load_state_dict(state)
-    _prepare_folder(out, may_hold_run=overwrite or resume is not None)
+    goes_on = _prepare_folder(out, resume, overwrite)
     say(_describe(trainer))
     if check:
         _verify(trainer)
     checkpoint.save(out / CHECKPOINT, trainer.state_dict())
+    if not goes_on:
+        _remove_results(out)
     steps = settings.epochs * trainer.steps_per_epoch
     done = len(trainer.history.steps)
     with (
@@ -131,7 +154,8 @@ def compare(
     """Train plainly, with Reg1, and with Reg1 and Reg2, from one seed, and draw and tabulate the runs side by side.
 
     Args:
-        options: settings by name; ``reg1`` and ``reg2`` are those of the variants that have them.
+        options: settings by name; ``reg1`` and ``reg2`` are those of the variants that have them. Those not given are
+            the defaults, or under ``resume`` what the runs that are there have in common.
         out: folder of ``comparison.png``, ``comparison.csv`` and one folder per variant.
         resume: go on with each variant's run that is there.
         overwrite: start anew.
@@ -139,23 +163,26 @@ def compare(
 
     Returns:
         Whether all came to their end.
+
+    Raises:
+        BootgradError: bad options or data, or runs that cannot be compared.
     """
+    penalties: tuple[dict[str, float], ...] = ({"reg1": 0.0, "reg2": 0.0}, {"reg2": 0.0}, {})
+    folders = [out / name.lower().replace(" + ", "_") for name in VARIANT_NAMES]
+    checkpoints = [path if resume and os.path.isfile(path) else None for path in (f / CHECKPOINT for f in folders)]
+    options = {**_common_settings(checkpoints, penalties, options), **options}
     settings = Settings(**options)
     if not (settings.reg1 > 0 and settings.reg2 > 0):
         raise ArgumentError(
             "a comparison needs --reg1 and --reg2 above 0, for the variants that have them; "
             f"got {settings.reg1:g} and {settings.reg2:g}"
         )
-    penalties: tuple[dict[str, float], ...] = ({"reg1": 0.0, "reg2": 0.0}, {"reg2": 0.0}, {})
-    folders = [out / name.lower().replace(" + ", "_") for name in VARIANT_NAMES]
-    for folder in folders:
-        _prepare_folder(folder, may_hold_run=overwrite or resume)
+    for folder, before in zip(folders, checkpoints, strict=True):
+        _prepare_folder(folder, before, overwrite)
     runs = {}
-    for name, folder, penalty in zip(VARIANT_NAMES, folders, penalties, strict=True):
+    for name, folder, before, penalty in zip(VARIANT_NAMES, folders, checkpoints, penalties, strict=True):
         say(f"\n{name}")
-        before = folder / CHECKPOINT
-        going_on = before if resume and before.is_file() else None
-        runs[name], finished = train({**options, **penalty}, folder, resume=going_on, overwrite=overwrite, say=say)
+        runs[name], finished = train({**options, **penalty}, folder, resume=before, overwrite=overwrite, say=say)
         if not finished:
             return False
     header = ("variant", *tables.EPOCH_HEADER[1:])
@@ -183,17 +210,56 @@ def _resumed_settings(stored: Any, given: Mapping[str, Any]) -> Settings:
     return Settings(**{**stored, **given})
 
 
-def _prepare_folder(out: Path, may_hold_run: bool) -> None:
+def _common_settings(
+    checkpoints: Sequence[Path | None], penalties: Sequence[Mapping[str, float]], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the settings of the checkpoints that there are agree in, their penalties left out."""
+    runs = {
+        path.parent: _resumed_settings(checkpoint.read(path)["settings"], {**given, **penalty}).as_dict()
+        for path, penalty in zip(checkpoints, penalties, strict=True)
+        if path is not None
+    }
+    common: dict[str, Any] = {}
+    for folder, settings in runs.items():
+        for name in SETTING_NAMES:
+            if name not in ("reg1", "reg2") and common.setdefault(name, settings[name]) != settings[name]:
+                option = name.replace("_", "-")
+                remedy = f"give --{option}" if name in MAY_CHANGE else "start anew by --overwrite"
+                raise ArgumentError(
+                    f"{folder} was trained with --{option} {settings[name]}, {next(iter(runs))} with {common[name]}, "
+                    f"which is no comparison: {remedy}"
+                )
+    return common
+
+
+def _prepare_folder(out: Path, resume: Path | None, overwrite: bool) -> bool:
+    """Make the folder; refuse a run in it that is to be neither replaced nor gone on with; tell whether it goes on."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         exists = (out / CHECKPOINT).exists()
+        goes_on = exists and resume is not None and resume.samefile(out / CHECKPOINT)
     except (OSError, ValueError) as error:
         raise DataError(f"--out {out} cannot be made or entered ({error}): choose another folder") from error
-    if exists and not may_hold_run:
+    if goes_on and overwrite:
+        raise ArgumentError(
+            f"--overwrite would replace the run in {out} that --resume goes on with: leave one of them out, "
+            "or choose another --out"
+        )
+    if exists and not (goes_on or overwrite):
         raise ArgumentError(
             f"--out {out} holds a run already: go on with it by --resume, replace it by --overwrite, "
             "or choose another folder"
         )
+    return goes_on
+
+
+def _remove_results(out: Path) -> None:
+    """Remove what tells of an earlier run, and would contradict the checkpoint until the new one ends."""
+    for name in ("run.csv", "run.json", "run.png"):
+        try:
+            (out / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise DataError(f"{out / name} cannot be removed ({error.strerror}): choose another folder") from error
 
 
 def _describe(trainer: Trainer) -> str:
