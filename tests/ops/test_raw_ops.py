@@ -168,6 +168,49 @@ def test_deviations_of_samples_that_nearly_agree(backend, name):
     check(backend.name, name, case, backend.op(name)(*arguments(name, case)))
 
 
+def squares(name, results):
+    """The squared norms or, where there are, distances among an op's results."""
+    return results[2 if results[2].numel() else 1] if name.endswith("statistics") else first(results)
+
+
+def first(results):
+    """The only result or the first of several."""
+    return results[0] if isinstance(results, tuple) else results
+
+
+@over_paths([n for n in schema.SCHEMAS if takes(n, "center")])
+def test_squared_distances_are_not_negative(backend, name, path):
+    """Where rounding outweighs the distance, ‖G_i‖² − 2⟨G_i, c⟩ + ‖c‖² is below zero for one sample in two."""
+    case = laid_out(name, torch.float32, lambda t: t)
+    case = case.but(x=case.x[:1], gy=case.gy[:1], w=None)
+    total = "linear_weighted_sum" if name in LINEAR_OPS else "conv_weighted_sum"
+    center = backend.op(total)(*arguments(total, case))
+    x = torch.cat([case.x * scale for scale in torch.linspace(1, 1 + 1e-5, 64)])
+    case = case.but(x=x, gy=case.gy.expand(64, *case.gy.shape[1:]), center=center)
+    assert (squares(name, backend.op(name)(*arguments(name, case, path))) >= 0).all()
+
+
+@over_paths([n for n in LINEAR_OPS + CONV_OPS if "norms" in n or n.endswith("statistics")])
+def test_squares_beyond_the_largest_number_are_infinite(backend, name, path):
+    """‖G_i‖² = 1e40 · ‖…‖² overflows; the entries of G_i do not."""
+    case = laid_out(name, torch.float32, lambda t: t)
+    x, gy = (torch.full_like(t, 1e10) for t in (case.x, case.gy))
+    results = backend.op(name)(*arguments(name, case.but(x=x, gy=gy), path))
+    assert (squares(name, results) == torch.inf).all()
+
+
+@over_paths(CONV_OPS)
+def test_pixels_between_the_kernel_positions_do_not_enter(backend, name, path):
+    """A dilated kernel that fits once reaches the corners alone."""
+    case = conv_case(2, 2, (3, 3), 3, (2, 2), (1, 1), (0, 0), (2, 2), 1, torch.float32)
+    x = case.x.clone()
+    x[:, :, 1] = x[:, :, :, 1] = torch.nan
+    clean = case.but(x=x.nan_to_num(0.0))
+    results = (backend.op(name)(*arguments(name, c, path)) for c in (case.but(x=x), clean))
+    for ours, expected in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 @over_paths(LINEAR_OPS + CONV_OPS)
 def test_same_input_same_bits(backend, name, path):
     threads = torch.get_num_threads()

@@ -152,9 +152,12 @@ struct ConvGram : ConvLayer<In> {
       if (call.dgy) this->write_dgy(b, g, dgyt, T(2));
       if (call.dx) this->write_dx(b, g, dxt, T(2));
     }
-    if (call.sq_norms) static_cast<T*>(call.sq_norms)[b] = static_cast<T>(norm);
-    if (call.deviation) static_cast<T*>(call.deviation)[b] = static_cast<T>(norm - 2 * inner + center_sq);
+    if (call.sq_norms) static_cast<T*>(call.sq_norms)[b] = not_negative(norm);
+    if (call.deviation) static_cast<T*>(call.deviation)[b] = not_negative(norm - 2 * inner + center_sq);
   }
+
+  // What rounding leaves below zero is zero; NaN stays.
+  static T not_negative(double v) { return v < 0 ? T(0) : static_cast<T>(v); }
 
   // Planes of x and gy whose columns are the Grams' columns.
   void copy_planes(int64_t b, const Memory& m) const {

@@ -1,5 +1,5 @@
-// What the CUDA kernels share: numbers as their accumulation type, 16-byte chunks of a row, sums over a group of
-// threads.
+// What the CUDA kernels share: numbers as their accumulation type, 16-byte chunks of a row, a block's dynamic shared
+// memory, sums over a group of threads.
 //
 // Plain CUDA C++ on raw pointers. tests/csrc/emulation compiles it unchanged for the CPU, one thread per CUDA thread.
 
@@ -19,6 +19,19 @@ __device__ __forceinline__ float to_accumulator(float value) { return value; }
 __device__ __forceinline__ double to_accumulator(double value) { return value; }
 __device__ __forceinline__ float to_accumulator(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_accumulator(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename T>
+__device__ __forceinline__ T from_accumulator(decltype(to_accumulator(T())) value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ __half from_accumulator<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_accumulator<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
 
 // The type in which sums over numbers of type T are kept.
 template <typename T>
@@ -54,6 +67,14 @@ __device__ __forceinline__ Chunk<T> load_chunk(const T* row, int64_t start, int6
   }
   return chunk;
 }
+
+#ifdef __CUDACC__
+// The block's shared memory whose size the launch tells.
+__device__ __forceinline__ void* dynamic_shared_memory() {
+  extern __shared__ uint4 memory[];
+  return memory;
+}
+#endif
 
 // The sum over the 32 threads of a warp, in a fixed order, known to all of them.
 template <typename A>

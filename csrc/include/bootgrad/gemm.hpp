@@ -111,7 +111,10 @@ struct Total {
   }
   BOOTGRAD_INLINE double value() const {
     double s = 0;
-    for (int64_t i = 0; i < kLanes<T>; ++i) s += static_cast<double>(sum[i]) + static_cast<double>(error[i]);
+    for (int64_t i = 0; i < kLanes<T>; ++i) {
+      const bool finite = sum[i] - sum[i] == 0;  // else the error is NaN, from ∞ − ∞
+      s += static_cast<double>(sum[i]) + (finite ? static_cast<double>(error[i]) : 0);
+    }
     return s;
   }
 };

@@ -52,7 +52,7 @@ struct ConvPlan {
   int64_t B, C, O, groups, Cg, Og, K, T, R;
   int64_t pixels;      // positions of x
   bool channels_last;  // x is (B, T, C) and gy (B, T, O): a linear layer, which has one kernel position
-  bool pixel_gram;     // stride 1: patch Grams are sums of shifted pixel Grams
+  bool pixel_gram;     // stride 1, every pixel in a patch: patch Grams are sums of shifted pixel Grams
   int64_t S[3], P[3];  // spatial size of x and of gy
   int64_t kernel[3], stride[3], padding[3], dilation[3];
   int64_t xs[3], x_plane;           // padded size of x, their product

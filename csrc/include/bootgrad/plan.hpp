@@ -36,7 +36,8 @@ class ConvTables {
       p.glow[d] = dx && low < 0 ? -low : 0;
       p.gs[d] = p.glow[d] + (dx && high >= p.P[d] ? high + 1 : p.P[d]);
       p.K *= p.kernel[d], p.T *= p.P[d], p.pixels *= p.S[d], p.x_plane *= p.xs[d], p.g_plane *= p.gs[d];
-      p.pixel_gram &= p.stride[d] == 1;
+      // Where dilation skips pixels for good, their values must not enter: 0·NaN is NaN.
+      p.pixel_gram &= p.stride[d] == 1 && (p.kernel[d] == 1 || p.P[d] >= p.dilation[d]);
     }
     p.R = p.Cg * p.K;
     taps_and_positions();
