@@ -3,12 +3,13 @@
 Letters: ``B`` samples, ``P`` entries of all parameters that require grad, g_i the rows, ḡ their mean, c a center.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
+from .ops.schema import accumulation_dtype
 from .rules.terms import Term, total
 
 Direction = Mapping[str, Tensor] | Tensor
@@ -65,6 +66,7 @@ class PerSampleGradients:
 
     Made with ``create_graph=True``, every method is differentiable and may be called any number of times; otherwise results
     are detached and the matrix outlives the autograd graph. ``G[index]`` is a subset of the rows, without a copy of B×P.
+    Results are tensors of their own: what is done to one in place changes no other.
     """
 
     def __init__(
@@ -96,6 +98,10 @@ class PerSampleGradients:
         """B."""
         return self.batch_size
 
+    def __iter__(self) -> Iterator["PerSampleGradients"]:
+        """The rows one by one, each a matrix of one row."""
+        return (self[i] for i in range(self.batch_size))
+
     def __getitem__(self, index) -> "PerSampleGradients":
         """The rows ``index``: a slice, a sequence of numbers, a long or a bool tensor. One number gives one row."""
         device = next(iter(self._parameters.values())).device
@@ -120,7 +126,7 @@ class PerSampleGradients:
     def sq_norms_by_parameter(self) -> dict[str, Tensor]:
         """Squared norms of the rows' parts, {name: (B,)}; parameters that the losses do not reach are left out."""
         with self._grad_mode():
-            return {name: term.sq_norms() for name, term in self._terms.items()}
+            return {name: term.sq_norms().clone() for name, term in self._terms.items()}
 
     def deviation_sq_norms(self, center: Direction | None = None) -> Tensor:
         """Squared distances of the rows from a center, ‖g_i − c‖², (B,).
@@ -131,10 +137,10 @@ class PerSampleGradients:
         Raises:
             ArgumentError: the center does not fit the parameters.
         """
-        c = self.mean() if center is None else self._direction(center, "center")
+        c = self._mean() if center is None else self._direction(center, "center")
         with self._grad_mode():
             out = self._sum_over_parameters(lambda term, name: term.sq_norms(c[name]))
-            absent = [c[name].square().sum() for name in self._parameters if name not in self._terms]
+            absent = [sq_norm(c[name]) for name in self._parameters if name not in self._terms]
             return out + torch.stack(absent).sum() if absent else out
 
     def covariance_trace(self, unbiased: bool = False) -> Tensor:
@@ -153,7 +159,7 @@ class PerSampleGradients:
         if unbiased and self.batch_size < 2:
             raise ArgumentError("the unbiased covariance trace needs at least two samples; got one")
         with torch.no_grad():
-            mean = self.mean()
+            mean = self._mean()
         with self._grad_mode():
             scatter = total(term.covariance(mean[name]) for name, term in self._terms.items())
             return scatter / (self.batch_size - unbiased)
@@ -178,10 +184,7 @@ class PerSampleGradients:
     def mean(self) -> dict[str, Tensor]:
         """ḡ = (1/B) Σ_i g_i by parameter name."""
         with self._grad_mode():
-            attached = torch.is_grad_enabled()
-            if attached not in self._means:
-                self._means[attached] = {name: t / self.batch_size for name, t in self._by_parameter(None).items()}
-        return {name: t if attached else t.clone() for name, t in self._means[attached].items()}
+            return {name: t.clone() for name, t in self._mean().items()}
 
     def gram(self) -> Tensor:
         """Inner products of all rows, ⟨g_i, g_j⟩, (B, B). Rows are made in blocks: B²·P operations, B·P/blocks memory."""
@@ -192,7 +195,7 @@ class PerSampleGradients:
         """The rows themselves, {name: (B, *shape)}: B·P numbers."""
         with self._grad_mode():
             return {
-                name: self._terms[name].rows(0, self.batch_size)
+                name: self._terms[name].rows(0, self.batch_size).clone()
                 if name in self._terms
                 else p.new_zeros(self.batch_size, *p.shape)
                 for name, p in self._parameters.items()
@@ -200,6 +203,14 @@ class PerSampleGradients:
 
     def _grad_mode(self):
         return torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled())
+
+    def _mean(self) -> dict[str, Tensor]:
+        """ḡ, kept from one call to the next."""
+        with self._grad_mode():
+            attached = torch.is_grad_enabled()
+            if attached not in self._means:
+                self._means[attached] = {name: t / self.batch_size for name, t in self._by_parameter(None).items()}
+            return self._means[attached]
 
     def _direction(self, value: Direction, what: str) -> dict[str, Tensor]:
         return as_parameter_dict(value, self._parameters, what)
@@ -226,3 +237,8 @@ class Transposed:
     def __matmul__(self, w: Tensor) -> dict[str, Tensor]:
         """Σ_i w_i g_i by parameter name, for w (B,)."""
         return self.T.weighted_sum(w)
+
+
+def sq_norm(t: Tensor) -> Tensor:
+    """‖t‖² in the accumulation dtype."""
+    return t.to(accumulation_dtype(t.dtype)).square().sum()

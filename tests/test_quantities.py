@@ -1,12 +1,21 @@
 """Every quantity of the library, first and second order, on every way of using parameters, against the oracle in float64."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
 
 import bootgrad
 from bootgrad import reference
+from bootgrad.errors import UnsupportedError
+from bootgrad.rules.terms import recomputed
 
-from .models import SHAPES, loss_of, make
+from .models import SHAPES, Residual, Unknown, loss_of, make
 
 pytestmark = pytest.mark.filterwarnings("ignore::bootgrad.BootgradWarning", "ignore:Using padding='same' with even")
 KINDS = pytest.mark.parametrize("kind", SHAPES, ids=lambda k: k.__name__)
@@ -120,6 +129,48 @@ def test_matrix(kind, create_graph):
         check(torch.cat([t.flatten() for t in subset.mean().values()]).detach(), D.mean(0))
         check(flat(subset.materialize()).detach(), D)
         assert subset.sq_norms().requires_grad == create_graph
+
+
+def test_results_are_tensors_of_their_own():
+    """What is done to one in place changes no other."""
+    model, x, target = make(Residual)
+    for create_graph in (False, True):
+        rec, losses = recorded(model, x, target)
+        G = rec.per_sample_gradients(losses, create_graph=create_graph)
+        quantities = {
+            "sq_norms": G.sq_norms,
+            "sq_norms_by_parameter": G.sq_norms_by_parameter,
+            "deviation_sq_norms": G.deviation_sq_norms,
+            "covariance_trace": G.covariance_trace,
+            "gram": G.gram,
+            "mean": G.mean,
+            "materialize": G.materialize,
+            "G @ v": lambda G=G: G @ random_like(G.parameters),
+            "G.T @ w": lambda G=G: G.T @ torch.ones(4, dtype=torch.float64),
+        }
+        before = {name: copy.deepcopy(detached(quantity())) for name, quantity in quantities.items()}
+        for changed, quantity in quantities.items():
+            for t in tensors_of(quantity()):
+                t.mul_(0)
+            for name, again in quantities.items():
+                torch.testing.assert_close(detached(again()), before[name], msg=f"{name} after {changed} was changed")
+
+
+def tensors_of(value):
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
+def detached(value):
+    return [t.detach() for t in tensors_of(value)]
+
+
+def test_the_matrix_yields_its_rows():
+    model, x, target = make(Residual)
+    _, rows = oracle(model, x, target)
+    rec, losses = recorded(model, x, target)
+    ours = list(rec.per_sample_gradients(losses))
+    assert [row.shape for row in ours] == [(1, flat(rows).shape[1])] * 4
+    check(torch.cat([flat(row.materialize()) for row in ours]), flat(rows))
 
 
 def second_order(model, x, target, penalty, recorded_penalty):
