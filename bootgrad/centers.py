@@ -2,7 +2,8 @@
 
 A center is known before a step begins, from the gradients of earlier steps, and constant in it: the derivative of a penalty is
 exact for that c. What this drops against the derivative for c = ∇L(θ) is H c-ward noise of zero mean over batches;
-`FullBatchMean` with ``differentiable=True`` keeps it.
+`FullBatchMean` with ``differentiable=True`` keeps it. Averages and sums are kept in the accumulation dtype: in half precision,
+(1 − β) ḡ would be rounded away.
 
 Letters: ``ḡ_t`` mini-batch gradient of step t, ``P`` parameter entries.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
+from .ops.schema import accumulation_dtype
 from .per_sample import Direction, as_parameter_dict
 from .recording import check_losses
 from .rules.terms import total
@@ -27,14 +29,14 @@ class Center(ABC):
 
     @abstractmethod
     def value(self, parameters: Parameters) -> dict[str, Tensor] | None:
-        """C by parameter name, or None as long as nothing is known."""
+        """C by parameter name, in any floating dtype, or None as long as nothing is known."""
 
     def update(self, mean: Parameters) -> None:
         """Take in ḡ of a finished step, {name: tensor}; tensors are not changed. A center without memory takes nothing."""
         return
 
     def derivative(self, parameters: Parameters, direction: Parameters) -> dict[str, Tensor] | None:
-        """(∂c/∂θ)ᵀ direction, for centers that are differentiated; None for constant ones."""
+        """(∂c/∂θ)ᵀ direction, for centers that are differentiated, without parameters where it is zero; None for constants."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,7 +61,7 @@ class Zero(Center):
 
     def value(self, parameters):
         """Zeros."""
-        return {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
+        return {name: _zeros(p) for name, p in parameters.items()}
 
 
 class Fixed(Center):
@@ -102,8 +104,9 @@ class EmaMean(Center):
     def update(self, mean):
         """Average in ḡ."""
         if not self.steps:
-            self._average = {name: torch.zeros_like(g) for name, g in mean.items()}
-        torch._foreach_lerp_(list(self._average.values()), [mean[n].detach() for n in self._average], 1 - self.decay)
+            self._average = {name: _zeros(g) for name, g in mean.items()}
+        new = [mean[name].detach().to(average.dtype) for name, average in self._average.items()]
+        torch._foreach_lerp_(list(self._average.values()), new, 1 - self.decay)
         self.steps += 1
 
     def state_dict(self):
@@ -112,8 +115,8 @@ class EmaMean(Center):
 
     def load_state_dict(self, state):
         """Go on from a `state_dict`."""
-        self.decay, self.steps = state["decay"], state["steps"]
-        self._average = {n: t.clone() for n, t in state["average"].items()}
+        average = _sums(state["average"])
+        self.decay, self.steps, self._average = state["decay"], state["steps"], average
 
 
 class WindowMean(Center):
@@ -146,7 +149,7 @@ class WindowMean(Center):
         if len(self._window) < self.k:
             self._window.append(new)
             if len(self._window) == 1:
-                self._sum = {name: g.clone() for name, g in new.items()}
+                self._sum = _sums(new)
             else:
                 torch._foreach_add_(list(self._sum.values()), list(new.values()))
             return
@@ -156,7 +159,8 @@ class WindowMean(Center):
         torch._foreach_sub_(list(self._sum.values()), list(old.values()))
         if self._oldest == 0:  # once a round from scratch, so that rounding does not pile up
             for name in self._sum:
-                self._sum[name] = torch.stack([g[name] for g in self._window]).sum(0)
+                stacked = torch.stack([g[name] for g in self._window])
+                self._sum[name] = stacked.sum(0, dtype=self._sum[name].dtype)
 
     def state_dict(self):
         """The window."""
@@ -169,9 +173,9 @@ class WindowMean(Center):
 
     def load_state_dict(self, state):
         """Go on from a `state_dict`."""
-        self.k, self._oldest = state["k"], state["oldest"]
-        self._window = [{n: t.clone() for n, t in g.items()} for g in state["window"]]
-        self._sum = {n: t.clone() for n, t in state["sum"].items()}
+        window = [{n: t.clone() for n, t in g.items()} for g in state["window"]]
+        sums = _sums(state["sum"])
+        self.k, self._oldest, self._window, self._sum = state["k"], state["oldest"], window, sums
 
 
 class FullBatchMean(Center):
@@ -211,7 +215,8 @@ class FullBatchMean(Center):
     def value(self, parameters):
         """The full gradient at the present parameters, or at those of the last refresh."""
         if self._value is None or self.steps % self.refresh_every == 0:
-            self._value = self._sweep(parameters, None)
+            known = self._sweep(parameters, None)
+            self._value = {n: known[n] if n in known else _zeros(p) for n, p in parameters.items()}
         return dict(self._value)
 
     def update(self, mean):
@@ -223,9 +228,9 @@ class FullBatchMean(Center):
         return self._sweep(parameters, direction) if self.differentiable else None
 
     def _sweep(self, parameters: Parameters, direction: Parameters | None) -> dict[str, Tensor]:
-        """The mean gradient, or with a direction the gradient of its inner product with it."""
+        """The mean gradient, or with a direction the gradient of its inner product with it, of what the losses depend on."""
         tensors = list(parameters.values())
-        sums = [torch.zeros_like(p, requires_grad=False) for p in tensors]
+        sums: dict[str, Tensor] = {}
         count = 0
         for batch in self.loader:
             with torch.enable_grad():
@@ -236,16 +241,15 @@ class FullBatchMean(Center):
                 grads = torch.autograd.grad(losses.sum(), tensors, create_graph=twice, allow_unused=True)
                 if direction is not None:
                     grads = _hessian_product(grads, tensors, [direction[n] for n in parameters])
-            for t, g in zip(sums, grads, strict=True):
+            for (name, p), g in zip(parameters.items(), grads, strict=True):
                 if g is not None:
-                    t.add_(g)
+                    sums[name] = (sums[name] if name in sums else _zeros(p)).add_(g)
             count += losses.numel()
         if not count:
             raise ArgumentError(
                 "the loader of FullBatchMean yields no batch; it must be one that can be gone through again"
             )
-        torch._foreach_div_(sums, count)
-        return dict(zip(parameters, sums, strict=True))
+        return {name: t.div_(count) for name, t in sums.items()}
 
     def state_dict(self):
         """Steps, and the gradient in use."""
@@ -254,6 +258,19 @@ class FullBatchMean(Center):
     def load_state_dict(self, state):
         """Go on from a `state_dict`."""
         self.steps, self._value = state["steps"], state["value"]
+
+
+def _sum_dtype(t: Tensor) -> torch.dtype:
+    return accumulation_dtype(t.dtype)
+
+
+def _zeros(p: Tensor) -> Tensor:
+    return torch.zeros_like(p, dtype=_sum_dtype(p), requires_grad=False)
+
+
+def _sums(tensors: Parameters) -> dict[str, Tensor]:
+    """Copies in the dtype that sums are kept in."""
+    return {name: t.to(_sum_dtype(t), copy=True) for name, t in tensors.items()}
 
 
 def _hessian_product(

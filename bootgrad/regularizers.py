@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .centers import BatchMean, Center, as_center
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
-from .per_sample import Direction, PerSampleGradients, as_parameter_dict
+from .ops.schema import accumulation_dtype
+from .per_sample import Direction, PerSampleGradients, as_parameter_dict, sq_norm
 from .recording import named_parameters
 from .rules.terms import total
 from .statistics import accumulate, difference
@@ -69,7 +70,7 @@ def reg2(G: PerSampleGradients, center: Direction) -> Tensor:
     if center is None:
         raise ArgumentError("reg2 needs a center: about the batch mean it is identically zero")
     c = as_parameter_dict(center, dict(G.parameters), "center")
-    return total((g - c[name]).square().sum() for name, g in G.mean().items())
+    return total(sq_norm(g - c[name]) for name, g in G.mean().items())
 
 
 def _check_differentiable(G: PerSampleGradients, name: str) -> None:
@@ -88,9 +89,9 @@ _FIRST_STEP = {
 }
 
 
-def _sq_norm(tensors) -> Tensor:
+def _total_sq_norm(tensors) -> Tensor:
     """Σ ‖t‖² over tensors, in float64."""
-    return total(torch.linalg.vector_norm(t).double().square() for t in tensors)
+    return total(torch.linalg.vector_norm(t, dtype=accumulation_dtype(t.dtype)).double().square() for t in tensors)
 
 
 @dataclass(frozen=True)
@@ -278,9 +279,10 @@ class GradientRegularizer:
     ) -> tuple[Report, dict[str, Tensor]]:
         """The report, and ḡ. A penalty that was not taken follows from (1/B) Σ ‖g_i − c‖² = Γ + ‖ḡ − c‖²."""
         mean = G.mean()
-        sq_mean = _sq_norm(mean.values())
+        sq_mean = _total_sq_norm(mean.values())
         distance = {
-            name: None if c is None else _sq_norm(g - c[n] for n, g in mean.items()) for name, c in centers.items()
+            name: None if c is None else _total_sq_norm(g - c[n] for n, g in mean.items())
+            for name, c in centers.items()
         }
         values = {name: value.detach() for name, value in penalties.items()}
         if "reg1" in values:

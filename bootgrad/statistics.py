@@ -182,8 +182,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                 s, deviation = norms.get(name, (p.new_zeros(B, dtype=accumulation_dtype(p.dtype)), None))
                 sq_mean, mean_deviation = _sq_norm(g, s) / (B * scale) ** 2, None
                 if c is not None:
-                    deviation = (s + c.square().sum() if deviation is None else deviation) / scale**2
-                    mean_deviation = (g / B - c).to(s.dtype).square().sum() / scale**2
+                    deviation = (s + _sq_norm(c, s) if deviation is None else deviation) / scale**2
+                    mean_deviation = (g.to(s.dtype) / B - c).square().sum() / scale**2
                 parts[name] = Moments(s / scale**2, sq_mean, deviation if c is not None else None, mean_deviation)
         return leaf_grads, combine(parts)
 

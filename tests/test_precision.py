@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import bootgrad
-from bootgrad import reference
+from bootgrad import centers, reference
 
 from .models import SHAPES, DerivedWeights, Unknown, loss_of, make
 
@@ -93,3 +93,43 @@ def test_near_interpolation():
     stats = rec.backward(losses)
     assert float(stats.covariance_trace) == pytest.approx(float(x.square().sum(1).mean()), rel=1e-5)
     assert float(stats.noise_scale) > 1e6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "kind", [lambda: centers.EmaMean(0.999), lambda: centers.WindowMean(3000)], ids=["ema", "window"]
+)
+def test_averages_do_not_stagnate(kind, dtype):
+    """The mean of 3000 times one is one: in bfloat16, the moving average comes to rest at 0.26."""
+    center, ones = kind(), {"w": torch.ones(3, dtype=dtype)}
+    for _ in range(3000):
+        center.update(ones)
+    restored = kind()
+    restored.load_state_dict(center.state_dict())
+    for c in (center, restored):
+        torch.testing.assert_close(c.value(ones)["w"].float(), torch.ones(3), rtol=1e-4, atol=0)
+
+
+def test_a_full_batch_mean_does_not_stagnate():
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    batch = torch.ones(1, 1, dtype=torch.bfloat16)
+    center = centers.FullBatchMean([batch] * 1000, lambda x: model(x).sum(1))
+    assert float(center.value(dict(model.named_parameters()))["weight"]) == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("center", ["ema", "window", "zero"])
+def test_half_precision_training_with_centers(center):
+    """Centers are float32 about gradients that are not; Reg1 and Reg2 follow, and ``.grad`` keeps its dtype."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    model.to(torch.bfloat16)
+    double = copy.deepcopy(model).double()
+    reg = bootgrad.GradientRegularizer(model, reg1=0.01, reg2=0.02, center=center)
+    exact = bootgrad.GradientRegularizer(double, reg1=0.01, reg2=0.02, center=center)
+    for _ in range(3):
+        x, target = torch.randn(6, 2, 8, 8).bfloat16(), torch.randn(6, 5).bfloat16()
+        report = reg.backward(lambda x, t: loss_of(model(x), t), x, target)
+        expected = exact.backward(lambda x, t: loss_of(double(x), t), x.double(), target.double())
+    assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters())
+    for name in ("reg1", "reg2", "covariance_trace", "sq_mean_norm"):
+        assert float(getattr(report, name)) == pytest.approx(float(getattr(expected, name)), rel=5e-2)
