@@ -285,12 +285,12 @@ class GradientRegularizer:
             for name, c in centers.items()
         }
         values = {name: value.detach() for name, value in penalties.items()}
-        if "reg1" in values:
-            about = 0.0 if distance["reg1"] is None else distance["reg1"]
-            covariance = (values["reg1"].double() - about).clamp(min=0)
-        else:
+        about = sq_mean.new_zeros(()) if distance["reg1"] is None else distance["reg1"]
+        covariance = (values["reg1"].double() - about).clamp(min=0) if "reg1" in values else None
+        # About a far center Γ is lost in ‖ḡ − c‖²: then it is worth another visit.
+        if covariance is None or about > torch.maximum(sq_mean, 100 * covariance):
             covariance = difference(G.sq_norms().double(), sq_mean)
-            values["reg1"] = covariance + (0.0 if distance["reg1"] is None else distance["reg1"])
+            values.setdefault("reg1", covariance + about)
         values.setdefault("reg2", distance["reg2"])
         dtype = losses.dtype
         report = Report(

@@ -48,10 +48,12 @@ class Moments:
 
     @property
     def covariance_trace(self) -> Tensor:
-        """Γ = (1/B) Σ_i ‖g_i − ḡ‖²; about the center first where there is one, which keeps digits when samples agree."""
-        if self.deviation_sq_norms is not None and self.sq_mean_deviation is not None:
-            return difference(self.deviation_sq_norms, self.sq_mean_deviation)
-        return difference(self.sq_norms, self.sq_mean_norm)
+        """Γ = (1/B) Σ_i ‖g_i − ḡ‖², subtracted about zero or about the center: what ḡ is nearer to keeps more digits."""
+        about_zero = difference(self.sq_norms, self.sq_mean_norm)
+        if self.deviation_sq_norms is None or self.sq_mean_deviation is None:
+            return about_zero
+        about_center = difference(self.deviation_sq_norms, self.sq_mean_deviation)
+        return torch.where(self.sq_mean_deviation < self.sq_mean_norm, about_center, about_zero)
 
     @property
     def minibatch_covariance_trace(self) -> Tensor:

@@ -133,3 +133,32 @@ def test_half_precision_training_with_centers(center):
     assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters())
     for name in ("reg1", "reg2", "covariance_trace", "sq_mean_norm"):
         assert float(getattr(report, name)) == pytest.approx(float(getattr(expected, name)), rel=5e-2)
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e4])
+def test_a_far_center_does_not_hide_the_covariance(factor):
+    """‖ḡ − c‖² is up to 1e8 times Γ: Γ is taken about zero, where ḡ is nearer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, target = torch.randn(16, 6), torch.randn(16, 3)
+    double = copy.deepcopy(model).double()
+    rows = reference.per_sample_gradients_of(
+        loss_of(double(x.double()), target.double()), dict(double.named_parameters())
+    )
+    G = torch.cat([r.flatten(1) for r in rows.values()], 1)
+    exact = float((G - G.mean(0)).square().sum(1).mean())
+    center = {name: (factor * r.mean(0)).float() for name, r in rows.items()}
+    with bootgrad.record(model) as rec:
+        losses = loss_of(model(x), target)
+    stats = rec.backward(losses, center=center)
+    assert float(stats.covariance_trace) == pytest.approx(exact, rel=1e-4)
+    assert float(stats.reg1) == pytest.approx(float(stats.reg2), rel=1e-4)
+    for name, moments in stats.per_parameter.items():
+        own = rows[name].flatten(1)
+        expected = float((own - own.mean(0)).square().sum(1).mean())
+        assert float(moments.covariance_trace) == pytest.approx(expected, rel=1e-4)
+    for reg1 in (0.0, 1e-9):
+        reg = bootgrad.GradientRegularizer(model, reg1=reg1, reg2=1e-9, center=center)
+        report = reg.backward(lambda: loss_of(model(x), target))
+        assert float(report.covariance_trace) == pytest.approx(exact, rel=1e-4)
+        assert float(report.mean_sq_norm) == pytest.approx(float(G.square().sum(1).mean()), rel=1e-4)
