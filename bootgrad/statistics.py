@@ -146,7 +146,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                 )
         weights = _weights(reduction, losses)
         centers = None if center is None else as_parameter_dict(center, self.parameters, "center")
-        uniform = bool((weights == weights[0]).all()) and float(weights[0]) != 0
+        # Statistics are divided by the square of uniform weights, which must not leave the range of float32.
+        uniform = bool((weights == weights[0]).all()) and 1e-9 <= abs(float(weights[0])) <= 1e9
         seed = weights if uniform else torch.ones_like(weights)
         scale = float(seed[0])
         grads, statistics = self._first_order(losses, reach, seed, scale, centers, retain_graph or not uniform)

@@ -173,6 +173,20 @@ def test_the_matrix_yields_its_rows():
     check(torch.cat([flat(row.materialize()) for row in ours]), flat(rows))
 
 
+@pytest.mark.parametrize("weight", [1e-25, 1e25, 1e-40])
+def test_uniform_weights_of_any_size(weight):
+    """Statistics are those of the g_i, where the square of the weight is out of float32's range."""
+    model, x, target = make(Residual, torch.float32)
+    rec, losses = recorded(model, x, target)
+    expected = rec.backward(losses, center=random_like(parameters_of(model)))
+    model.zero_grad()
+    rec, losses = recorded(model, x, target)
+    weights = torch.full((4,), weight)
+    stats = rec.backward(losses, reduction=weights, center=random_like(parameters_of(model)))
+    for name in ("sq_norms", "sq_mean_norm", "deviation_sq_norms", "reg2", "covariance_trace", "noise_scale"):
+        torch.testing.assert_close(getattr(stats, name), getattr(expected, name), rtol=1e-4, atol=0)
+
+
 def second_order(model, x, target, penalty, recorded_penalty):
     """Gradients of mean loss + penalty, by the oracle and by the library."""
     parameters = list(parameters_of(model).values())
