@@ -5,11 +5,11 @@
 Statistics always speak of the per-sample gradients g_i themselves, whatever weights the losses were reduced with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .graph import filled, gradients
@@ -113,8 +113,41 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             two backward passes: ``"first"`` time that a model runs with these shapes, ``"always"``, or ``"never"``.
 
     Raises:
-        UnsupportedError: a ScriptModule among the modules; in the forward pass, batch statistics.
+        UnsupportedError: a ScriptModule among the modules, a complex parameter; in the forward pass, batch statistics.
     """
+
+    def __init__(self, *modules: nn.Module, check: str = "first"):
+        """Prepare to record ``modules``."""
+        super().__init__(*modules, check=check)
+        self.last_reach: Reach | None = None
+        for name, p in self.parameters.items():
+            if p.is_complex():
+                raise UnsupportedError(
+                    f"parameter {name} is complex ({p.dtype}), and gradients here are real: freeze it, or make it in the "
+                    "forward pass from a real one by torch.view_as_complex"
+                )
+
+    def reach(self, losses: Tensor) -> Reach:
+        """As `Recording.reach`, and refuse parameters whose gradient is changed or not stored as others are."""
+        reach = super().reach(losses)
+        for name, p in reach.parameters.items():
+            if p._backward_hooks:
+                raise UnsupportedError(
+                    f"parameter {name} has a gradient hook, so that its gradient is not the mean of the per-sample gradients: "
+                    "remove the hook, or change .grad after the backward pass"
+                )
+        for operation in reach.operations:
+            if getattr(operation.edge.node, "_saved_sparse", False):
+                raise UnsupportedError(
+                    f"{operation.name} would give {' and '.join(map(self.name_of, operation.tracked))} a sparse gradient, "
+                    "and gradients here are dense: make the embedding with sparse=False"
+                )
+        return reach
+
+    def release(self) -> None:
+        """Let go of the graph; the recording cannot be used again."""
+        super().release()
+        self.last_reach = None
 
     def backward(
         self,
@@ -138,12 +171,6 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             UnsupportedError: per-sample gradients would not exist or would come out wrong. ``.grad`` is untouched by errors.
         """
         reach = self.reach(losses)
-        for name, p in reach.parameters.items():
-            if p._backward_hooks:
-                raise UnsupportedError(
-                    f"parameter {name} has a gradient hook, so that its gradient is not the mean of the per-sample gradients: "
-                    "remove the hook, or change .grad after the backward pass"
-                )
         weights = _weights(reduction, losses)
         centers = None if center is None else as_parameter_dict(center, self.parameters, "center")
         # Statistics are divided by the square of uniform weights, which must not leave the range of float32.
@@ -201,20 +228,39 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             As `backward`.
         """
         self.last_reach = reach = self.reach(losses)
+        # With weights that require grad, a function that can be differentiated once leaves a mark in whatever passes it.
+        weights = torch.ones_like(losses, requires_grad=create_graph)
         if self.batch_size == 1:
             leaves = list(reach.parameters.values())
-            grads = gradients(
-                losses, leaves, torch.ones_like(losses), create_graph=create_graph, retain_graph=True, allow_unused=True
-            )
+            grads = gradients(losses, leaves, weights, create_graph=create_graph, retain_graph=True, allow_unused=True)
+            _refuse_marked(grads)
             rows = zip(reach.parameters, grads, strict=True)
             terms: dict[str, Term] = {name: DenseTerm(g.unsqueeze(0)) for name, g in rows if g is not None}
         else:
-            gys = self.output_gradients(losses, torch.ones_like(losses), reach.operations, create_graph)
+            gys = self.output_gradients(losses, weights, reach.operations, create_graph)
+            _refuse_marked(gys)
             with torch.set_grad_enabled(create_graph):
                 terms = self.terms(reach.operations, gys)
         if not create_graph:
             terms = {name: term.map(Tensor.detach) for name, term in terms.items()}
         return PerSampleGradients(terms, self.parameters, self.batch_size, create_graph)
+
+
+def _refuse_marked(grads: Sequence[Tensor | None]) -> None:
+    """Raise where a gradient came through a `once_differentiable` function, at which a penalty's derivative would end."""
+    nodes = [g.grad_fn for g in grads if g is not None and g.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node.name() == "torch::autograd::Error":
+            raise UnsupportedError(
+                "an operation of the model or the loss is an autograd.Function marked once_differentiable, through which a "
+                "penalty would do nothing: write its backward pass in differentiable operations, without the mark"
+            )
+        for successor, _ in node.next_functions:
+            if successor is not None and successor not in seen:
+                seen.add(successor)
+                nodes.append(successor)
 
 
 def _sq_norm(g: Tensor, like: Tensor) -> Tensor:

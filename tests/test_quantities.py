@@ -187,6 +187,70 @@ def test_uniform_weights_of_any_size(weight):
         torch.testing.assert_close(getattr(stats, name), getattr(expected, name), rtol=1e-4, atol=0)
 
 
+def ways(model, losses_of):
+    """The three ways to gradients, each as a function."""
+
+    def backward():
+        with bootgrad.record(model) as rec:
+            losses = losses_of()
+        rec.backward(losses)
+
+    def matrix():
+        with bootgrad.record(model) as rec:
+            losses = losses_of()
+        rec.per_sample_gradients(losses)
+
+    def regularizer():
+        bootgrad.GradientRegularizer(model, reg1=0.1).backward(losses_of)
+
+    return backward, matrix, regularizer
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_parameters_with_hooks_are_refused_on_every_way(batch):
+    model, x, target = make(Residual, batch=batch)
+    model.second.weight.register_hook(lambda g: 10 * g)
+    for way in ways(model, lambda: loss_of(model(x), target)):
+        with pytest.raises(UnsupportedError, match="second.weight has a gradient hook"):
+            way()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_complex_parameters_are_refused():
+    model = nn.Linear(3, 2, dtype=torch.complex64)
+    for way in ways(model, lambda: model(torch.randn(4, 3, dtype=torch.complex64)).abs().square().sum(1)):
+        with pytest.raises(UnsupportedError, match="weight is complex"):
+            way()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_sparse_gradients_are_refused(batch):
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
+    tokens = torch.randint(0, 5, (batch, 4))
+    for way in ways(model, lambda: model(tokens).square().sum((1, 2))):
+        with pytest.raises(UnsupportedError, match="embedding would give 0.weight a sparse gradient"):
+            way()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_released_recording_lets_go_of_the_graph():
+    """And of activations, which operations without a rule hold."""
+    model, tokens, target = make(Unknown)
+    activations = []
+    model.prelu.register_forward_hook(lambda module, args, output: activations.append(weakref.ref(args[0])))
+    rec, losses = recorded(model, tokens, target)
+    rec.per_sample_gradients(losses)
+    assert activations[0]() is not None
+    rec.backward(losses)
+    del losses
+    gc.collect()
+    assert activations[0]() is None
+
+
+def per_sample_softplus(z):
+    return F.softplus(z).flatten(1).sum(1)
+
+
 def second_order(model, x, target, penalty, recorded_penalty):
     """Gradients of mean loss + penalty, by the oracle and by the library."""
     parameters = list(parameters_of(model).values())
@@ -232,3 +296,74 @@ def test_second_order(kind, penalty):
     c = torch.cat([t.flatten() for t in random_like(parameters_of(model)).values()])
     theirs, ours = PENALTIES[penalty]
     second_order(model, x, target, lambda D: theirs(D, c), lambda G: ours(G, c))
+
+
+@pytest.mark.parametrize("reg", ["reg1", "reg2"])
+def test_losses_that_are_linear_in_every_parameter(reg):
+    """Their gradients are constant, and so are the penalties."""
+    model = nn.Embedding(7, 4).double()
+    tokens = torch.randint(0, 7, (4, 3))
+    with pytest.warns(bootgrad.BootgradWarning, match="embedding"), bootgrad.record(model) as rec:
+        losses = (F.embedding(tokens, model.weight) * 2.0).sum((1, 2))
+    G = rec.per_sample_gradients(losses, create_graph=True)
+    penalty = bootgrad.reg1(G) if reg == "reg1" else bootgrad.reg2(G, center=torch.zeros(28, dtype=torch.float64))
+    assert float(penalty.detach()) > 0
+    plain = torch.autograd.grad(losses.mean(), model.weight, retain_graph=True)[0]
+    (losses.mean() + penalty).backward()
+    check(model.weight.grad, plain)
+
+
+def test_a_recomputed_constant_has_no_gradient():
+    t = torch.ones(3, requires_grad=True)
+    out = recomputed(lambda t: t.detach() * 2, t)
+    assert torch.autograd.grad(out.sum() + t.sum(), t)[0].tolist() == [1, 1, 1]
+
+
+class Once(torch.autograd.Function):
+    """x ↦ x², whose backward pass is not differentiable."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy):
+        return 2 * ctx.saved_tensors[0] * gy
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("after", [lambda z: z.flatten(1).sum(1), per_sample_softplus], ids=["linear", "smooth"])
+def test_functions_that_differentiate_once_are_refused_for_penalties(batch, after):
+    """The penalty's derivative would end at them, silently: between a layer and the losses."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(batch, 3, dtype=torch.float64)
+
+    def losses_of():
+        return after(Once.apply(model(x)))
+
+    backward, matrix, regularizer = ways(model, losses_of)
+    backward()
+    matrix()
+    with pytest.raises(UnsupportedError, match="once_differentiable"):
+        regularizer()
+    with bootgrad.record(model) as rec:
+        losses = losses_of()
+    with pytest.raises(UnsupportedError, match="once_differentiable"):
+        rec.per_sample_gradients(losses, create_graph=True)
+
+
+def test_a_function_that_differentiates_once_below_every_parameter_does_no_harm():
+    model = nn.Linear(3, 2).double()
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    with bootgrad.record(model) as rec:
+        losses = per_sample_softplus(model(Once.apply(x)))
+    penalty = bootgrad.reg1(rec.per_sample_gradients(losses, create_graph=True))
+    ours = torch.autograd.grad(penalty, x)[0]
+    rows = reference.per_sample_gradients_of(
+        per_sample_softplus(model(x * x)), dict(model.named_parameters()), create_graph=True
+    )
+    D = flat(rows)
+    check(ours, torch.autograd.grad((D - D.mean(0)).square().sum(1).mean(), x)[0])

@@ -134,6 +134,8 @@ class _Recomputed(Function):
             aliases = [t.view_as(t) for t in ctx.saved_tensors]
             order = iter(aliases)
             out = ctx.function(*_map(ctx.arguments, lambda t: next(order)))
+            if not out.requires_grad:  # constant in all tensors that require grad
+                return None, None, *(None for _ in aliases)
             wanted = [t for t in aliases if t.requires_grad]
             grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph, allow_unused=True))
         return None, None, *(next(grads) if t.requires_grad else None for t in aliases)
