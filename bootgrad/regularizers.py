@@ -246,8 +246,9 @@ class GradientRegularizer:
     def _gradients(self, recording: Record, losses: Tensor, strengths, centers):
         """The report, the leaves, their gradients, and ḡ; nothing of the user's is changed."""
         G = recording.per_sample_gradients(losses, create_graph=True)
-        reach = recording.last_reach
-        leaves = [*reach.parameters.values(), *reach.other_leaves]
+        parameters = recording.parameters  # all: a center may depend on what this batch does not reach
+        assert recording.last_reach is not None
+        leaves = [*parameters.values(), *recording.last_reach.other_leaves]
         notes = []
         objective = losses.mean()
         penalties: dict[str, Tensor] = {}
@@ -270,7 +271,7 @@ class GradientRegularizer:
         recording.release()
         for name in penalties:
             if centers[name] is not None:
-                self._add_center_derivative(reach, grads, mean, centers[name], self.centers[name], strengths[name])
+                self._add_center_derivative(parameters, grads, mean, centers[name], self.centers[name], strengths[name])
         return report, leaves, grads, mean
 
     @torch.no_grad()
@@ -306,14 +307,13 @@ class GradientRegularizer:
         )
         return report, mean
 
-    def _add_center_derivative(self, reach, grads, mean, c, center: Center, strength: float) -> None:
+    def _add_center_derivative(self, parameters, grads, mean, c, center: Center, strength: float) -> None:
         """A penalty's derivative by c is −2 λ (ḡ − c); a differentiable center takes it on to θ."""
-        extra = center.derivative(named_parameters(self.model), {n: mean[n] - c[n] for n in mean})
-        if extra is None:
-            return
-        for k, name in enumerate(reach.parameters):
-            step = -2 * strength * extra[name]
-            grads[k] = step if grads[k] is None else grads[k] + step
+        extra = center.derivative(parameters, {n: mean[n] - c[n] for n in mean})
+        for k, (name, p) in enumerate(parameters.items()):
+            if extra is not None and name in extra:
+                step = -2 * strength * extra[name]
+                grads[k] = (step if grads[k] is None else grads[k] + step).to(p.dtype)
 
     def _strength(self, name: str, strength: Strength) -> float:
         value = strength(self.step) if callable(strength) else strength

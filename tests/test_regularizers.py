@@ -344,3 +344,43 @@ def test_noise_scale_says_why_it_has_no_value():
         average.update(bootgrad.statistics.Moments(torch.ones(1), torch.tensor(1.0)))
     with pytest.raises(bootgrad.BootgradError, match="decay"):
         bootgrad.NoiseScale(decay=0)
+
+
+class Branches(nn.Module):
+    """Two layers of which a batch goes through one, by the sign of its first entry."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return torch.tanh((self.a if x[0, 0] > 0 else self.b)(x))
+
+
+def test_a_differentiable_center_reaches_what_the_batch_does_not():
+    torch.manual_seed(0)
+    model = Branches().double()
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randint(0, 2, (8,))
+    x[:, 0] = x[:, 0].abs() * torch.tensor([1.0, -1.0]).repeat_interleave(4)
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+
+    def loss_fn(x, y):
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    center = centers.FullBatchMean(batches, loss_fn, differentiable=True)
+    reg = bootgrad.GradientRegularizer(model, reg2=0.7, reg1=0.2, center={"reg1": "zero", "reg2": center})
+    reg.backward(loss_fn, *batches[0])
+    used = [p for name, p in model.named_parameters() if not name.startswith("c.")]
+
+    def mean_gradient(losses):
+        grads = torch.autograd.grad(losses.mean(), used, create_graph=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in grads])
+
+    losses = loss_fn(*batches[0])
+    rows = torch.stack([mean_gradient(loss) for loss in losses])
+    distance = mean_gradient(losses) - mean_gradient(torch.cat([loss_fn(*b) for b in batches]))
+    total = losses.mean() + 0.2 * rows.square().sum(1).mean() + 0.7 * distance.square().sum()
+    for p, expected in zip(used, torch.autograd.grad(total, used), strict=True):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-10, atol=1e-12)
+    assert float(model.b.weight.grad.norm()) > 1e-3
+    assert model.c.weight.grad is None  # neither the batch nor the data set reaches it
