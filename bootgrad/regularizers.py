@@ -20,7 +20,7 @@ from .ops.schema import accumulation_dtype
 from .per_sample import Direction, PerSampleGradients, as_parameter_dict, sq_norm
 from .recording import named_parameters
 from .rules.terms import total
-from .statistics import accumulate, difference
+from .statistics import accumulate, call_hooks, difference
 from .statistics import record as Record
 
 Strength = float | Callable[[int], float]
@@ -212,7 +212,7 @@ class GradientRegularizer:
 
         Raises:
             As `record.backward`; exceptions of the user's function pass as they are. On any error ``.grad``, the centers and
-            the step are as before.
+            the step are as before, but for one of a hook that waits for ``.grad``: the step is then done.
         """
         if callable(losses):
             recording = Record(self.model)
@@ -234,13 +234,14 @@ class GradientRegularizer:
         values = {id(c): c.value(parameters) for c in distinct}
         centers = {name: values[id(c)] for name, c in self.centers.items()}
         report, leaves, grads, mean = self._gradients(recording, losses, strengths, centers)
+        accumulate(leaves, grads)
         if torch.isfinite(report.sq_mean_norm):
             for center in distinct:
                 center.update(mean)
         else:
             report = replace(report, notes=(*report.notes, "the centers were left alone: the gradient is not finite"))
-        accumulate(leaves, grads)
         self.step += 1
+        call_hooks(leaves, grads)
         return report
 
     def _gradients(self, recording: Record, losses: Tensor, strengths, centers):

@@ -178,12 +178,13 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         seed = weights if uniform else torch.ones_like(weights)
         scale = float(seed[0])
         grads, statistics = self._first_order(losses, reach, seed, scale, centers, retain_graph or not uniform)
+        leaves = [*reach.parameters.values(), *reach.other_leaves]
         if not uniform:
-            leaves = [*reach.parameters.values(), *reach.other_leaves]
             grads = gradients(losses, leaves, weights, retain_graph=retain_graph, allow_unused=True)
+        accumulate(leaves, grads)
         if not retain_graph:
             self.release()
-        accumulate([*reach.parameters.values(), *reach.other_leaves], grads)
+        call_hooks(leaves, grads)
         return statistics
 
     def _first_order(self, losses, reach: Reach, seed, scale: float, centers, retain_graph):
@@ -283,27 +284,55 @@ def _weights(reduction: str | Tensor, losses: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def accumulate(leaves: list[Tensor], grads) -> None:
-    """Add gradients to ``.grad`` in memory of its own, as a backward pass does, and call the hooks that wait for that."""
+def accumulate(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Add gradients to ``.grad`` in memory of its own, as a backward pass does; `call_hooks` is to follow.
+
+    All memory is made before the first ``.grad`` is written, so that one that cannot be added to leaves all as they were.
+    """
     taken: set[int] = set()
+    sums: list[tuple[Tensor, Tensor, bool]] = []  # leaf, gradient, whether it is added in place
     for leaf, grad in zip(leaves, grads, strict=True):
         if grad is None:
             continue
-        if leaf.grad is not None:
-            shared = any(
-                stride == 0 and size > 1 for stride, size in zip(leaf.grad.stride(), leaf.grad.shape, strict=True)
-            )
-            leaf.grad = leaf.grad + grad if shared else leaf.grad.add_(grad)
-            continue
-        storage = grad.untyped_storage()
-        shared = storage.data_ptr() in taken or storage.nbytes() != grad.numel() * grad.element_size()
-        taken.add(storage.data_ptr())
-        owned = not shared and grad.stride() == leaf.stride()
-        leaf.grad = grad if owned else torch.empty_like(leaf, requires_grad=False).copy_(grad)
+        if leaf.grad is None:
+            sums.append((leaf, _owned(grad, leaf, taken), False))
+        elif _is_writable(leaf.grad):
+            sums.append((leaf, grad, True))
+        else:
+            sums.append((leaf, leaf.grad + grad if grad.is_sparse else grad + leaf.grad, False))
+    for leaf, grad, in_place in sums:
+        if in_place:
+            leaf.grad.add_(grad)  # type: ignore[union-attr]  # it was there above
+        else:
+            leaf.grad = grad
+
+
+@torch.no_grad()
+def call_hooks(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Call the hooks that wait for the ``.grad`` of leaves that received a gradient, last: their errors undo nothing."""
     for leaf, grad in zip(leaves, grads, strict=True):
         hooks = getattr(leaf, "_post_accumulate_grad_hooks", None) or {}
         for hook in list(hooks.values()) if grad is not None else ():
             hook(leaf)
+
+
+def _is_writable(present: Tensor) -> bool:
+    """Whether a gradient can be added to ``present`` in place: it is dense, may be changed, and its entries share no memory."""
+    if present.layout != torch.strided or present.is_inference():
+        return False
+    return not any(stride == 0 and size > 1 for stride, size in zip(present.stride(), present.shape, strict=True))
+
+
+def _owned(grad: Tensor, leaf: Tensor, taken: set[int]) -> Tensor:
+    """``grad`` with the leaf's strides, in memory that is not among what was ``taken`` before."""
+    if grad.layout != torch.strided:
+        return grad.clone()
+    storage = grad.untyped_storage()
+    shared = storage.data_ptr() in taken or storage.nbytes() != grad.numel() * grad.element_size()
+    taken.add(storage.data_ptr())
+    if not shared and grad.stride() == leaf.stride():
+        return grad
+    return torch.empty_like(leaf, requires_grad=False).copy_(grad)
 
 
 class NoiseScale:

@@ -384,3 +384,95 @@ def test_a_differentiable_center_reaches_what_the_batch_does_not():
         torch.testing.assert_close(p.grad, expected, rtol=1e-10, atol=1e-12)
     assert float(model.b.weight.grad.norm()) > 1e-3
     assert model.c.weight.grad is None  # neither the batch nor the data set reaches it
+
+
+def snapshot(reg, model):
+    grads = [None if p.grad is None else p.grad.to_dense().clone() for p in model.parameters()]
+    return copy.deepcopy(reg.state_dict()), grads
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_gradient_that_cannot_be_added_leaves_all_as_it_was(setting, monkeypatch):
+    """As where memory runs out for the last parameter's ``.grad``."""
+    model, x, target = setting
+    reg = bootgrad.GradientRegularizer(model, reg1=0.1, reg2=0.1, center="ema")
+    reg.backward(lambda x: loss_of(model(x), target), x)
+    model.head.bias.grad = None
+    expanded = model.head.bias.detach()[:1].expand(3)
+    monkeypatch.setattr(model.head, "bias", nn.Parameter(expanded))  # its strides are no gradient's: a copy is made
+    original = torch.Tensor.copy_
+
+    def fails(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    before = snapshot(reg, model)
+    monkeypatch.setattr(torch.Tensor, "copy_", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        reg.backward(lambda x: loss_of(model(x), target), x)
+    with bootgrad.record(model) as rec:
+        losses = loss_of(model(x), target)
+    with pytest.raises(torch.OutOfMemoryError):
+        rec.backward(losses)
+    monkeypatch.setattr(torch.Tensor, "copy_", original)
+    same(snapshot(reg, model), before)
+
+
+def test_sparse_grads_are_added_to(setting):
+    model, x, target = setting
+    reg = bootgrad.GradientRegularizer(model, reg1=0.1, center="zero")
+    reg.backward(lambda x: loss_of(model(x), target), x)
+    expected = [2 * p.grad for p in model.parameters()]
+    model.second.weight.grad = model.second.weight.grad.to_sparse()
+    reg.backward(lambda x: loss_of(model(x), target), x)
+    same([p.grad for p in model.parameters()], expected)
+
+
+def test_sparse_gradients_of_leaves_outside_the_model_are_theirs():
+    torch.manual_seed(0)
+    model, table, tokens = nn.Linear(3, 2), nn.Embedding(5, 3, sparse=True), torch.tensor([0, 3, 3, 1])
+    twin = copy.deepcopy(table)
+    for _ in range(2):
+        model(twin(tokens)).square().sum(1).mean().backward()
+        with bootgrad.record(model) as rec:
+            losses = model(table(tokens)).square().sum(1)
+        rec.backward(losses)
+        assert table.weight.grad.is_sparse
+        torch.testing.assert_close(table.weight.grad.to_dense(), twin.weight.grad.to_dense())
+
+
+def test_hooks_that_wait_for_grad_may_step(setting):
+    """As from torch: without a graph, and after ``.grad`` is there."""
+    model, x, target = setting
+    expected = model.first.weight.detach().clone()
+
+    def step(p):
+        p.sub_(0.1 * p.grad)
+
+    model.first.weight.register_post_accumulate_grad_hook(step)
+    bootgrad.GradientRegularizer(model, reg1=0.1).backward(lambda x: loss_of(model(x), target), x)
+    with bootgrad.record(model) as rec:
+        losses = loss_of(model(x), target)
+    expected -= 0.1 * model.first.weight.grad
+    model.first.weight.grad = None
+    rec.backward(losses)
+    expected -= 0.1 * model.first.weight.grad
+    same(model.first.weight.detach(), expected)
+
+
+def test_a_step_whose_hook_fails_is_a_whole_step(setting):
+    model, x, target = setting
+    twin = copy.deepcopy(model)
+    reg, whole = (bootgrad.GradientRegularizer(m, reg1=0.1, reg2=0.1, center="ema") for m in (model, twin))
+
+    def fails(p):
+        raise RuntimeError("the hook's own")
+
+    model.first.weight.register_post_accumulate_grad_hook(fails)
+    with pytest.raises(RuntimeError, match="the hook's own"):
+        reg.backward(lambda x: loss_of(model(x), target), x)
+    whole.backward(lambda x: loss_of(twin(x), target), x)
+    same(snapshot(reg, model), snapshot(whole, twin))
+    assert reg.step == 1
