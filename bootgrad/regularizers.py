@@ -332,10 +332,16 @@ class GradientRegularizer:
         return {"step": self.step, "centers": {name: c.state_dict() for name, c in self.centers.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict` of a regularizer with the same centers."""
+        """Go on from a `state_dict` of a regularizer with the same centers; on an error, all is as before."""
+        before = {name: center.state_dict() for name, center in self.centers.items()}
         try:
-            self.step = state["step"]
+            step = state["step"]
             for name, center in self.centers.items():
                 center.load_state_dict(state["centers"][name])
-        except (KeyError, TypeError) as error:
+        except Exception as error:
+            for name, center in self.centers.items():
+                center.load_state_dict(before[name])
+            if not isinstance(error, KeyError | TypeError | ValueError | AttributeError):
+                raise
             raise ArgumentError(f"not a state_dict of a GradientRegularizer with these centers: {error!r}") from None
+        self.step = step

@@ -405,7 +405,8 @@ class NoiseScale:
     def load_state_dict(self, state: Mapping) -> None:
         """Go on from a `state_dict`."""
         try:
-            self.decay, self.steps = state["decay"], state["steps"]
-            self._weight, self._trace, self._sq_norm = state["parts"]
+            decay, steps, (weight, trace, sq_norm) = state["decay"], state["steps"], state["parts"]
         except (KeyError, TypeError, ValueError) as error:
             raise ArgumentError(f"not a state_dict of a NoiseScale: {error!r}") from None
+        self.decay, self.steps = decay, steps
+        self._weight, self._trace, self._sq_norm = weight, trace, sq_norm

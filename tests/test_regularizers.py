@@ -476,3 +476,39 @@ def test_a_step_whose_hook_fails_is_a_whole_step(setting):
     whole.backward(lambda x: loss_of(twin(x), target), x)
     same(snapshot(reg, model), snapshot(whole, twin))
     assert reg.step == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda s: s["centers"].pop("reg2"),
+        lambda s: s["centers"]["reg2"].pop("sum"),
+        lambda s: s["centers"]["reg2"].update(window=[{"first.weight": None}]),
+        lambda s: s["centers"]["reg1"].update(average=None),
+        lambda s: s["centers"]["reg1"].pop("average"),
+        lambda s: s.update(centers=None),
+    ],
+)
+def test_a_state_that_cannot_be_taken_over_changes_nothing(setting, damage):
+    model, x, target = setting
+
+    def trained(steps):
+        reg = bootgrad.GradientRegularizer(model, reg1=0.1, reg2=0.1, center={"reg1": "ema", "reg2": "window"})
+        for _ in range(steps):
+            reg.backward(lambda x: loss_of(model(x), target), x)
+        return reg
+
+    reg, state = trained(1), copy.deepcopy(trained(2).state_dict())
+    before = copy.deepcopy(reg.state_dict())
+    damage(state)
+    with pytest.raises(bootgrad.BootgradError, match="not a state_dict"):
+        reg.load_state_dict(state)
+    same(reg.state_dict(), before)
+
+
+def test_a_noise_scale_takes_over_a_whole_state_or_nothing():
+    average = bootgrad.NoiseScale()
+    before = average.state_dict()
+    with pytest.raises(bootgrad.BootgradError, match="not a state_dict"):
+        average.load_state_dict({"decay": 0.5, "steps": 3, "parts": [1.0]})
+    assert average.state_dict() == before
