@@ -1,14 +1,15 @@
 """A check of the library against plain autograd, on a user's own model and samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError
-from .recording import named_parameters
+from .errors import ArgumentError, RecordingError
+from .graph import check_losses
 from .regularizers import reg1
 from .rules.terms import total
 from .statistics import record
@@ -72,13 +73,22 @@ def verify(
     """
     if samples < 2:
         raise ArgumentError(f"Reg1 needs at least two samples to compare on; got {samples}")
+    rec = record(model, check="always")
     size = next((t.size(0) for t in batch if isinstance(t, Tensor) and t.dim()), 0)  # the first tensor's samples
     cut = [t[:samples] if isinstance(t, Tensor) and t.dim() and t.size(0) == size else t for t in batch]
-    parameters = named_parameters(model)
-    tensors = list(parameters.values())
+    if not rec.parameters:
+        raise RecordingError("the model has no parameter that requires grad: nothing to compare")
+    with _buffers_kept(model):
+        result = _compare(rec, loss_fn, cut, tolerance)
+    print(result)
+    return result
 
+
+def _compare(rec: record, loss_fn: Callable[..., Tensor], batch: list, tolerance: float | None) -> Verification:
+    tensors = list(rec.parameters.values())
     with torch.random.fork_rng():
-        losses = loss_fn(*cut)
+        losses = loss_fn(*batch)
+        check_losses(losses)
         rows = []
         for loss in losses:
             grads = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
@@ -87,12 +97,11 @@ def verify(
     covariance = total((g - g.mean(0)).square().sum() for g in stacked) / len(rows)
     expected = _grads(covariance, tensors)
 
-    with torch.random.fork_rng():
-        rec = record(model, check="always")
-        with rec:
-            losses = loss_fn(*cut)
+    with torch.random.fork_rng(), rec:
+        losses = loss_fn(*batch)
     G = rec.per_sample_gradients(losses, create_graph=True)
     rules: dict[str, list[str]] = {}
+    assert rec.last_reach is not None
     for operation in rec.last_reach.operations:
         for tracked in operation.tracked:
             for leaf in rec.leaves(tracked):
@@ -104,7 +113,7 @@ def verify(
 
     scale = max(float(e.norm()) for e in expected)
     out = []
-    for k, name in enumerate(parameters):
+    for k, name in enumerate(rec.parameters):
         own = stacked[k].detach()
         out.append(
             Row(
@@ -119,9 +128,25 @@ def verify(
         )
     if tolerance is None:
         tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(tensors[0].dtype, 5e-2)
-    result = Verification(tuple(out), len(rows), tolerance)
-    print(result)
-    return result
+    return Verification(tuple(out), len(rows), tolerance)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """A context after which the model's buffers, as running statistics, are what they were."""
+    kept = [
+        (module, name, buffer, buffer if buffer is None else buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in kept:
+                module._buffers[name] = buffer
+                if buffer is not None and value is not None and not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def _grads(value: Tensor, tensors: list[Tensor]) -> list[Tensor]:

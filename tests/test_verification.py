@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import bootgrad
 from bootgrad import BootgradError
@@ -69,3 +70,52 @@ def test_samples_are_cut_and_checked():
     assert seen == [3, 3]
     with pytest.raises(BootgradError, match="at least two"):
         bootgrad.verify(model, loss_fn, x, target, samples=1)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda out: out.square().sum(), r'shape \(B,\).*reduction="none"'),
+        (lambda out: out.square(), "one loss per sample"),
+        (lambda out: out.square().sum(1).detach(), "requires grad"),
+        (lambda out: 3.0, "must be a tensor"),
+        (lambda out: out.square().sum(1) * torch.nan, "NaN or infinite"),
+    ],
+)
+def test_losses_are_checked_first(loss_fn, message):
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with pytest.raises(BootgradError, match=message):
+        bootgrad.verify(model, lambda x: loss_fn(model(x)), x)
+
+
+def test_frozen_models_are_refused():
+    model = nn.Linear(3, 2).requires_grad_(False)
+    with pytest.raises(BootgradError, match="no parameter that requires grad"):
+        bootgrad.verify(model, lambda x: model(x).sum(1), torch.randn(4, 3))
+
+
+class Counting(nn.Module):
+    """Two buffers that a forward pass changes: one in place, one by another tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(2))
+
+    def forward(self, x):
+        x = self.linear(x)
+        self.calls += 1
+        self.mean = x.detach().mean(0)
+        return x
+
+
+def test_buffers_stay_as_they_are():
+    model, x = Counting(), torch.randn(4, 3)
+    before = dict(model.named_buffers())
+    assert bootgrad.verify(model, lambda x: model(x).square().sum(1), x).ok
+    assert all(b is before[name] and not b.any() for name, b in model.named_buffers())
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    with pytest.raises(BootgradError, match="batch_norm in training mode"):
+        bootgrad.verify(model, lambda x: model(x).square().sum(1), x)
+    assert torch.equal(model[1].running_mean, torch.zeros(2)) and model[1].num_batches_tracked == 0
