@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
+from .graph import check_losses, refuse_losses
 from .ops.schema import accumulation_dtype
 from .per_sample import Direction, as_parameter_dict
-from .recording import check_losses
 from .rules.terms import total
 
 Parameters = Mapping[str, Tensor]
@@ -92,31 +92,37 @@ class EmaMean(Center):
         self.decay = decay
         self.steps = 0
         self._average: dict[str, Tensor] = {}
+        self._weight: Tensor | None = None  # 1 − β^t, on the device, so that it goes on in a captured graph of kernels
 
     def value(self, parameters):
         """The corrected average."""
         if not self.steps:
             return None
-        averages = list(as_parameter_dict(self._average, parameters, "the stored center").values())
-        return dict(zip(parameters, torch._foreach_div(averages, 1 - self.decay**self.steps), strict=True))
+        averages = as_parameter_dict(self._average, parameters, "the stored center")
+        return {name: average / self._weight.to(average.device) for name, average in averages.items()}
 
     @torch.no_grad()
     def update(self, mean):
         """Average in ḡ."""
         if not self.steps:
             self._average = {name: _zeros(g) for name, g in mean.items()}
+            self._weight = torch.zeros((), dtype=torch.float64, device=next(iter(mean.values())).device)
         new = [mean[name].detach().to(average.dtype) for name, average in self._average.items()]
         torch._foreach_lerp_(list(self._average.values()), new, 1 - self.decay)
+        self._weight.lerp_(torch.ones_like(self._weight), 1 - self.decay)
         self.steps += 1
 
     def state_dict(self):
-        """Decay, steps and average."""
-        return {"decay": self.decay, "steps": self.steps, "average": {n: t.clone() for n, t in self._average.items()}}
+        """Decay, steps, average and its weight."""
+        average = {n: t.clone() for n, t in self._average.items()}
+        weight = None if self._weight is None else self._weight.clone()
+        return {"decay": self.decay, "steps": self.steps, "average": average, "weight": weight}
 
     def load_state_dict(self, state):
         """Go on from a `state_dict`."""
-        average = _sums(state["average"])
-        self.decay, self.steps, self._average = state["decay"], state["steps"], average
+        average, weight = _sums(state["average"]), state["weight"]
+        weight = None if weight is None else weight.clone()
+        self.decay, self.steps, self._average, self._weight = state["decay"], state["steps"], average, weight
 
 
 class WindowMean(Center):
@@ -236,6 +242,7 @@ class FullBatchMean(Center):
             with torch.enable_grad():
                 losses = self.loss_fn(*batch) if isinstance(batch, tuple | list) else self.loss_fn(batch)
                 check_losses(losses)
+                refuse_losses(losses)
                 twice = direction is not None
                 grads: Sequence[Tensor | None]
                 grads = torch.autograd.grad(losses.sum(), tensors, create_graph=twice, allow_unused=True)

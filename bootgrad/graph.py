@@ -125,10 +125,35 @@ def check_losses(losses: Any) -> None:
         raise RecordingError(
             "losses do not depend on anything that requires grad: was the forward pass run under torch.no_grad()?"
         )
+
+
+def check_finite(losses: Tensor) -> Tensor | None:
+    """Raise where a loss is NaN or infinite; on an accelerator, which a question would stop, return the answer () instead.
+
+    Nothing is checked, and nothing returned, while a graph of kernels is captured.
+    """
+    if answers_at_once(losses):
+        refuse_losses(losses)
+        return None
+    return None if is_capturing() else torch.isfinite(losses.detach()).all()
+
+
+def answers_at_once(tensor: Tensor) -> bool:
+    """Whether a question about values does not have to wait for a device."""
+    return tensor.device.type == "cpu"
+
+
+def refuse_losses(losses: Tensor) -> None:
+    """Raise if a loss is NaN or infinite, and name the samples."""
     bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
         raise ArgumentError(f"losses are NaN or infinite at {len(bad)} of {losses.numel()} samples: {shown}")
+
+
+def is_capturing() -> bool:
+    """Whether kernels are captured into a CUDA graph now, so that nothing may be asked of the device."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def powers_of_two(batch_size: int, seed: int) -> Tensor:

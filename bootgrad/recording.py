@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from .derived import Derived, derive, is_batch_free, may_be_batch_free, pull_back
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
-from .graph import Uses, check_losses, filled, gradients, powers_of_two, walk
+from .graph import Uses, check_finite, check_losses, filled, gradients, is_capturing, powers_of_two, walk
 from .planning import ConvLayer, LinearLayer
 from .rules.base import PLAIN_RULES, RULES, Operation, Phase, ProductOperation, is_in_place
 from .rules.elementwise import expand_row
@@ -59,6 +59,7 @@ class Reach:
     operations: list[Operation]
     parameters: dict[str, Tensor]
     other_leaves: list[Tensor]
+    finite: Tensor | None = None  # whether the losses are, where that was not waited for
 
 
 class Recording(TorchFunctionMode):
@@ -290,6 +291,7 @@ class Recording(TorchFunctionMode):
         check_losses(losses)
         self.batch_size = losses.numel()
         reach = self._walk(losses)
+        reach.finite = check_finite(losses)
         if not reach.parameters and not self.parameters:
             raise RecordingError("the model has no parameter that requires grad: nothing to take gradients of")
         if not reach.parameters:
@@ -334,7 +336,7 @@ class Recording(TorchFunctionMode):
         merged = any(
             o.output_rows != self.batch_size for o in operations
         )  # which rows are whose may change with the data
-        if self.check == "never":
+        if self.check == "never" or is_capturing():
             return
         count = self._state.uses.get(signature, 0) + 1
         if self.check == "first" and count & (count - 1) and not merged:  # what was zero at first may grow
@@ -343,9 +345,12 @@ class Recording(TorchFunctionMode):
         tolerance = 1e-4 if losses.dtype in (torch.float32, torch.float64) else 2e-2
         plain = self._row_norms(losses, torch.ones_like(losses), operations)
         scaled = self._row_norms(losses, a, operations)
-        for operation, norms, norms_a in zip(operations, plain, scaled, strict=True):
+        checks = []
+        for norms, norms_a in zip(plain, scaled, strict=True):
             expected = norms * a.repeat_interleave(norms.numel() // self.batch_size).to(norms.dtype)
-            if float((norms_a - expected).norm()) > tolerance * float(norms_a.norm()):
+            checks.append((norms_a - expected).norm() > tolerance * norms_a.norm())
+        for operation, coupled in zip(operations, torch.stack(checks).tolist(), strict=True):
+            if coupled:
                 raise UnsupportedError(
                     f"samples are coupled after {self._describe(operation)}, or not in dimension 0 there: scaling one "
                     "sample's loss changes other samples' gradients, so per-sample gradients do not exist. Look for batch "

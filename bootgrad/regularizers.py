@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .accumulation import accumulate, call_hooks, gated
 from .centers import BatchMean, Center, as_center
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
+from .graph import answers_at_once
 from .ops.schema import accumulation_dtype
 from .per_sample import Direction, PerSampleGradients, as_parameter_dict, sq_norm
 from .recording import named_parameters
 from .rules.terms import total
-from .statistics import accumulate, call_hooks, difference
+from .statistics import CheckedOnRead, difference
 from .statistics import record as Record
 
 Strength = float | Callable[[int], float]
@@ -95,7 +97,7 @@ def _total_sq_norm(tensors) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(CheckedOnRead):
     """What one step of a `GradientRegularizer` saw; detached, and about the loss gradient, never the penalized one.
 
     Attributes:
@@ -108,6 +110,8 @@ class Report:
         batch_size: B.
         method: how the penalty's gradient was made.
         notes: what was done otherwise than asked, and why.
+
+    On an accelerator, the first read raises if the losses were not finite; ``.grad`` and the centers were then left alone.
     """
 
     loss: Tensor
@@ -119,6 +123,7 @@ class Report:
     batch_size: int
     method: str
     notes: tuple[str, ...] = ()
+    unchecked: Tensor | None = None
 
     @property
     def minibatch_covariance_trace(self) -> Tensor:
@@ -233,9 +238,14 @@ class GradientRegularizer:
         distinct = list({id(c): c for c in self.centers.values()}.values())
         values = {id(c): c.value(parameters) for c in distinct}
         centers = {name: values[id(c)] for name, c in self.centers.items()}
-        report, leaves, grads, mean = self._gradients(recording, losses, strengths, centers)
+        report, leaves, grads, mean, sq_mean = self._gradients(recording, losses, strengths, centers)
         accumulate(leaves, grads)
-        if torch.isfinite(report.sq_mean_norm):
+        finite = torch.isfinite(sq_mean)
+        if not answers_at_once(sq_mean):  # what is not finite is replaced by what the center holds already
+            for center in distinct:
+                held = values[id(center)]
+                center.update({n: torch.where(finite, g, 0 if held is None else held[n]) for n, g in mean.items()})
+        elif finite:
             for center in distinct:
                 center.update(mean)
         else:
@@ -260,7 +270,8 @@ class GradientRegularizer:
             if strength and (name == "reg1" or c is not None):
                 penalties[name] = function(G, c)
                 objective = objective + strength * penalties[name]
-        report, mean = self._report(G, losses, centers, penalties, notes)
+        finite = recording.last_reach.finite
+        report, mean, sq_mean = self._report(G, losses, centers, penalties, notes, finite is not None)
         try:
             grads = list(torch.autograd.grad(objective, leaves, allow_unused=True))
         except RuntimeError as error:
@@ -273,13 +284,13 @@ class GradientRegularizer:
         for name in penalties:
             if centers[name] is not None:
                 self._add_center_derivative(parameters, grads, mean, centers[name], self.centers[name], strengths[name])
-        return report, leaves, grads, mean
+        return report, leaves, gated(grads, finite), mean, sq_mean
 
     @torch.no_grad()
     def _report(
-        self, G: PerSampleGradients, losses: Tensor, centers, penalties, notes
-    ) -> tuple[Report, dict[str, Tensor]]:
-        """The report, and ḡ. A penalty that was not taken follows from (1/B) Σ ‖g_i − c‖² = Γ + ‖ḡ − c‖²."""
+        self, G: PerSampleGradients, losses: Tensor, centers, penalties, notes, unchecked: bool
+    ) -> tuple[Report, dict[str, Tensor], Tensor]:
+        """The report, ḡ and ‖ḡ‖². A penalty that was not taken follows from (1/B) Σ ‖g_i − c‖² = Γ + ‖ḡ − c‖²."""
         mean = G.mean()
         sq_mean = _total_sq_norm(mean.values())
         distance = {
@@ -289,8 +300,8 @@ class GradientRegularizer:
         values = {name: value.detach() for name, value in penalties.items()}
         about = sq_mean.new_zeros(()) if distance["reg1"] is None else distance["reg1"]
         covariance = (values["reg1"].double() - about).clamp(min=0) if "reg1" in values else None
-        # About a far center Γ is lost in ‖ḡ − c‖²: then it is worth another visit.
-        if covariance is None or about > torch.maximum(sq_mean, 100 * covariance):
+        # About a far center Γ is lost in ‖ḡ − c‖²: then it is worth another visit, where to ask does not stop a device.
+        if covariance is None or (answers_at_once(about) and about > torch.maximum(sq_mean, 100 * covariance)):
             covariance = difference(G.sq_norms().double(), sq_mean)
             values.setdefault("reg1", covariance + about)
         values.setdefault("reg2", distance["reg2"])
@@ -305,8 +316,9 @@ class GradientRegularizer:
             batch_size=G.batch_size,
             method=self.method,
             notes=tuple(notes),
+            unchecked=losses.detach() if unchecked else None,
         )
-        return report, mean
+        return report, mean, sq_mean
 
     def _add_center_derivative(self, parameters, grads, mean, c, center: Center, strength: float) -> None:
         """A penalty's derivative by c is −2 λ (ḡ − c); a differentiable center takes it on to θ."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from . import graph
+from .accumulation import accumulate, call_hooks, gated
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .graph import filled, gradients
 from .ops.schema import accumulation_dtype
@@ -81,15 +83,34 @@ def difference(norms: Tensor, mean_norm: Tensor) -> Tensor:
     return (norms.double().mean() - mean_norm.double()).clamp(min=0).to(norms.dtype)
 
 
+class CheckedOnRead:
+    """Results of losses whose finiteness was not waited for: whoever reads one first does, and gets the error."""
+
+    unchecked: Tensor | None = None
+
+    def __getattribute__(self, name: str):
+        """Raise ArgumentError, and name the samples, if a loss was NaN or infinite."""
+        if not name.startswith("_") and name != "unchecked":
+            losses = self.__dict__.get("unchecked")
+            if losses is not None:
+                graph.refuse_losses(losses)
+                self.__dict__["unchecked"] = None
+        return super().__getattribute__(name)
+
+
 @dataclass(frozen=True)
-class Statistics(Moments):
-    """`Moments` of all parameters together, and of each by name in ``per_parameter``."""
+class Statistics(CheckedOnRead, Moments):
+    """`Moments` of all parameters together, and of each by name in ``per_parameter``.
+
+    On an accelerator, the first read of a result raises if the losses were not finite; ``.grad`` was then left as it was.
+    """
 
     per_parameter: Mapping[str, Moments] | None = None
+    unchecked: Tensor | None = None
 
 
-def combine(parts: Mapping[str, Moments]) -> Statistics:
-    """The moments of all parameters from those of each."""
+def combine(parts: Mapping[str, Moments], unchecked: Tensor | None = None) -> Statistics:
+    """The moments of all parameters from those of each, of losses that may still turn out not to be finite."""
 
     def total(values):
         values = list(values)
@@ -97,7 +118,7 @@ def combine(parts: Mapping[str, Moments]) -> Statistics:
 
     fields = ("sq_norms", "sq_mean_norm", "deviation_sq_norms", "sq_mean_deviation")
     totals = {f: total(getattr(m, f) for m in parts.values()) for f in fields}
-    return Statistics(**totals, per_parameter=dict(parts))
+    return Statistics(**totals, per_parameter=dict(parts), unchecked=unchecked)
 
 
 class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
@@ -110,7 +131,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
     Args:
         modules: one or several modules; parameters that do not require grad are left out.
         check: when to check that samples are dimension 0 of every operation and independent of each other, at the price of
-            two backward passes: ``"first"`` time that a model runs with these shapes, ``"always"``, or ``"never"``.
+            two backward passes: ``"first"``, second, fourth, eighth … step of a model with these shapes, ``"always"``, or
+            ``"never"``.
 
     Raises:
         UnsupportedError: a ScriptModule among the modules, a complex parameter; in the forward pass, batch statistics.
@@ -171,17 +193,15 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             UnsupportedError: per-sample gradients would not exist or would come out wrong. ``.grad`` is untouched by errors.
         """
         reach = self.reach(losses)
-        weights = _weights(reduction, losses)
+        weights, scale = _weights(reduction, losses)
         centers = None if center is None else as_parameter_dict(center, self.parameters, "center")
-        # Statistics are divided by the square of uniform weights, which must not leave the range of float32.
-        uniform = bool((weights == weights[0]).all()) and 1e-9 <= abs(float(weights[0])) <= 1e9
+        uniform = scale is not None
         seed = weights if uniform else torch.ones_like(weights)
-        scale = float(seed[0])
-        grads, statistics = self._first_order(losses, reach, seed, scale, centers, retain_graph or not uniform)
+        grads, statistics = self._first_order(losses, reach, seed, scale or 1.0, centers, retain_graph or not uniform)
         leaves = [*reach.parameters.values(), *reach.other_leaves]
         if not uniform:
             grads = gradients(losses, leaves, weights, retain_graph=retain_graph, allow_unused=True)
-        accumulate(leaves, grads)
+        accumulate(leaves, gated(grads, reach.finite))
         if not retain_graph:
             self.release()
         call_hooks(leaves, grads)
@@ -216,7 +236,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                     deviation = (s + _sq_norm(c, s) if deviation is None else deviation) / scale**2
                     mean_deviation = (g.to(s.dtype) / B - c).square().sum() / scale**2
                 parts[name] = Moments(s / scale**2, sq_mean, deviation if c is not None else None, mean_deviation)
-        return leaf_grads, combine(parts)
+        return leaf_grads, combine(parts, losses.detach() if reach.finite is not None else None)
 
     def per_sample_gradients(self, losses: Tensor, create_graph: bool = False) -> PerSampleGradients:
         """The implicit B×P matrix of the per-sample gradients.
@@ -268,71 +288,25 @@ def _sq_norm(g: Tensor, like: Tensor) -> Tensor:
     return torch.linalg.vector_norm(g, dtype=like.dtype).square()
 
 
-def _weights(reduction: str | Tensor, losses: Tensor) -> Tensor:
+def _weights(reduction: str | Tensor, losses: Tensor) -> tuple[Tensor, float | None]:
+    """Weights (B,), and the one number that they all are, if they are known to be and its square is in float32's range."""
     B = losses.numel()
     if isinstance(reduction, Tensor):
         if reduction.shape != (B,):
             raise ArgumentError(f"weights must have shape ({B},), one per loss; got {tuple(reduction.shape)}")
-        if not torch.isfinite(reduction).all():
+        weights = reduction.detach().to(losses).clone()
+        if not graph.answers_at_once(losses):
+            return weights, None
+        if not torch.isfinite(weights).all():
             raise ArgumentError("weights must be finite; got NaN or infinity")
-        return reduction.detach().to(losses).clone()
+        first = float(weights[0])
+        return weights, first if bool((weights == first).all()) and 1e-9 <= abs(first) <= 1e9 else None
     if not isinstance(reduction, str):
         raise ArgumentTypeError(f'reduction must be "mean", "sum" or weights (B,); got {type(reduction).__name__}')
     if reduction not in ("mean", "sum"):
         raise ArgumentError(f'reduction must be "mean", "sum" or weights (B,); got {reduction!r}')
-    return torch.full_like(losses, 1 / B if reduction == "mean" else 1.0, requires_grad=False)
-
-
-@torch.no_grad()
-def accumulate(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Add gradients to ``.grad`` in memory of its own, as a backward pass does; `call_hooks` is to follow.
-
-    All memory is made before the first ``.grad`` is written, so that one that cannot be added to leaves all as they were.
-    """
-    taken: set[int] = set()
-    sums: list[tuple[Tensor, Tensor, bool]] = []  # leaf, gradient, whether it is added in place
-    for leaf, grad in zip(leaves, grads, strict=True):
-        if grad is None:
-            continue
-        if leaf.grad is None:
-            sums.append((leaf, _owned(grad, leaf, taken), False))
-        elif _is_writable(leaf.grad):
-            sums.append((leaf, grad, True))
-        else:
-            sums.append((leaf, leaf.grad + grad if grad.is_sparse else grad + leaf.grad, False))
-    for leaf, grad, in_place in sums:
-        if in_place:
-            leaf.grad.add_(grad)  # type: ignore[union-attr]  # it was there above
-        else:
-            leaf.grad = grad
-
-
-@torch.no_grad()
-def call_hooks(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Call the hooks that wait for the ``.grad`` of leaves that received a gradient, last: their errors undo nothing."""
-    for leaf, grad in zip(leaves, grads, strict=True):
-        hooks = getattr(leaf, "_post_accumulate_grad_hooks", None) or {}
-        for hook in list(hooks.values()) if grad is not None else ():
-            hook(leaf)
-
-
-def _is_writable(present: Tensor) -> bool:
-    """Whether a gradient can be added to ``present`` in place: it is dense, may be changed, and its entries share no memory."""
-    if present.layout != torch.strided or present.is_inference():
-        return False
-    return not any(stride == 0 and size > 1 for stride, size in zip(present.stride(), present.shape, strict=True))
-
-
-def _owned(grad: Tensor, leaf: Tensor, taken: set[int]) -> Tensor:
-    """``grad`` with the leaf's strides, in memory that is not among what was ``taken`` before."""
-    if grad.layout != torch.strided:
-        return grad.clone()
-    storage = grad.untyped_storage()
-    shared = storage.data_ptr() in taken or storage.nbytes() != grad.numel() * grad.element_size()
-    taken.add(storage.data_ptr())
-    if not shared and grad.stride() == leaf.stride():
-        return grad
-    return torch.empty_like(leaf, requires_grad=False).copy_(grad)
+    scale = 1 / B if reduction == "mean" else 1.0
+    return torch.full_like(losses, scale, requires_grad=False), scale
 
 
 class NoiseScale:

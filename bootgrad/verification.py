@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, RecordingError
-from .graph import check_losses
+from .graph import check_losses, refuse_losses
 from .regularizers import reg1
 from .rules.terms import total
 from .statistics import record
@@ -89,6 +89,7 @@ def _compare(rec: record, loss_fn: Callable[..., Tensor], batch: list, tolerance
     with torch.random.fork_rng():
         losses = loss_fn(*batch)
         check_losses(losses)
+        refuse_losses(losses)
         rows = []
         for loss in losses:
             grads = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)

@@ -15,7 +15,7 @@ LAYERS = (
     ("cli", "experiments", "monitoring", "integrations", "training"),
     ("regularizers", "statistics", "verification", "normalization"),
     ("per_sample", "centers"),
-    ("recording", "derived", "graph"),
+    ("recording", "derived", "graph", "accumulation"),
     ("rules",),
     ("ops",),
     ("ops.backends", "ops.library"),

@@ -493,3 +493,77 @@ def test_autocast_holds_where_calls_are_run_again(layer):
         grads = torch.autograd.grad(losses()[i], list(model.parameters()), allow_unused=True)
         expected = sum(g.square().sum() for g in grads if g is not None)
         torch.testing.assert_close(stats.sq_norms[i], expected, rtol=3e-2, atol=0)
+
+
+@pytest.fixture
+def slow_answers(monkeypatch):
+    """As on an accelerator, nothing is asked about values in a step."""
+    monkeypatch.setattr("bootgrad.graph.answers_at_once", lambda tensor: False)
+    monkeypatch.setattr("bootgrad.regularizers.answers_at_once", lambda tensor: False)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "weights"])
+def test_statistics_are_checked_when_they_are_read(slow_answers, reduction):
+    model, x = Model(lambda m, x: m.linear(x)), data()
+    weights = "mean" if reduction == "mean" else torch.arange(1.0, 5.0, dtype=x.dtype)
+
+    def backward(x):
+        with bootgrad.record(model) as rec:
+            losses = model(x)
+        return rec.backward(losses, reduction=weights)
+
+    good = backward(x)
+    before = [p.grad.clone() for p in model.parameters()]
+    assert good.covariance_trace > 0 and good.unchecked is None
+    x[2] = torch.nan
+    bad = backward(x)
+    torch.testing.assert_close([p.grad for p in model.parameters()], before)
+    for _ in range(2):
+        with pytest.raises(BootgradError, match="NaN or infinite at 1 of 4 samples: 2"):
+            bad.sq_norms  # noqa: B018
+
+
+def test_reports_are_checked_when_they_are_read(slow_answers):
+    model, x = Model(lambda m, x: m.linear(x)), data()
+    reg = bootgrad.GradientRegularizer(model, reg1=0.1, reg2=0.2, center="ema")
+    reports = [reg.backward(model, x) for _ in range(2)]
+    before = [p.grad.clone() for p in model.parameters()]
+    center = reg.centers["reg1"].value(dict(model.named_parameters()))
+    assert all(r.loss.isfinite() and r.notes == n for r, n in zip(reports, [reports[0].notes, ()], strict=True))
+    bad = reg.backward(model, x.clone().fill_(torch.inf))
+    torch.testing.assert_close([p.grad for p in model.parameters()], before)
+    torch.testing.assert_close(reg.centers["reg1"].value(dict(model.named_parameters())), center)
+    with pytest.raises(BootgradError, match="NaN or infinite at 4 of 4 samples"):
+        bad.loss  # noqa: B018
+
+
+def test_a_step_asks_nothing_of_the_device(slow_answers):
+    """Whatever makes a number of a tensor waits for its device, and cannot be captured into a graph of kernels."""
+    asked = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                asked.append(func)
+            return func(*args, **(kwargs or {}))
+
+    model, x = Model(lambda m, x: m.linear(x).relu()), data()
+    regularizers = [
+        bootgrad.GradientRegularizer(model, reg1=0.1, reg2=0.2, center="ema"),
+        bootgrad.GradientRegularizer(model, reg1=0.1),
+        bootgrad.GradientRegularizer(model, reg1=0.1, center="zero"),
+    ]
+    for step in range(4):  # the batch is checked on the first two and on the fourth
+        for reg in regularizers:
+            with Watch():
+                reg.backward(model, x)
+        with bootgrad.record(model, check="never") as rec:
+            losses = model(x)
+        with Watch():
+            rec.backward(losses, center=None if step else {n: p.detach() for n, p in model.named_parameters()})
+        if step == 1:
+            asked.clear()
+            monkey = pytest.MonkeyPatch()
+            monkey.setattr("bootgrad.recording.is_capturing", lambda: True)
+    monkey.undo()
+    assert not asked

@@ -1,0 +1,66 @@
+"""Writing gradients to ``.grad`` as a backward pass does: all at once, in memory of their own, and hooks last."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def gated(grads: Sequence[Tensor | None], finite: Tensor | None) -> list[Tensor | None]:
+    """The gradients, or zeros where ``finite``, () on their device, turns out false; nobody waits for it."""
+    if finite is None:
+        return list(grads)
+    return [g if g is None or g.layout != torch.strided else torch.where(finite, g, 0) for g in grads]
+
+
+@torch.no_grad()
+def accumulate(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Add gradients to ``.grad`` in memory of its own, as a backward pass does; `call_hooks` is to follow.
+
+    All memory is made before the first ``.grad`` is written, so that one that cannot be added to leaves all as they were.
+    """
+    taken: set[int] = set()
+    sums: list[tuple[Tensor, Tensor, bool]] = []  # leaf, gradient, whether it is added in place
+    for leaf, grad in zip(leaves, grads, strict=True):
+        if grad is None:
+            continue
+        if leaf.grad is None:
+            sums.append((leaf, _owned(grad, leaf, taken), False))
+        elif _is_writable(leaf.grad):
+            sums.append((leaf, grad, True))
+        else:
+            sums.append((leaf, leaf.grad + grad if grad.is_sparse else grad + leaf.grad, False))
+    for leaf, grad, in_place in sums:
+        if in_place:
+            leaf.grad.add_(grad)  # type: ignore[union-attr]  # it was there above
+        else:
+            leaf.grad = grad
+
+
+@torch.no_grad()
+def call_hooks(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Call the hooks that wait for the ``.grad`` of leaves that received a gradient, last: their errors undo nothing."""
+    for leaf, grad in zip(leaves, grads, strict=True):
+        hooks = getattr(leaf, "_post_accumulate_grad_hooks", None) or {}
+        for hook in list(hooks.values()) if grad is not None else ():
+            hook(leaf)
+
+
+def _is_writable(present: Tensor) -> bool:
+    """Whether a gradient can be added to ``present`` in place: it is dense, may be changed, and its entries share no memory."""
+    if present.layout != torch.strided or present.is_inference():
+        return False
+    return not any(stride == 0 and size > 1 for stride, size in zip(present.stride(), present.shape, strict=True))
+
+
+def _owned(grad: Tensor, leaf: Tensor, taken: set[int]) -> Tensor:
+    """``grad`` with the leaf's strides, in memory that is not among what was ``taken`` before."""
+    if grad.layout != torch.strided:
+        return grad.clone()
+    storage = grad.untyped_storage()
+    shared = storage.data_ptr() in taken or storage.nbytes() != grad.numel() * grad.element_size()
+    taken.add(storage.data_ptr())
+    if not shared and grad.stride() == leaf.stride():
+        return grad
+    return torch.empty_like(leaf, requires_grad=False).copy_(grad)
