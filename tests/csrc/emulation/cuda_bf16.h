@@ -22,3 +22,5 @@ inline float __bfloat162float(__nv_bfloat16 number) {
   std::memcpy(&value, &word, sizeof(value));
   return value;
 }
+
+inline __nv_bfloat16 __float2bfloat16_rn(float value) { return __nv_bfloat16(value); }

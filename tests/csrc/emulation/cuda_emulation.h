@@ -2,10 +2,11 @@
 // thread.
 //
 // __syncthreads is a std::barrier of the block, a shuffle is an exchange between two barriers of the warp; a thread
-// that returns leaves both. Blocks run one after the other, so __shared__ is a static variable. AddressSanitizer then
-// sees every access out of bounds, UndefinedBehaviorSanitizer a misaligned 16-byte load, ThreadSanitizer a missing
-// __syncthreads. Not here: tensor cores, asynchronous copies, atomics, dynamic shared memory, warps whose lanes part
-// ways before a shuffle.
+// that returns leaves both. Blocks run one after the other, so __shared__ is a static variable; dynamic shared memory
+// is fresh for every block, of the size asked for, and full of NaN. AddressSanitizer then sees every access out of
+// bounds, UndefinedBehaviorSanitizer a misaligned 16-byte load, ThreadSanitizer a missing __syncthreads, and a read of
+// what was never written spoils the result. Tensor cores are in cuda_mma.h. Not here: asynchronous copies, atomics,
+// warps whose lanes part ways before a shuffle.
 
 #pragma once
 
@@ -14,6 +15,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -43,24 +45,31 @@ struct Warp {
   explicit Warp(unsigned lanes) : barrier(lanes) {}
   std::barrier<> barrier;
   uint64_t slots[kWarpSize] = {};
+  uint32_t fragments[kWarpSize][6] = {};  // of a matrix product: 4 registers of A, 2 of B
 };
 
 struct Block {
-  explicit Block(unsigned threads) : barrier(threads) {
+  Block(unsigned threads, size_t bytes) : barrier(threads), memory(new (std::align_val_t(16)) unsigned char[bytes]) {
+    std::memset(memory.get(), 0xff, bytes);
     for (unsigned first = 0; first < threads; first += kWarpSize) {
       warps.push_back(std::make_unique<Warp>(threads - first < kWarpSize ? threads - first : kWarpSize));
     }
   }
   std::barrier<> barrier;
   std::vector<std::unique_ptr<Warp>> warps;
+
+  struct Delete {
+    void operator()(unsigned char* bytes) const { operator delete[](bytes, std::align_val_t(16)); }
+  };
+  std::unique_ptr<unsigned char[], Delete> memory;
 };
 
 inline thread_local Block* block = nullptr;
 
-// Run kernel() on `blocks` blocks of `threads` threads, both in one dimension.
-inline void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+// Run kernel() on `blocks` blocks of `threads` threads, both in one dimension, with `bytes` of dynamic shared memory.
+inline void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel, size_t bytes = 0) {
   for (unsigned b = 0; b < blocks; ++b) {
-    Block state(threads);
+    Block state(threads, bytes);
     std::vector<std::thread> pool;
     for (unsigned t = 0; t < threads; ++t) {
       pool.emplace_back([&, t] {
@@ -78,14 +87,20 @@ inline void launch(unsigned blocks, unsigned threads, const std::function<void()
   }
 }
 
+inline Warp& warp() { return *block->warps[threadIdx.x / kWarpSize]; }
+
 }  // namespace emulation
+
+namespace bootgrad {
+inline void* dynamic_shared_memory() { return emulation::block->memory.get(); }
+}  // namespace bootgrad
 
 inline void __syncthreads() { emulation::block->barrier.arrive_and_wait(); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned /*mask*/, T value, int lane_mask) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
-  emulation::Warp& warp = *emulation::block->warps[threadIdx.x / emulation::kWarpSize];
+  emulation::Warp& warp = emulation::warp();
   const unsigned lane = threadIdx.x % emulation::kWarpSize;
   std::memcpy(&warp.slots[lane], &value, sizeof(T));
   warp.barrier.arrive_and_wait();

@@ -9,3 +9,5 @@ struct __half {
 };
 
 inline float __half2float(__half number) { return static_cast<float>(number.value); }
+
+inline __half __float2half_rn(float value) { return __half(value); }
