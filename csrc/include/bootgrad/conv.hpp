@@ -86,11 +86,8 @@ struct ConvLayer {
   void sum_positions(int64_t b, const T* gyt, int64_t stride, int64_t begin, int64_t end) const {
     T* out = static_cast<T*>(call.bias) + b * plan.O;
     for (int64_t g = 0; g < plan.groups; ++g)
-      for (int64_t o = begin; o < end; o += kLanes<T>) {
-        Vector<T> sum{};
-        for (int64_t t = 0; t < plan.T; ++t) sum += load<T>(gyt + g * stride + t * ld + o);
-        store_some<T>(out + g * plan.Og + o, sum, end - o < kLanes<T> ? end - o : kLanes<T>);
-      }
+      for (int64_t o = begin; o < end; o += kLanes<T>)
+        sum_rows(gyt + g * stride + o, plan.T, ld, out + g * plan.Og + o, end - o < kLanes<T> ? end - o : kLanes<T>);
   }
 
   // Weights [R, ld] as [reached, Og, ldc], kernel positions in the order of the phases.

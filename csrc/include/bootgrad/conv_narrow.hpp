@@ -88,14 +88,24 @@ struct ConvNarrow : ConvLayer<In> {
     for (int64_t m0 = 0; m0 < M; m0 += kRows) {
       const int64_t count = M - m0 < kRows ? M - m0 : kRows;
       const T* from[kRows];
-      Vector<T> acc[kRows][1];
+      Vector<T> acc[kRows][1], total[kRows];
 #pragma GCC unroll 9
-      for (int i = 0; i < kRows; ++i) from[i] = a + row[m0 + (i < count ? i : count - 1)] * n, acc[i][0] = Vector<T>{};
-      for (int64_t k = 0; k < K; ++k) {
-        const Vector<T> other = load<T>(b + at(k));
-        const int64_t offset = depth(k) * n;
+      for (int i = 0; i < kRows; ++i) from[i] = a + row[m0 + (i < count ? i : count - 1)] * n;
+      for (int64_t k = 0;;) {
+        const bool first = k == 0;
 #pragma GCC unroll 9
-        for (int i = 0; i < kRows; ++i) acc[i][0] += load<T>(from[i] + offset) * other;
+        for (int i = 0; i < kRows; ++i) acc[i][0] = Vector<T>{};
+        for (const int64_t stop = K - k > kRun ? k + kRun : K; k < stop; ++k) {
+          const Vector<T> other = load<T>(b + at(k));
+          const int64_t offset = depth(k) * n;
+#pragma GCC unroll 9
+          for (int i = 0; i < kRows; ++i) acc[i][0] += load<T>(from[i] + offset) * other;
+        }
+#pragma GCC unroll 9
+        for (int i = 0; i < kRows; ++i) acc[i][0] += first ? Vector<T>{} : total[i];
+        if (k == K) break;
+#pragma GCC unroll 9
+        for (int i = 0; i < kRows; ++i) total[i] = acc[i][0];
       }
       finish(m0, count, acc);
     }
@@ -134,13 +144,8 @@ struct ConvNarrow : ConvLayer<In> {
   void load_gy(int64_t b, int64_t o0, int64_t lanes, T factor, const Memory& m) const {
     if (lanes < n) clear(m.out, plan.T * n);
     transpose<T>(this->gy_of(b) + o0 * plan.T, plan.T, lanes, plan.T, m.out, n, factor);
-    Vector<T> total{};
-    for (int64_t t = 0; t < plan.T; ++t) {
-      const Vector<T> v = load<T>(m.out + t * n);
-      total += v;
-      store<T>(m.gy + m.place[t] * n, v);
-    }
-    if (call.bias) store_some<T>(static_cast<T*>(call.bias) + b * plan.O + o0, total, lanes);
+    for (int64_t t = 0; t < plan.T; ++t) store<T>(m.gy + m.place[t] * n, load<T>(m.out + t * n));
+    if (call.bias) sum_rows(m.out, plan.T, n, static_cast<T*>(call.bias) + b * plan.O + o0, lanes);
   }
 
   void load_x(const T* x, int64_t o0, int64_t lanes, int64_t j, const Memory& m) const {

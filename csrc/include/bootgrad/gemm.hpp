@@ -12,6 +12,10 @@ struct Gathered {
   const int64_t* depth;
 };
 
+// A longer sum is made in runs of this many terms, and of their sums, so that rounding errors do not pile up in one
+// chain.
+constexpr int64_t kRun = 512;
+
 template <class T, int MR, int NV, class Epilogue>
 __attribute__((noinline)) void tile(const Gathered<T>& a, int64_t m0, int64_t mr, int64_t K, const T* b, int64_t ldb,
                                     int64_t n0, const Epilogue& epilogue) {
@@ -19,25 +23,34 @@ __attribute__((noinline)) void tile(const Gathered<T>& a, int64_t m0, int64_t mr
   const T* rows[MR];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) rows[i] = a.base + a.row[m0 + (i < mr ? i : mr - 1)];
-  Vector<T> acc[MR][NV];
+  Vector<T> acc[MR][NV], total[MR][NV];
+  const auto each = [](const auto& body) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i)
+    for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[i][j] = Vector<T>{};
+      for (int j = 0; j < NV; ++j) body(i, j);
+  };
   const int64_t* depth = a.depth;
   const int64_t* const end = depth + K;
   b += n0;
-  for (; depth != end; ++depth, b += ldb) {
-    Vector<T> bv[NV];
+  for (bool first = true;; first = false) {
+    each([&](int i, int j) { acc[i][j] = Vector<T>{}; });
+    const int64_t* const stop = end - depth > kRun ? depth + kRun : end;
+    for (; depth != stop; ++depth, b += ldb) {
+      Vector<T> bv[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) bv[j] = load<T>(b + j * n);
-    const int64_t at = *depth;
+      for (int j = 0; j < NV; ++j) bv[j] = load<T>(b + j * n);
+      const int64_t at = *depth;
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const T scalar = rows[i][at];
+      for (int i = 0; i < MR; ++i) {
+        const T scalar = rows[i][at];
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[i][j] += scalar * bv[j];
+        for (int j = 0; j < NV; ++j) acc[i][j] += scalar * bv[j];
+      }
     }
+    if (!first) each([&](int i, int j) { acc[i][j] += total[i][j]; });
+    if (depth == end) break;
+    each([&](int i, int j) { total[i][j] = acc[i][j]; });
   }
   epilogue.template finish<MR, NV>(m0, mr, n0, acc);
 }

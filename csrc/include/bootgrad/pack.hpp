@@ -78,6 +78,19 @@ double dot(const In* a, const In* b, int64_t count) {
   return total;
 }
 
+// out[j] = Σ_r rows[r·ld + j] over the first lanes of a vector, in the same way.
+template <class T>
+void sum_rows(const T* rows, int64_t count, int64_t ld, T* out, int64_t lanes) {
+  constexpr int64_t n = kLanes<T>;
+  double total[n] = {};
+  for (int64_t r = 0; r < count;) {
+    Vector<T> sum{};
+    for (const int64_t end = count - r < 64 ? count : r + 64; r < end; ++r) sum += load<T>(rows + r * ld);
+    for (int64_t j = 0; j < n; ++j) total[j] += static_cast<double>(sum[j]);
+  }
+  for (int64_t j = 0; j < lanes; ++j) out[j] = static_cast<T>(total[j]);
+}
+
 // Runs body(task, scratch) for every task, tasks handed out one by one. prepare(Carver&) lays out a worker's memory and
 // is called twice: to count, and to place; it returns what body gets. `begin` sees a worker's memory once before its
 // tasks.
