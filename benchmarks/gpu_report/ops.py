@@ -1,0 +1,161 @@
+"""Every op by every backend on the layers of real models: time, bytes, operations, share of the ceiling.
+
+Beside each: the ratio to torch's own weight gradient of the same layer, by cuDNN or cuBLAS, which is what a plain step pays
+where a step with statistics pays for the op. Results are compared with plain torch's on the same device first, and an op
+that comes out wrong is not timed. The path is the cost model's, as in a step.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bootgrad import planning
+from bootgrad.ops.backends import eager
+from bootgrad.planning import ConvLayer, LinearLayer
+
+from .. import traffic
+from ..models import TASKS, TINY_TASKS
+from ..traffic import Layer, NormLayer
+from . import backends, correctness, examples, timing
+from .options import Options
+
+DTYPE = torch.bfloat16
+# Models in order of worth, with the batch that their layers are timed at.
+MODELS = {"resnet18-imagenet": 64, "transformer-124m": 8, "resnet18-cifar": 256, "resnet50-imagenet": 64}
+TINY_MODELS = {"resnet18-tiny": 2, "transformer-tiny": 2}
+# Ops in order of worth: what a step with statistics and one with a penalty take most of their time for.
+FIRST = ("statistics", "with_grad", "group_norm_backward", "group_norm_double_backward", "rank1_sq_norms")
+
+
+def shards(options: Options) -> list[str]:
+    """One process: nothing else may run beside what is timed."""
+    return ["all"]
+
+
+def environment(shard: str, options: Options) -> dict[str, str]:
+    """As for the op's backend; on a CPU Triton is interpreted."""
+    return backends.environment("triton", options.device)
+
+
+def cases(shard: str, options: Options) -> list[tuple[str, Any]]:
+    """The ops that count most on all layers, then the others."""
+    found = []
+    for op in sorted((op for op in backends.ops() if options.wants(op)), key=_order):
+        found += [
+            (f"{op}: {layer}", lambda op=op, layer=layer: time_op(op, layer, options)) for layer in layers(op, options)
+        ]
+    return sorted(found, key=lambda case: _order(case[0].partition(": ")[0]) >= len(FIRST))
+
+
+def layers(op: str, options: Options) -> list[Layer]:
+    """Each layer of the models that an op is for, once."""
+    tasks, sizes = (TINY_TASKS, TINY_MODELS) if options.tiny else (TASKS, MODELS)
+    found: dict[Layer, None] = {}
+    for model, B in sizes.items():
+        if not options.models or model in options.models:
+            for part in traffic.parts_of(tasks[model]):
+                if part.layer is not None and part.trained:
+                    found[_with_batch(part.layer, B)] = None
+    chosen = examples.layers_for(op, list(found))
+    if examples.takes(op, "path"):  # these are for several positions
+        chosen = [layer for layer in chosen if examples.positions(layer) > 1]
+    return chosen[:1] if options.tiny else chosen
+
+
+def time_op(op: str, layer: Layer, options: Options) -> Iterator[dict[str, Any]]:
+    """Rows of an op on a layer, one for each backend."""
+    dtype = torch.float32 if options.tiny else DTYPE
+    path = _path(op, layer)
+    arguments = examples.arguments(op, layer, dtype, options.device, path)
+    sets = timing.copies(arguments, timing.set_count(arguments, options.device))
+    work = traffic.op_work(op, layer, itemsize=dtype.itemsize)
+    limit = limit_seconds(work, dtype, options)
+    row = {
+        "subject": op,
+        "case": f"{layer}, B = {layer.B}",
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": work.bytes,
+        "operations": work.operations,
+    }
+    base = None
+    if not isinstance(layer, NormLayer):
+        call = weight_gradient(layer)
+        pairs = [[s[0], s[1]] for s in sets]
+        base = timing.measure(call, pairs, options.device).median
+    expected = None
+    for backend in options.backends or backends.of_device(options.device):
+        run = backends.implementation(op, backend, dtype)
+        if run is None:
+            continue
+        own = row | {"backend": backend}
+        try:
+            if expected is None:
+                expected = correctness.results(getattr(eager, op)(*arguments))
+            error = _difference(correctness.results(run(*arguments)), expected, layer)
+            if not error <= correctness.BOUNDS[DTYPE]:
+                yield own | {
+                    "status": "failed",
+                    "error": error,
+                    "detail": f"{path} differs from plain torch: not timed",
+                }
+                continue
+            time = timing.measure(run, sets, options.device)
+        except torch.OutOfMemoryError as problem:
+            yield own | {"status": "out of memory", "detail": str(problem).splitlines()[0][:200]}
+            continue
+        share = 100 * limit * 1e6 / time.median if limit else None
+        ratio = time.median / base if base else None
+        detail = ", ".join(filter(None, (path, time.how, f"weight gradient {base:.1f} µs" if base else "")))
+        yield (
+            own | {"status": "ok", "percent": share, "ratio": ratio, "error": error, "detail": detail} | time.columns()
+        )
+
+
+def weight_gradient(layer: LinearLayer | ConvLayer) -> Callable[[Tensor, Tensor], Tensor]:
+    """Torch's own weight gradient of (x, gy)."""
+    if isinstance(layer, LinearLayer):
+        return lambda x, gy: gy.reshape(-1, layer.O).t() @ x.reshape(-1, layer.I)
+    geometry = layer.stride, layer.padding, layer.dilation, False, (0,) * len(layer.S), layer.groups
+
+    def call(x: Tensor, gy: Tensor) -> Tensor:
+        weight = x.new_empty(1).expand(layer.O, layer.C // layer.groups, *layer.K)  # only its shape is read
+        return torch.ops.aten.convolution_backward(gy, x, weight, None, *geometry, (False, True, False))[1]
+
+    return call
+
+
+def limit_seconds(work: traffic.Work, dtype: torch.dtype, options: Options) -> float:
+    """The op's limit by the measured ceilings; 0 where they are not known."""
+    bandwidth = options.limits.get("copy")
+    rate = options.limits.get("bfloat16" if dtype == torch.bfloat16 else "float32")
+    return max(work.bytes / bandwidth, work.operations / rate) if bandwidth and rate else 0.0
+
+
+def _difference(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...], layer: Layer) -> float:
+    """The largest relative error in norm."""
+    worst = 0.0
+    for a, b in zip(ours, expected, strict=True):
+        if b.numel():
+            worst = max(worst, float((a.float() - b.float()).norm() / b.float().norm()), key=correctness.nan_is_worst)
+    return worst
+
+
+def _path(op: str, layer: Layer) -> str:
+    if not examples.takes(op, "path"):
+        return ""
+    centered = examples.takes(op, "center")
+    return planning.choose_path(layer, traffic.op_purpose(op), centered, examples.takes(op, "mask"))
+
+
+def _order(op: str) -> int:
+    return next((k for k, end in enumerate(FIRST) if op.endswith(end)), len(FIRST))
+
+
+def _with_batch(layer: Layer, B: int) -> Layer:
+    if isinstance(layer, NormLayer):
+        return NormLayer(B, layer.C, layer.S, layer.G)
+    if isinstance(layer, LinearLayer):
+        return LinearLayer(B, layer.T, layer.I, layer.O)
+    return ConvLayer(B, layer.C, layer.S, layer.O, layer.K, layer.stride, layer.padding, layer.dilation, layer.groups)
