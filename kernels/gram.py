@@ -1,0 +1,375 @@
+"""‖G_i‖² and its derivatives by the Gram matrices ("ghost norm"), without any G_i.
+
+    s_i = ‖G_i‖² = Σ_groups ⟨U Uᵀ, K⟩        K = gy gyᵀ, T×T        ∂s/∂gy = 2 (U Uᵀ) gy        ∂s/∂x = 2 Q x
+
+Linear layers (and pointwise convolutions): U is x and Q is K. Norms alone are one kernel: both tiles of a pair stay in
+registers, T²(C + O)/2 multiply-adds, and one number per pair of tiles is written.
+
+With derivatives the tiles are written down, once, for as many samples as fit 32 MiB of workspace, and a second kernel
+multiplies them while they are in L2: T²(C + O)/2 multiply-adds to make them and T²(C + O) to use them, T² numbers written
+and T²·C/128 read per matrix. Making them again in each program that uses them would write nothing but needs T²·O for
+every 128 channels of x, and the other way round: at 512 channels twice the operations in all, and this path is chosen where
+T is less than the channels, where T² numbers are few beside x and gy.
+
+Convolutions by pixels: the pixel Gram P = X Xᵀ, N×N, is made once, N²·C/2, and (U Uᵀ)[t, t'] = Σ_k P[pixel of t and k, pixel
+of t' and k] is gathered, T²/2 reads from L1 and L2 for each kernel position, in the kernel that makes K's tile. The adjoint,
+Q[u, u'] = Σ_k K at the positions that meet u and u' with k, is gathered from K into P's place. Convolutions by patches,
+where `pixels_first` says so (strides leave most pixels unused): U Uᵀ is a product over C·k² that loads patches straight
+from x, and dx is made by phases, pixels that leave the same remainder by the stride, so no multiplication is by zero.
+
+Products of half precisions accumulate in float32, and so are P and the K that is gathered stored. A matrix that is only
+multiplied is stored as the product takes it: in bfloat16 for bfloat16, in float32, rounded to TF32 when read, for float16,
+whose range squares of gradients would leave. Float32 is multiplied as such unless torch allows TF32.
+
+No atomics, and every choice is by shape without B: a sample's bits depend neither on the run nor on the batch around it.
+Letters as in `layer`, and ``N`` pixels.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import accumulation_dtype
+from .gram_kernels import (
+    gram_apply_kernel,
+    gram_apply_patches_kernel,
+    gram_norms_kernel,
+    gram_pixels_kernel,
+    gram_spread_kernel,
+    gram_total_kernel,
+)
+from .layer import Layer, is_flat, strides
+
+# Of an H100's 50 MiB of L2, leaving room for x and gy; an A100 has 40.
+WORKSPACE_BYTES = 32 * 2**20
+
+
+class Tiles(NamedTuple):
+    """Tiles of BLOCK_T×BLOCK_T entries of a symmetric matrix, made BLOCK_C channels at a time."""
+
+    BLOCK_T: int
+    BLOCK_C: int
+    num_warps: int
+
+
+class Product(NamedTuple):
+    """Tiles of BLOCK_M rows by BLOCK_N channels of a matrix times x or gy, BLOCK_K columns of the matrix at a time."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+
+
+# By what is multiplied and whether it is loaded in whole vectors, (most rows, configuration). Two accumulators of 64×64 on
+# 4 warps are 64 registers, and so are two of 128×128 on 16. Numbers that are loaded one by one lie in registers with their
+# addresses, as do the operands of float32, which is multiplied on the plain cores: narrow steps.
+TILES = {
+    ("half", True): (
+        (16, Tiles(16, 64, 1)),
+        (32, Tiles(32, 64, 2)),
+        (512, Tiles(64, 64, 4)),
+        (None, Tiles(128, 64, 8)),
+    ),
+    ("half", False): ((16, Tiles(16, 32, 1)), (32, Tiles(32, 32, 2)), (None, Tiles(64, 32, 8))),
+    ("tf32", True): ((16, Tiles(16, 32, 1)), (32, Tiles(32, 16, 2)), (None, Tiles(64, 32, 4))),
+    ("tf32", False): ((16, Tiles(16, 16, 1)), (32, Tiles(32, 16, 4)), (None, Tiles(64, 16, 4))),
+    ("float", True): ((16, Tiles(16, 32, 1)), (32, Tiles(32, 32, 2)), (None, Tiles(64, 16, 4))),
+    ("float", False): ((16, Tiles(16, 16, 1)), (None, Tiles(64, 16, 8))),
+    ("double", True): ((16, Tiles(16, 16, 1)), (None, Tiles(32, 16, 4))),
+    ("double", False): ((16, Tiles(16, 16, 1)), (None, Tiles(32, 16, 4))),
+}
+PRODUCTS = {
+    ("half", True): (
+        (16, Product(16, 128, 32, 4)),
+        (32, Product(32, 128, 32, 4)),
+        (512, Product(64, 128, 64, 4)),
+        (None, Product(128, 128, 64, 8)),
+    ),
+    ("half", False): ((16, Product(16, 64, 32, 2)), (32, Product(32, 64, 32, 4)), (None, Product(64, 64, 32, 4))),
+    ("tf32", True): ((16, Product(16, 128, 32, 4)), (32, Product(32, 128, 32, 4)), (None, Product(64, 128, 32, 4))),
+    ("tf32", False): ((16, Product(16, 64, 16, 4)), (32, Product(32, 64, 32, 8)), (None, Product(64, 64, 16, 4))),
+    ("float", True): ((16, Product(16, 64, 32, 2)), (32, Product(32, 64, 16, 4)), (None, Product(64, 64, 16, 4))),
+    ("float", False): ((16, Product(16, 64, 16, 4)), (32, Product(32, 64, 16, 4)), (None, Product(64, 64, 16, 8))),
+    ("double", True): ((None, Product(16, 32, 16, 4)),),
+    ("double", False): ((None, Product(16, 32, 16, 2)),),
+}
+TOTAL_BLOCK = (4, 128)
+
+
+def gram_sq_norms(
+    x: Tensor,
+    gy: Tensor,
+    layer: Layer,
+    mask: tuple[bool, bool] = (False, False),
+    by_pixels: bool | None = None,
+    workspace: int = WORKSPACE_BYTES,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Squared norms ‖G_i‖² and their derivatives by x_i and gy_i.
+
+    Args:
+        x: (B, C, S0, S1, S2), any strides; see `layer`.
+        gy: (B, O, P0, P1, P2) of the dtype and on the device of x, any strides.
+        layer: the geometry.
+        mask: which of the derivatives are wanted.
+        by_pixels: whether to go by the pixel Gram; by `pixels_first` when None. Ignored where U is x.
+        workspace: bytes to keep the matrices of some samples in; those of one sample are taken anyway.
+
+    Returns:
+        s (B,) of the accumulation dtype, and dx and dgy as `Layer.empty_like` makes them, or None where not asked for.
+    """
+    call = _Call(x, gy, layer, mask, by_pixels)
+    B = x.size(0)
+    s = torch.empty(B, dtype=call.wide, device=x.device)
+    dx, dgy = (layer.empty_like(t) if wanted else None for t, wanted in zip((x, gy), mask, strict=True))
+    if x.numel() == 0 or gy.numel() == 0:
+        return s.zero_(), *(None if d is None else d.zero_() for d in (dx, dgy))
+    partials = torch.empty(B, layer.groups * call.pairs(call.T), dtype=call.wide, device=x.device)
+    size = call.chunk(workspace)
+    buffers = [torch.empty(size * n, dtype=dtype, device=x.device) if n else None for n, dtype in call.buffers]
+    with torch.cuda.device_of(x):
+        for start in range(0, B, size):
+            part = slice(start, min(start + size, B))
+            outs = [None if d is None else d[part] for d in (dx, dgy)]
+            call.run(x[part], gy[part], partials[part], buffers, *outs)
+        block_b, block_n = TOTAL_BLOCK
+        grid = (triton.cdiv(B, block_b),)
+        gram_total_kernel[grid](partials, s, B, partials.size(1), BLOCK_B=block_b, BLOCK_N=block_n, num_warps=4)
+    return s, dx, dgy
+
+
+def workspace_bytes(
+    x: Tensor,
+    gy: Tensor,
+    layer: Layer,
+    mask: tuple[bool, bool] = (False, False),
+    by_pixels: bool | None = None,
+    workspace: int = WORKSPACE_BYTES,
+) -> int:
+    """Bytes that `gram_sq_norms` allocates beside its results; arguments as there."""
+    call = _Call(x, gy, layer, mask, by_pixels)
+    if x.numel() == 0 or gy.numel() == 0:
+        return 0
+    return call.chunk(workspace) * call.bytes_per_sample + x.size(0) * layer.groups * call.pairs(call.T) * (
+        call.wide.itemsize
+    )
+
+
+def pixels_first(x: Tensor, gy: Tensor, layer: Layer) -> bool:
+    """Whether the pixel Gram is the cheaper way to U Uᵀ, as `bootgrad.planning.ConvLayer.pixels_first` counts.
+
+    A multiply-add of these products counts 2, an entry that is written and read 8.
+    """
+    C, O, taps, groups = x.size(1), gy.size(1), layer.taps, layer.groups  # noqa: E741
+    T, N = math.prod(gy.shape[2:]), math.prod(x.shape[2:])
+    pixels = 0.5 * (T * T * O + N * N * C + groups * T * T * taps), groups * (2 * T * T + N * N)
+    patches = 0.5 * T * T * (O + C * taps), 2 * groups * T * T + T * C * taps
+    (a, b), (c, d) = pixels, patches
+    return 2 * a + 8 * b <= 2 * c + 8 * d
+
+
+def whole_vectors(t: Tensor, flat: bool) -> bool:
+    """Whether 16 numbers in a row may be loaded at once: channels last, or positions if they are ``flat``, and aligned."""
+    B, C, *_, step = _strides(t, flat)
+    if C == 1 or (t.size(1) == 1 and not flat):
+        return t.size(1) % 16 == 0 and all(s % 16 == 0 for s in (B, *strides(t)[2:]))
+    return flat and step == 1 and math.prod(t.shape[2:]) % 16 == 0 and B % 16 == 0 and C % 16 == 0
+
+
+def choose(table: tuple, rows: int) -> NamedTuple:
+    """The first configuration of a table that takes as many rows."""
+    return next(config for most, config in table if most is None or rows <= most)
+
+
+class _Call:
+    """What a call comes down to for every chunk of samples."""
+
+    def __init__(self, x: Tensor, gy: Tensor, layer: Layer, mask: tuple[bool, bool], by_pixels: bool | None):
+        self.layer, self.mask = layer, mask
+        self.C, self.O = x.size(1) // layer.groups, gy.size(1) // layer.groups
+        self.S, self.P = tuple(x.shape[2:]), tuple(gy.shape[2:])
+        self.N, self.T = math.prod(self.S), math.prod(self.P)
+        self.ld_n, self.ld_t = (triton.cdiv(n, 16) * 16 for n in (self.N, self.T))
+        self.flat_x, self.flat_gy = is_flat(x), is_flat(gy)
+        self.plain = self.flat_x and layer.taps == 1 and layer.stride == (1, 1, 1) and layer.padding == (0, 0, 0)
+        self.by_pixels = not self.plain and (pixels_first(x, gy, layer) if by_pixels is None else by_pixels)
+        self.wide = accumulation_dtype(x.dtype)
+        self.stored = x.dtype if x.dtype == torch.bfloat16 else self.wide
+        self.tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        self.product_tf32 = self.tf32 or x.dtype == torch.float16
+        vectors = whole_vectors(x, self.flat_x and (self.plain or self.by_pixels)) and whole_vectors(gy, self.flat_gy)
+        self.tiles = TILES[_kind(x.dtype, self.tf32), vectors]
+        self.products = {vectors: PRODUCTS[_kind(self.stored, self.product_tf32), vectors] for vectors in (True, False)}
+        self.geometry = *layer.stride, *layer.padding, *layer.dilation
+        groups, (with_dx, with_dgy) = layer.groups, mask
+        # Numbers per sample of P or Q, of U Uᵀ and of K.
+        self.buffers = (
+            (groups * self.N * self.ld_n * self.by_pixels, self.wide),
+            (groups * self.T * self.ld_t * with_dgy, self.stored),
+            (groups * self.T * self.ld_t * with_dx, self.wide if self.by_pixels else self.stored),
+        )
+        self.bytes_per_sample = sum(n * dtype.itemsize for n, dtype in self.buffers)
+        self.samples = x.size(0)
+
+    def chunk(self, workspace: int) -> int:
+        """Samples at a time."""
+        if not self.bytes_per_sample:
+            return self.samples
+        return max(1, min(self.samples, workspace // self.bytes_per_sample))
+
+    def pairs(self, rows: int) -> int:
+        """Pairs of tiles of a matrix with so many rows."""
+        tiles = triton.cdiv(rows, choose(self.tiles, rows).BLOCK_T)
+        return tiles * (tiles + 1) // 2
+
+    def run(self, x: Tensor, gy: Tensor, partials: Tensor, buffers: list, dx: Tensor | None, dgy: Tensor | None):
+        """Partial sums of s and the derivatives for a chunk."""
+        layer, T, N = self.layer, self.T, self.N
+        blocks = x.size(0) * layer.groups
+        pixels, uu, k = buffers
+        if self.by_pixels:
+            tiles = choose(self.tiles, N)
+            gram_pixels_kernel[(blocks * self.pairs(N),)](
+                x,
+                pixels,
+                layer.groups,
+                self.C,
+                N,
+                self.ld_n,
+                *self.S[1:],
+                *_strides(x, self.flat_x),
+                FLAT=self.flat_x,
+                BLOCK_T=tiles.BLOCK_T,
+                BLOCK_C=tiles.BLOCK_C,
+                TF32=self.tf32,
+                num_warps=tiles.num_warps,
+            )
+        tiles = choose(self.tiles, T)
+        gram_norms_kernel[(blocks * self.pairs(T),)](
+            x,
+            gy,
+            pixels,
+            partials,
+            uu,
+            k,
+            layer.groups,
+            self.C,
+            self.O,
+            T,
+            N,
+            self.ld_t,
+            self.ld_n,
+            *self.S,
+            *self.P[1:],
+            *layer.kernel,
+            *self.geometry,
+            *_strides(x, self.plain),
+            *_strides(gy, self.flat_gy),
+            PLAIN=self.plain,
+            FLAT=self.flat_gy,
+            BLOCK_T=tiles.BLOCK_T,
+            BLOCK_C=tiles.BLOCK_C,
+            TF32=self.tf32,
+            num_warps=tiles.num_warps,
+        )
+        if dgy is not None:
+            self._apply(uu, gy, dgy, T, self.ld_t, self.O)
+        if dx is None:
+            return
+        if self.plain:
+            self._apply(k, x, dx, T, self.ld_t, self.C)
+        elif self.by_pixels:
+            q = pixels.view(self.stored)
+            gram_spread_kernel[(blocks * self.pairs(N),)](
+                k,
+                q,
+                T,
+                N,
+                self.ld_t,
+                self.ld_n,
+                *self.S[1:],
+                *self.P,
+                *layer.kernel,
+                *self.geometry,
+                BLOCK_T=choose(self.tiles, N).BLOCK_T,
+                num_warps=choose(self.tiles, N).num_warps,
+            )
+            self._apply(q, x, dx, N, self.ld_n, self.C)
+        else:
+            self._apply_patches(k, x, dx)
+
+    def _apply(self, matrix: Tensor, v: Tensor, out: Tensor, M: int, ld: int, channels: int) -> None:
+        flat = is_flat(v) and is_flat(out)
+        config = choose(self.products[whole_vectors(v, flat)], M)
+        tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(channels, config.BLOCK_N)
+        gram_apply_kernel[(v.size(0) * self.layer.groups * tiles,)](
+            matrix,
+            v,
+            out,
+            self.layer.groups,
+            channels,
+            M,
+            ld,
+            *v.shape[3:],
+            *_strides(v, flat),
+            *_strides(out, flat),
+            FLAT=flat,
+            **self._product(config),
+        )
+
+    def _apply_patches(self, k: Tensor, x: Tensor, dx: Tensor) -> None:
+        phases = [triton.cdiv(n, stride) for n, stride in zip(self.S, self.layer.stride, strict=True)]
+        config = choose(self.products[False], math.prod(phases))
+        tiles = triton.cdiv(math.prod(phases), config.BLOCK_M) * triton.cdiv(self.C, config.BLOCK_N)
+        gram_apply_patches_kernel[(x.size(0) * self.layer.groups * math.prod(self.layer.stride) * tiles,)](
+            k,
+            x,
+            dx,
+            self.layer.groups,
+            self.C,
+            self.T,
+            self.ld_t,
+            *self.S,
+            *self.P,
+            *self.layer.kernel,
+            *self.geometry,
+            *strides(x),
+            *strides(dx),
+            **self._product(config),
+        )
+
+    def _product(self, config: Product) -> dict:
+        return dict(
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_K=config.BLOCK_K,
+            DOT=TRITON_TYPE[self.stored],
+            ACC=TRITON_TYPE[self.wide],
+            TF32=self.product_tf32,
+            num_warps=config.num_warps,
+        )
+
+
+TRITON_TYPE = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def _kind(dtype: torch.dtype, tf32: bool) -> str:
+    return "tf32" if tf32 else {2: "half", 4: "float", 8: "double"}[dtype.itemsize]
+
+
+def _strides(t: Tensor, flat: bool) -> tuple[int, ...]:
+    """The strides of a canonical tensor; where its space is flat, that of a step through it takes the last place."""
+    B, C, *space = strides(t)
+    return (
+        (B, C, 0, 0, min((s for s, n in zip(space, t.shape[2:], strict=True) if n > 1), default=0))
+        if flat
+        else (
+            B,
+            C,
+            *space,
+        )
+    )
