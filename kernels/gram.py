@@ -90,7 +90,7 @@ PRODUCTS = {
         (512, Product(64, 128, 64, 4)),
         (None, Product(128, 128, 64, 8)),
     ),
-    ("half", False): ((16, Product(16, 64, 32, 2)), (32, Product(32, 64, 32, 4)), (None, Product(64, 64, 32, 4))),
+    ("half", False): ((16, Product(16, 64, 32, 4)), (32, Product(32, 64, 32, 4)), (None, Product(64, 64, 32, 4))),
     ("tf32", True): ((16, Product(16, 128, 32, 4)), (32, Product(32, 128, 32, 4)), (None, Product(64, 128, 32, 4))),
     ("tf32", False): ((16, Product(16, 64, 16, 4)), (32, Product(32, 64, 32, 8)), (None, Product(64, 64, 16, 4))),
     ("float", True): ((16, Product(16, 64, 32, 2)), (32, Product(32, 64, 16, 4)), (None, Product(64, 64, 16, 4))),
