@@ -1,6 +1,8 @@
 #include "host.h"
 
 #include <cstdlib>
+#include <exception>
+#include <mutex>
 #include <new>
 
 namespace bootgrad {
@@ -35,10 +37,19 @@ void* scratch(int slot, size_t bytes) {
   return kept[slot].at_least(bytes);
 }
 
+// Torch's parallel_for reports an exception of the work as a failure of its own: the first is kept for the caller.
 void parallel(int64_t threads, void (*work)(void*), void* ctx) {
+  std::exception_ptr error;
+  std::mutex error_mutex;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin) work(ctx);
+    try {
+      for (; begin < end; ++begin) work(ctx);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(error_mutex);
+      if (!error) error = std::current_exception();
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 int64_t threads() { return torch::stable::get_num_threads(); }

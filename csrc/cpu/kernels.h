@@ -12,7 +12,7 @@ extern const Kernels kAvx2Kernels;
 #endif
 extern const Kernels kBaselineKernels;
 
-// The best that this machine runs; BOOTGRAD_ISA=avx512|avx2|baseline in the environment asks for a lesser one.
+// The best that this machine runs, at most what BOOTGRAD_ISA=avx512|avx2|baseline in the environment names.
 const Kernels& kernels();
 
 }  // namespace bootgrad

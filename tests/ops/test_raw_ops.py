@@ -1,5 +1,9 @@
 """Every op, backend, dtype and path against the oracle."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -365,3 +369,40 @@ def test_unknown_paths_are_named(backend, name):
     case = laid_out(name, torch.float32, lambda t: t)
     with pytest.raises(RuntimeError, match="path must be one of direct, gram; got 'ghost'"):
         backend.op(name)(*arguments(name, case, "ghost"))
+
+
+def test_memory_that_there_is_not_is_said_to_be_missing(backend):
+    """A padded plane of 2⁵³ bytes, which a worker asks for."""
+    if backend.name == "eager":
+        pytest.skip("torch's own message")
+    x, gy = torch.ones(1, 1, 1), torch.ones(1, 1, 2)
+    with pytest.raises((MemoryError, RuntimeError), match="bad_alloc"):
+        backend.op("conv_sq_norms")(x, gy, (1,), (2**51,), (2**50,), (1,), 1, "direct")
+
+
+ISAS = ["avx512", "avx2", "baseline"]
+
+
+def used_isa(wanted):
+    """What a process that runs an op says of its instruction set, and its errors."""
+    code = (
+        "import torch, bootgrad\n"
+        "from bootgrad.ops.library import build_info\n"
+        "print(build_info()[0].isa)\n"
+        "torch.ops.bootgrad.linear_rank1_sq_norms(torch.ones(2, 6), torch.ones(2, 4))\n"
+    )
+    env = {**os.environ, "BOOTGRAD_ISA": wanted}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    return done.stdout.strip(), done.stderr
+
+
+def test_the_instruction_set_is_bounded_by_name(backend):
+    """An empty name bounds nothing; another than the three is refused."""
+    if backend.name == "eager":
+        pytest.skip("has no instruction set")
+    best, errors = used_isa("avx512")
+    assert (best in ISAS, errors) == (True, "")
+    for wanted, most in (("", "avx512"), ("AVX2", "avx2"), ("Baseline", "baseline")):
+        assert used_isa(wanted) == (max(most, best, key=ISAS.index), "")
+    isa, errors = used_isa("sse")
+    assert isa == "" and "RuntimeError: BOOTGRAD_ISA must be one of avx512, avx2, baseline; got 'sse'" in errors
