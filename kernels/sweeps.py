@@ -62,6 +62,8 @@ class Pairs:
             for start in range(0, s.numel(), CHUNK):
                 addresses = (u.data_ptr() + start * u.element_size() for u in (s, t))
                 rows.append([*addresses, min(CHUNK, s.numel() - start)])
+        # As the caching allocator hands storage out; loads are of 16 bytes then.
+        self.aligned = all(address % 16 == 0 for row in rows for address in row[:2])
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).to(self.a[0].device)
 
 
@@ -84,7 +86,14 @@ def _sweep(pairs: Pairs, distance: bool) -> Tensor:
         if partials.numel():
             # The first tensors only tell the kernel what it points to.
             sweep_kernel[(partials.numel(),)](
-                a, b, pairs.table, partials, DISTANCE=distance, BLOCK=BLOCK, num_warps=NUM_WARPS
+                a,
+                b,
+                pairs.table,
+                partials,
+                DISTANCE=distance,
+                ALIGNED=pairs.aligned,
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
             )
         sweep_total_kernel[(1,)](partials, out, partials.numel(), BLOCK=TOTAL_BLOCK, num_warps=4)
     return out
@@ -97,23 +106,35 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 @triton.jit
-def sweep_kernel(a_ptr, b_ptr, table_ptr, partials_ptr, DISTANCE: tl.constexpr, BLOCK: tl.constexpr):
+def sweep_kernel(
+    a_ptr, b_ptr, table_ptr, partials_ptr, DISTANCE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
     """One program per row of the table; each column of the block has a sum of its own, added up once."""
     ACC: tl.constexpr = partials_ptr.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
-    a_ptr = tl.load(table_ptr + 3 * pid).to(a_ptr.dtype)
-    b_ptr = tl.load(table_ptr + 3 * pid + 1).to(b_ptr.dtype)
+    a_at, b_at = tl.load(table_ptr + 3 * pid), tl.load(table_ptr + 3 * pid + 1)
+    a_ptr, b_ptr = a_at.to(a_ptr.dtype), b_at.to(b_ptr.dtype)
+    if ALIGNED:
+        a_ptr, b_ptr = tl.multiple_of(a_ptr, 16), tl.multiple_of(b_ptr, 16)
     N = tl.load(table_ptr + 3 * pid + 2)
     acc = tl.zeros([BLOCK], ACC)
-    for start in range(0, N, BLOCK):
+    whole = N // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):  # a mask that ends anywhere would leave loads of single numbers
         offs = start + tl.arange(0, BLOCK)
-        a = tl.load(a_ptr + offs, mask=offs < N, other=0.0).to(ACC)
-        b = tl.load(b_ptr + offs, mask=offs < N, other=0.0).to(ACC)
-        if DISTANCE:
-            acc += (a - b) * (a - b)
-        else:
-            acc += a * b
+        acc += _product(tl.load(a_ptr + offs).to(ACC), tl.load(b_ptr + offs).to(ACC), DISTANCE)
+    offs = whole + tl.arange(0, BLOCK)
+    a = tl.load(a_ptr + offs, mask=offs < N, other=0.0).to(ACC)
+    b = tl.load(b_ptr + offs, mask=offs < N, other=0.0).to(ACC)
+    acc += _product(a, b, DISTANCE)
     tl.store(partials_ptr + pid, tl.sum(acc, axis=0))
+
+
+@triton.jit
+def _product(a, b, DISTANCE: tl.constexpr):
+    if DISTANCE:
+        return (a - b) * (a - b)
+    else:
+        return a * b
 
 
 @triton.jit
