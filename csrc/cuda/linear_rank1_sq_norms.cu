@@ -1,16 +1,14 @@
-// bootgrad::linear_rank1_sq_norms on CUDA: checks, launch and registration.
+// The op linear_rank1_sq_norms on CUDA: checks, launch and registration.
 
 #include <bootgrad/linear_rank1_sq_norms.cuh>
 
 #include <limits>
 
+#include "checks.h"
 #include "launch.h"
 
 namespace bootgrad {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <typename T, int kGroup>
 void launch_groups(const LinearRank1SqNormsParams<T>& params, cudaStream_t stream) {
@@ -47,23 +45,17 @@ void launch(const Tensor& x, const Tensor& gy, const Tensor& out) {
 Tensor linear_rank1_sq_norms(const Tensor& x, const Tensor& gy) {
   STD_TORCH_CHECK(x.dim() == 2 && gy.dim() == 2, "x and gy must be (B, I) and (B, O); got ", x.dim(), " and ", gy.dim(),
                   " dimensions");
-  STD_TORCH_CHECK(x.size(0) == gy.size(0), "x and gy must have one batch size; got ", x.size(0), " and ", gy.size(0));
-  STD_TORCH_CHECK(x.scalar_type() == gy.scalar_type(), "x and gy must have one dtype");
-  STD_TORCH_CHECK(x.is_cuda() && gy.is_cuda() && x.get_device_index() == gy.get_device_index(),
-                  "x and gy must be on one device");
-  const ScalarType dtype = x.scalar_type();
-  const Tensor out =
-      torch::stable::new_empty(x, {x.size(0)}, dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  check_pair(x, gy);
+  const Tensor out = torch::stable::new_empty(x, {x.size(0)}, accumulation_type(x));
   if (x.size(0) == 0) {
     return out;
   }
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  switch (dtype) {
+  switch (x.scalar_type()) {
     case ScalarType::Double: launch<double>(x, gy, out); break;
     case ScalarType::Float: launch<float>(x, gy, out); break;
     case ScalarType::Half: launch<__half>(x, gy, out); break;
-    case ScalarType::BFloat16: launch<__nv_bfloat16>(x, gy, out); break;
-    default: STD_TORCH_CHECK(false, "x must be float64, float32, float16 or bfloat16");
+    default: launch<__nv_bfloat16>(x, gy, out);
   }
   return out;
 }
@@ -71,6 +63,6 @@ Tensor linear_rank1_sq_norms(const Tensor& x, const Tensor& gy) {
 }  // namespace
 }  // namespace bootgrad
 
-STABLE_TORCH_LIBRARY_IMPL(bootgrad, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(bootgrad_cuda, CUDA, m) {
   m.impl("linear_rank1_sq_norms", TORCH_BOX(&bootgrad::linear_rank1_sq_norms));
 }

@@ -24,8 +24,8 @@ struct GradientParams {
   int64_t groups, splits;  // of the samples, among blocks
   int32_t tiles_o, tiles_r, taps;
   const Sum* center;  // null: zero
-  const Sum* v;
-  const Sum* w;  // null: ones
+  const Sum* v;       // never beside a center or rows
+  const Sum* w;       // null: ones
   // [B, tiles·kWarps], null where not wanted: ‖G_i‖², ‖G_i − center‖², ⟨G_i, v⟩
   Sum *sq_norms, *deviation, *inner;
   Sum* rows;         // [last − first, O, r]  G_i − center, null where not wanted
@@ -39,12 +39,16 @@ int64_t gradient_tiles(const GradientParams<In>& p) {
   return p.groups * p.tiles_o * p.tiles_r;
 }
 
-// Grid: tiles · splits blocks of kThreads, with kStageBytes<Math> of shared memory.
+// Shared memory: stages, and a tile of the center or of v where there is one.
+template <class Math>
+constexpr int64_t gradient_bytes(bool layer) {
+  return kStageBytes<Math> + (layer ? kTile * kTile * int64_t(sizeof(typename Math::Sum)) : 0);
+}
+
+// Grid: tiles · splits blocks of kThreads, with gradient_bytes<Math>(center or v) of shared memory.
 template <class Math, typename In>
 __global__ void __launch_bounds__(kThreads) gradient_tiles_kernel(const GradientParams<In> p) {
   using Sum = typename Math::Sum;
-  // A center in registers would not leave room for float64.
-  constexpr bool kHoldsCenter = sizeof(Sum) == 4;
   const int64_t tiles = p.groups * p.tiles_o * p.tiles_r;
   const int64_t split = int64_t(blockIdx.x) / tiles, tile = int64_t(blockIdx.x) % tiles;
   const int64_t group = tile / (p.tiles_o * p.tiles_r);
@@ -55,28 +59,22 @@ __global__ void __launch_bounds__(kThreads) gradient_tiles_kernel(const Gradient
 
   const auto inside = [&](int entry) { return o0 + Math::row(entry) < O && r0 + Math::column(entry) < R; };
   const auto row_of = [&](int entry) { return (group * O + o0 + Math::row(entry)) * R; };
-  const auto layer = [&](const Sum* values, int entry) {
-    uint32_t channel = uint32_t(r0 + Math::column(entry));
-    const uint32_t tap = p.x.index.channels.split(channel);
-    return inside(entry) ? values[row_of(entry) + int64_t(channel) * p.taps + tap] : Sum(0);
-  };
 
-  Sum acc[kEntries] = {}, sum[kEntries] = {}, held[kHoldsCenter ? kEntries : 1];
-  const Sum* const subtracted = p.center ? p.center : p.v;  // there is never both
-  if constexpr (kHoldsCenter) {
-#pragma unroll
+  // The tile of the center or of v, each thread's numbers its own, so nobody has to wait.
+  Sum* const held =
+      reinterpret_cast<Sum*>(static_cast<char*>(dynamic_shared_memory()) + kStageBytes<Math>) + threadIdx.x;
+  const Sum* const layer = p.center ? p.center : p.v;
+  if (layer) {
+#pragma unroll 4
     for (int i = 0; i < kEntries; ++i) {
-      held[i] = subtracted ? layer(subtracted, i) : Sum(0);
+      uint32_t channel = uint32_t(r0 + Math::column(i));
+      const uint32_t tap = p.x.index.channels.split(channel);
+      held[i * kThreads] = inside(i) ? layer[row_of(i) + int64_t(channel) * p.taps + tap] : Sum(0);
     }
   }
-  const auto other = [&](int entry) {
-    if constexpr (kHoldsCenter) {
-      return held[entry];
-    } else {
-      return subtracted ? layer(subtracted, entry) : Sum(0);
-    }
-  };
+  const auto other = [&](int entry) { return held[entry * kThreads]; };
 
+  Sum acc[kEntries] = {}, sum[kEntries] = {};
   const int64_t T = p.x.positions, length = p.merged ? (last - first) * T : T;
   const int32_t end = int32_t(length);
   const int64_t stages = length > 0 ? (length + Math::kDepth - 1) / Math::kDepth : 1;  // of a sample, or of all
@@ -87,32 +85,46 @@ __global__ void __launch_bounds__(kThreads) gradient_tiles_kernel(const Gradient
   const bool weighted = kWeighted && p.merged && p.w != nullptr;
 
   const auto finish = [&](int64_t b) {
-    Sum square = 0, deviation = 0, inner = 0;
-    const Sum weight = p.w && !weighted ? p.w[b] : Sum(1);
-    Sum* const rows = p.rows ? p.rows + (b - p.first) * p.groups * O * R : nullptr;
+    // One after the other, each with few numbers beside the tile.
+    const auto write = [&](Sum* partial, const auto& term) {
+      Sum value = 0;
 #pragma unroll
-    for (int i = 0; i < kEntries; ++i) {
-      const Sum value = acc[i], c = other(i), difference = value - c;
-      square += value * value;
-      deviation += difference * difference;
-      inner += value * c;
-      sum[i] += weight * value;
-      if (rows && inside(i)) {
-        rows[row_of(i) + r0 + Math::column(i)] = p.center ? difference : value;
+      for (int i = 0; i < kEntries; ++i) {
+        value += term(i);
       }
-      acc[i] = 0;
-    }
-    const auto write = [&](Sum* partial, Sum value) {
-      if (partial) {
-        value = warp_sum(value);
-        if (threadIdx.x % kWarpSize == 0) {
-          partial[(b * tiles + tile) * kWarps + threadIdx.x / kWarpSize] = value;
-        }
+      value = warp_sum(value);
+      if (threadIdx.x % kWarpSize == 0) {
+        partial[(b * tiles + tile) * kWarps + threadIdx.x / kWarpSize] = value;
       }
     };
-    write(p.sq_norms, square);
-    write(p.deviation, deviation);
-    write(p.inner, inner);
+    const auto difference = [&](int i) { return p.center ? acc[i] - other(i) : acc[i]; };
+    if (p.sq_norms) {
+      write(p.sq_norms, [&](int i) { return acc[i] * acc[i]; });
+    }
+    if (p.deviation) {
+      write(p.deviation, [&](int i) {
+        const Sum d = difference(i);
+        return d * d;
+      });
+    }
+    if (p.inner) {
+      write(p.inner, [&](int i) { return acc[i] * other(i); });
+    }
+    if (p.rows) {
+      Sum* const rows = p.rows + (b - p.first) * p.groups * O * R + r0;
+#pragma unroll
+      for (int i = 0; i < kEntries; ++i) {
+        if (inside(i)) {
+          rows[row_of(i) + Math::column(i)] = difference(i);
+        }
+      }
+    }
+    const Sum weight = p.w && !weighted ? p.w[b] : Sum(1);
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) {
+      sum[i] += weight * acc[i];
+      acc[i] = 0;
+    }
   };
 
   // What is read next, and what is multiplied next: the sample and its first position.
@@ -173,6 +185,7 @@ struct AddNormsParams {
   const Sum* partial;  // [B, count]
   Sum* out;            // [B]
   int64_t B, count;
+  bool clamp;  // what rounding left below zero
 };
 
 // A warp per sample. Grid: ceil(B / kWarps) blocks of kThreads.
@@ -188,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) add_norms_kernel(const AddNormsParam
   }
   sum = warp_sum(sum);
   if (threadIdx.x % kWarpSize == 0) {
-    p.out[b] = Sum(sum);
+    p.out[b] = Sum(p.clamp && sum < 0 ? 0 : sum);
   }
 }
 

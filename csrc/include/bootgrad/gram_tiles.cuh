@@ -26,7 +26,7 @@ struct GramParams {
   Sum* partial;  // patches: [B, groups · pairs of tiles · kWarps]; pixels: [B, groups · kWarps]
 };
 
-constexpr int64_t pairs(int64_t tiles) { return tiles * (tiles + 1) / 2; }
+__host__ __device__ constexpr int64_t pairs(int64_t tiles) { return tiles * (tiles + 1) / 2; }
 
 // Tiles i ≤ j of the pair's number.
 __device__ __forceinline__ void unpair(int64_t pair, int32_t tiles, int32_t& i, int32_t& j) {
@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(kThreads) pixel_gram_kernel(const GramParams<I
       }
     }
   }
-  __syncthreads();
 
+  // The next product's first barrier stands between what was written to P and what is read below.
   Sum total = 0;
   for (int32_t i = 0; i < p.tiles; ++i) {
     for (int32_t j = i; j < p.tiles; ++j) {

@@ -1,31 +1,11 @@
 // From a layer's shapes and strides to the gathers and matrices of its products. On the host.
-//
-// Space has three dimensions; one- and two-dimensional layers carry leading ones. A linear layer is a convolution with
-// one kernel position over space (1, 1, T).
 
 #pragma once
 
 #include <bootgrad/gather.cuh>
+#include <bootgrad/layer_call.cuh>
 
 namespace bootgrad {
-
-// In elements; those of dimensions of size one are zero.
-struct LayerStrides {
-  int64_t b, c, s[3];
-};
-
-struct LayerShape {
-  int64_t B, C, O, groups;
-  int64_t S[3], P[3];  // spatial size of x and of gy
-  int64_t kernel[3], stride[3], padding[3], dilation[3];
-
-  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
-  int64_t pixels() const { return S[0] * S[1] * S[2]; }
-  int64_t positions() const { return P[0] * P[1] * P[2]; }
-  int64_t channels() const { return C / groups; }       // of a group
-  int64_t outputs() const { return O / groups; }        // of a group
-  int64_t rows() const { return channels() * taps(); }  // of a group's patches
-};
 
 // What one dimension of space is gathered by; see gather.cuh.
 struct Axis {

@@ -16,30 +16,12 @@
 #include <bootgrad/bias_rows.cuh>
 #include <bootgrad/gradient_tiles.cuh>
 #include <bootgrad/gram_tiles.cuh>
+#include <bootgrad/layer_call.cuh>
 #include <bootgrad/layer_geometry.cuh>
 
 #include <type_traits>
 
 namespace bootgrad {
-
-struct LayerCall {
-  LayerShape shape;
-  bool gram;
-  const void *x, *gy;
-  LayerStrides x_strides, gy_strides;
-  LayerStrides dx_strides, dgy_strides;
-  const void* center;  // (O, C/groups, *K) or null
-  const void* v;       // the same
-  const void* w;       // (B,) or null
-  // Results; null where not wanted.
-  void* sum;        // (O, C/groups, *K)  Σ_i w_i G_i
-  void* sq_norms;   // (B,)  ‖G_i‖²
-  void* deviation;  // (B,)  ‖G_i − center‖²
-  void* inner;      // (B,)  ⟨G_i, v⟩
-  void* bias;       // (B, O)
-  void* dx;         // as x   derivative of ‖G_i − center‖²
-  void* dgy;        // as gy
-};
 
 // How a dtype is multiplied. Half precisions' gradients are held in float32, so they go back by TF32, which holds the
 // inputs exactly.
@@ -120,7 +102,7 @@ class LayerOps {
     } else {
       device_.launch(patch_gram_kernel<Math, In>, p, shape_.B * blocks, kStageBytes<Math>);
     }
-    add_norms(p.partial, blocks * kWarps, call_.sq_norms);
+    add_norms(p.partial, blocks * kWarps, call_.sq_norms, true);
   }
 
  private:
@@ -176,10 +158,10 @@ class LayerOps {
       const int64_t blocks = gradient_tiles(p) * p.splits;
       if (p.merged && p.w) {
         using Math = typename M::Weighted;
-        device_.launch(gradient_tiles_kernel<Math, In>, p, blocks, kStageBytes<Math>);
+        device_.launch(gradient_tiles_kernel<Math, In>, p, blocks, gradient_bytes<Math>(p.center || p.v));
       } else {
         using Math = typename M::Direct;
-        device_.launch(gradient_tiles_kernel<Math, In>, p, blocks, kStageBytes<Math>);
+        device_.launch(gradient_tiles_kernel<Math, In>, p, blocks, gradient_bytes<Math>(p.center || p.v));
       }
       if (call_.dgy) {
         derivative_by_gy(p.rows, p.first, p.last - p.first);
@@ -282,9 +264,10 @@ class LayerOps {
     device_.launch(adjoint_tiles_kernel<Math, In>, p, adjoint_tiles(p), kStageBytes<Math>);
   }
 
-  void add_norms(const Sum* partial, int64_t count, void* out) {
+  void add_norms(const Sum* partial, int64_t count, void* out, bool clamp = false) {
     if (out) {
-      device_.launch(add_norms_kernel<Sum>, AddNormsParams<Sum>{partial, static_cast<Sum*>(out), shape_.B, count},
+      device_.launch(add_norms_kernel<Sum>,
+                     AddNormsParams<Sum>{partial, static_cast<Sum*>(out), shape_.B, count, clamp},
                      (shape_.B + kWarps - 1) / kWarps, 0);
     }
   }

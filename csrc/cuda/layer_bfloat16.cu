@@ -1,0 +1,9 @@
+#include "layer_device.cuh"
+
+namespace bootgrad {
+
+cudaError_t run_layer_bfloat16(const LayerCall& call, const CudaDevice& device) {
+  return run_layer_on<__nv_bfloat16, false>(call, device);
+}
+
+}  // namespace bootgrad

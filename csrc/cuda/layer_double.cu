@@ -1,0 +1,9 @@
+#include "layer_device.cuh"
+
+namespace bootgrad {
+
+cudaError_t run_layer_double(const LayerCall& call, const CudaDevice& device) {
+  return run_layer_on<double, false>(call, device);
+}
+
+}  // namespace bootgrad
