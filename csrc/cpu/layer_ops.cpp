@@ -1,0 +1,119 @@
+#include "layer_ops.h"
+
+#include "kernels.h"
+
+namespace bootgrad {
+
+namespace {
+
+// One call of the kernels, with contiguous copies of what it reads.
+class Call : public ConvCall {
+ public:
+  explicit Call(const Layer& l) : ConvCall{}, layer_(l), x_(packed(l.x)), gy_(packed(l.gy)) {
+    runtime = &bootgrad::runtime();
+    dtype = dtype_of(x_);
+    x = pointer(x_);
+    gy = pointer(gy_);
+  }
+
+  void set_center(const char* name, const std::optional<Tensor>& c) {
+    check_layer(name, c, layer_.weight_shape, x_);
+    if (c) center_ = packed(*c);
+    center = pointer(center_);
+  }
+
+  void set_w(const std::optional<Tensor>& t) {
+    check_layer("w", t, {layer_.shape.B}, x_);
+    if (t) w_ = packed(*t);
+    w = pointer(w_);
+  }
+
+  Tensor per_sample() const { return sums({layer_.shape.B}); }
+  Tensor sums(const Sizes& sizes) const { return allocate(x_, sizes, accumulation_type(x_)); }
+
+  void run() {
+    const ConvTables tables(layer_.shape, layer_.channels_last, gram, dx);
+    plan = &tables.plan;
+    kernels().conv(*this);
+  }
+
+ private:
+  const Layer& layer_;
+  Tensor x_, gy_;
+  std::optional<Tensor> center_, w_;
+};
+
+}  // namespace
+
+Tensor sq_norms(const Layer& layer, const std::string& path) {
+  Call call(layer);
+  call.gram = is_gram(path);
+  Tensor out = call.per_sample();
+  call.sq_norms = result(out);
+  call.run();
+  return out;
+}
+
+Tensor deviation_sq_norms(const Layer& layer, const Tensor& center, const std::string& path) {
+  Call call(layer);
+  call.set_center("center", center);
+  call.gram = is_gram(path);
+  Tensor out = call.per_sample();
+  call.deviation = result(out);
+  call.run();
+  return out;
+}
+
+Tensor jvp(const Layer& layer, const Tensor& v) {
+  Call call(layer);
+  call.set_center("v", v);
+  Tensor out = call.per_sample();
+  call.inner = result(out);
+  call.run();
+  return out;
+}
+
+Tensor weighted_sum(const Layer& layer, const std::optional<Tensor>& w) {
+  Call call(layer);
+  call.set_w(w);
+  Tensor out = call.sums(layer.weight_shape);
+  call.sum = result(out);
+  call.run();
+  return out;
+}
+
+FourTensors statistics(const Layer& layer, const std::optional<Tensor>& center, const std::string& path) {
+  Call call(layer);
+  call.set_center("center", center);
+  call.gram = is_gram(path);
+  Tensor sum = call.sums(layer.weight_shape), sq_norms = call.per_sample();
+  Tensor deviation = center ? call.per_sample() : call.sums({0});
+  Tensor bias = call.sums({layer.shape.B, layer.shape.O});
+  call.sum = result(sum);
+  call.sq_norms = result(sq_norms);
+  call.deviation = result(deviation);
+  call.bias = result(bias);
+  call.run();
+  return {sum, sq_norms, deviation, bias};
+}
+
+FourTensors sq_norms_with_grad(const Layer& layer, const std::optional<Tensor>& center, const std::string& path,
+                               const std::vector<bool>& mask) {
+  require(mask.size() == 3, "mask must have 3 entries; got ", mask.size());
+  Call call(layer);
+  call.set_center("center", center);
+  call.gram = is_gram(path);
+  const Tensor &x = layer.x, &gy = layer.gy;
+  Tensor s = call.per_sample();
+  Tensor dx = allocate(x, mask[0] ? sizes_of(x) : Sizes{0}, x.scalar_type());
+  Tensor dgy = allocate(x, mask[1] ? sizes_of(gy) : Sizes{0}, x.scalar_type());
+  Tensor sum = call.sums(mask[2] ? layer.weight_shape : Sizes{0});
+  (center ? call.deviation : call.sq_norms) = result(s);
+  call.sum = result(sum);
+  call.dx = result(dx);
+  call.dgy = result(dgy);
+  call.run();
+  return {s, dx, dgy, sum};
+}
+
+}  // namespace bootgrad

@@ -1,0 +1,29 @@
+// What the linear_* and conv_* ops of bootgrad/ops/schema.py do alike, once the inputs of a layer are checked.
+
+#pragma once
+
+#include <tuple>
+
+#include "bootgrad/plan.hpp"
+#include "host.h"
+
+namespace bootgrad {
+
+struct Layer {
+  ConvShape shape;
+  bool channels_last;  // a linear layer
+  Sizes weight_shape;
+  Tensor x, gy;
+};
+
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Tensor sq_norms(const Layer& layer, const std::string& path);
+Tensor deviation_sq_norms(const Layer& layer, const Tensor& center, const std::string& path);
+Tensor jvp(const Layer& layer, const Tensor& v);
+Tensor weighted_sum(const Layer& layer, const std::optional<Tensor>& w);
+FourTensors statistics(const Layer& layer, const std::optional<Tensor>& center, const std::string& path);
+FourTensors sq_norms_with_grad(const Layer& layer, const std::optional<Tensor>& center, const std::string& path,
+                               const std::vector<bool>& mask);
+
+}  // namespace bootgrad
