@@ -376,7 +376,7 @@ def test_memory_that_there_is_not_is_said_to_be_missing(backend):
     if backend.name == "eager":
         pytest.skip("torch's own message")
     x, gy = torch.ones(1, 1, 1), torch.ones(1, 1, 2)
-    with pytest.raises((MemoryError, RuntimeError), match="bad_alloc"):
+    with pytest.raises(MemoryError, match="bad_alloc"):
         backend.op("conv_sq_norms")(x, gy, (1,), (2**51,), (2**50,), (1,), 1, "direct")
 
 
