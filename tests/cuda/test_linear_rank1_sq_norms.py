@@ -16,10 +16,11 @@ from ..tolerances import TOLERANCES
 from .toolchain import (
     ARCHITECTURES,
     HERE,
-    INCLUDE,
     ROOT,
     TORCH_INCLUDE,
     build_emulated,
+    compile_launcher,
+    gencode,
     needs_cxx20,
     needs_nvcc,
     resource_usage,
@@ -27,6 +28,7 @@ from .toolchain import (
 )
 
 STEM = "linear_rank1_sq_norms"
+SOURCE = ROOT / f"csrc/cuda/{STEM}.cu"
 DTYPES = {"double": torch.float64, "float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 CASES = 18  # a dtype
 KERNELS = 2 * len(DTYPES)  # a warp or a block per sample
@@ -70,9 +72,8 @@ def test_emulated_has_no_races(tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_without_spills_and_loads_16_bytes(architecture, tmp_path):
     object_file = tmp_path / f"{STEM}.o"
-    code = f"arch=compute_{architecture},code=sm_{architecture}"
-    report = compile_launcher(object_file, code, "--keep", "--keep-dir", tmp_path)
-    usage = {name: u for name, u in resource_usage(report).items() if f"{STEM}_kernel" in name}
+    report = compile_launcher(SOURCE, object_file, *gencode(architecture), "--keep", "--keep-dir", tmp_path)
+    usage = {name: u for (name, _), u in resource_usage(report).items() if f"{STEM}_kernel" in name}
     assert len(usage) == KERNELS
     assert all(u["spilled"] == 0 for u in usage.values())
     assert all(u["registers"] <= 64 for u in usage.values())  # so that 1024 threads or more fit a multiprocessor
@@ -88,7 +89,7 @@ def test_compiles_without_spills_and_loads_16_bytes(architecture, tmp_path):
 def test_library_registers_the_op_for_cuda_and_checks_its_arguments(tmp_path):
     """Linked against torch's CPU build and loaded there, with stand-ins for the symbols that only libtorch_cuda has."""
     library, stand_ins = tmp_path / "lib_cuda.so", tmp_path / "libstand_ins.so"
-    compile_launcher(tmp_path / f"{STEM}.o", "arch=compute_90,code=[sm_90,compute_90]")
+    compile_launcher(SOURCE, tmp_path / f"{STEM}.o", *gencode(90))
     torch_libraries = [f"-L{TORCH_INCLUDE.parent / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu"]
     run(["nvcc", "-shared", tmp_path / f"{STEM}.o", "-o", library, *torch_libraries])
     run(["g++", "-shared", "-fPIC", HERE / "stand_ins.cpp", "-o", stand_ins])
@@ -109,12 +110,14 @@ def test_library_registers_the_op_for_cuda_and_checks_its_arguments(tmp_path):
 
 REGISTRATION = """
 import ctypes, sys, torch
-from bootgrad.ops.backends.triton import has_cuda_kernel
-print(has_cuda_kernel("linear_rank1_sq_norms"))
+import bootgrad
+def has_kernel():
+    return torch._C._dispatch_has_kernel_for_dispatch_key("bootgrad_cuda::linear_rank1_sq_norms", "CUDA")
+print(has_kernel())
 ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 torch.ops.load_library(sys.argv[2])
-print(has_cuda_kernel("linear_rank1_sq_norms"))
-op, cuda = torch.ops.bootgrad.linear_rank1_sq_norms.default, torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+print(has_kernel())
+op, cuda = torch.ops.bootgrad_cuda.linear_rank1_sq_norms.default, torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 z = torch.zeros
 for x, gy in (z(2, 1, 3), z(2, 4)), (z(2, 3), z(3, 4)), (z(2, 3), z(2, 4).double()), (z(2, 3), z(2, 4)):
     try:
@@ -124,29 +127,13 @@ for x, gy in (z(2, 1, 3), z(2, 4)), (z(2, 3), z(3, 4)), (z(2, 3), z(2, 4).double
 """
 
 
-# What torch's own build command forbids, so that kernels do not lean on implicit conversions.
-STRICT = ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
-
-
-def compile_launcher(object_file: Path, code: str, *flags: str | Path) -> str:
-    """Compile the launcher against torch's headers; returns what ptxas reports."""
-    return run(
-        [
-            *("nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC", "-gencode", code, *flags),
-            *(f"-D__CUDA_NO_{name}__" for name in STRICT),
-            *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{INCLUDE}", "-isystem", TORCH_INCLUDE),
-            *("-c", ROOT / f"csrc/cuda/{STEM}.cu", "-o", object_file),
-        ]
-    )
-
-
 @pytest.mark.skipif(
     not any(info.name == "_C_cuda" and info.loaded for info in build_info()),
     reason="the library _C_cuda is not loaded: it was not built, or there is no CUDA device",
 )
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_on_a_gpu_equals_the_formula(dtype):
-    op = torch.ops.bootgrad.linear_rank1_sq_norms
+    op = torch.ops.bootgrad_cuda.linear_rank1_sq_norms
     for B, I, O in itertools.product((0, 1, 63, 127), (0, 1, 63, 4096), (1, 127, 9000)):  # noqa: E741
         x, gy = (torch.randn(B, n, device="cuda").to(dtype) for n in (I, O))
         s = op(x, gy)

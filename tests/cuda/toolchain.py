@@ -48,13 +48,13 @@ def needs_cxx20(sanitizer: str = "plain"):
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 
 
-def build_emulated(stem: str, sanitizer: str, folder: Path) -> Path:
-    """Compile tests/cuda/<stem>.cpp against the emulation; returns the program."""
+def build_emulated(stem: str, sanitizer: str, folder: Path, headers: Path = INCLUDE) -> Path:
+    """Compile tests/cuda/<stem>.cpp against the emulation and the kernels in ``headers``; returns the program."""
     program = folder / stem
     # The time goes into switching threads and into compiling, so nothing is optimized.
     # Wide loads read numbers through another type, as CUDA allows and standard C++ does not.
     flags = ["-std=c++20", "-O0", "-g", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    include = [f"-I{ROOT / 'tests/csrc/emulation'}", f"-I{INCLUDE}"]
+    include = [f"-I{ROOT / 'tests/csrc/emulation'}", f"-I{headers}"]
     source = [HERE / f"{stem}.cpp", "-o", program, "-pthread"]
     run([cxx20(sanitizer), *flags, *SANITIZERS[sanitizer], *include, *source])
     return program
@@ -67,13 +67,45 @@ def run(command) -> str:
     return done.stdout + done.stderr
 
 
-def resource_usage(report: str) -> dict[str, dict[str, int]]:
-    """Kernel → registers and bytes spilled, from what ``ptxas -v`` says."""
+# What torch's own build command forbids, so that kernels do not lean on implicit conversions.
+STRICT = ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
+DEFINITIONS = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+
+
+def compile_launcher(source: Path, object_file: Path, *flags: str | Path) -> str:
+    """Compile a launcher against torch's headers; returns what ptxas reports."""
+    return run(
+        [
+            *("nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC", *flags),
+            *(f"-D__CUDA_NO_{name}__" for name in STRICT),
+            *(*DEFINITIONS, f"-I{INCLUDE}", "-isystem", TORCH_INCLUDE, "-c", source, "-o", object_file),
+        ]
+    )
+
+
+def gencode(*architectures: int) -> list[str]:
+    """The flags of nvcc for machine code of some architectures."""
+    return [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+
+
+def cuobjdump() -> str | None:
+    """The tool that shows machine code: of the toolkit, or of the package triton."""
+    try:
+        import triton
+    except ImportError:
+        return shutil.which("cuobjdump")
+    bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return shutil.which("cuobjdump") or (str(bundled) if bundled.exists() else None)
+
+
+def resource_usage(report: str) -> dict[tuple[str, int], dict[str, int]]:
+    """(kernel, architecture) → registers and bytes spilled, from what ``ptxas -v`` says."""
     pattern = re.compile(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         re.DOTALL,
     )
     return {
-        name: {"registers": int(registers), "spilled": int(stores) + int(loads)}
-        for name, stores, loads, registers in pattern.findall(report)
+        (name, int(architecture)): {"registers": int(registers), "spilled": int(stores) + int(loads)}
+        for name, architecture, stores, loads, registers in pattern.findall(report)
     }
