@@ -9,6 +9,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+DEVICE ?= cuda
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -16,7 +17,7 @@ INSTALL := $(PIP) install --no-build-isolation --constraint $(VENV)/constraints.
 CXX_FILES = $(shell find csrc tests \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 BUILD_INPUTS = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo test test-all lint format bench wheel clean
+.PHONY: help demo test test-all lint format bench gpu-report wheel clean
 
 help:
 	@echo 'make demo      train on digits, plain and regularized side by side; writes demo/comparison.png'
@@ -24,6 +25,7 @@ help:
 	@echo 'make test-all  second tier: sanitizers, long fuzzing, the wheel'
 	@echo 'make lint      ruff, clang-format, mypy          make format  rewrite the sources in form'
 	@echo 'make bench     benchmarks/ into benchmarks/results/'
+	@echo 'make gpu-report  what the library is worth on this GPU, into benchmarks/results/gpu/; DEVICE=cpu tries the report'
 	@echo 'make wheel     sdist and wheel in dist/, tried in an empty environment'
 	@echo 'make clean     remove all that these make, the environment too'
 
@@ -52,6 +54,10 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/pytest benchmarks --benchmark-only
 	for model in reference mixed; do $(BIN)/python -m benchmarks.training_step --model $$model; done
+
+# On a GPU: with the python that is there, without a network. REPORT: options, as --sections ops; --help names them.
+gpu-report: $(if $(filter cpu,$(DEVICE)),$(VENV)/.dev)
+	$(if $(filter cpu,$(DEVICE)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_report --device $(DEVICE) $(REPORT)
 
 wheel: $(VENV)/.dev
 	rm -rf dist build

@@ -8,13 +8,14 @@ Fails where a result is wrong. A run of some sections keeps the others' rows of 
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from . import build, machine, page, roofline, worker
+from . import build, machine, page, roofline, tune, worker
 from .in_place import ROOT
 from .options import Options
 from .rows import Store
@@ -22,13 +23,13 @@ from .rows import Store
 RESULTS = ROOT / "benchmarks/results"
 # In order of worth: seconds at most, and processes at a time. A section that is over early leaves its time to the others.
 SECTIONS = {
-    "correctness": (170, 12),
-    "ceilings": (20, 1),
-    "ops": (110, 1),
-    "steps": (150, 1),
-    "capture": (40, 1),
+    "correctness": (130, 12),
+    "ceilings": (15, 1),
+    "ops": (90, 1),
+    "steps": (140, 1),
+    "capture": (30, 1),
     "tune": (300, 1),
-    "sanitize": (60, 4),
+    "sanitize": (50, 4),
 }
 OPTIONAL = ("tune",)
 BUILD_SECONDS = 240
@@ -61,20 +62,22 @@ def main() -> int:
     for section in [name for name in SECTIONS if name in chosen]:
         _run(section, request, store, 2 if options.device == "cpu" else None)
         request = dataclasses.replace(request, limits=ceilings(store))
-    store.write()
-    roofline.draw(store)
+    roofline.draw(store, request.limits)
+    _winners(store)
+    return _verdict(store, "correctness" in chosen, folder)
+
+
+def _verdict(store: Store, compared: bool, folder: Path) -> int:
+    """What is wrong, last, where it is seen; the exit status."""
     wrong = store.wrong()
-    computed = [row for row in store.rows if row["section"] == "correctness" and row["status"] == "ok"]
+    right = any(row["section"] == "correctness" and row["status"] == "ok" for row in store.rows)
     print(f"\n{folder / store.stem}.md: {len(store.rows)} rows, {len(wrong)} wrong")
-    for row in wrong:
-        print(
-            " ".join(filter(None, (row[name] for name in ("section", "subject", "case", "backend", "dtype")))), end=""
-        )
-        print(f": {row['status']} {row['error']} {row['detail']}")
-    if "correctness" in chosen and not computed:
-        print("no op was compared")
-        return 1
-    return 1 if wrong else 0
+    if compared and not right:
+        print("no op was found right")
+    for row in wrong[:40]:
+        where = " ".join(filter(None, (row[name] for name in ("section", "subject", "case", "backend", "dtype"))))
+        print(f"{where}: {row['status']} {row['error']} {row['detail']}")
+    return 1 if wrong or (compared and not right) else 0
 
 
 def _run(section: str, request: Options, store: Store, jobs: int | None) -> None:
@@ -92,6 +95,14 @@ def _run(section: str, request: Options, store: Store, jobs: int | None) -> None
     worker.run(section, request, seconds, add, min(jobs or side_by_side, side_by_side))
     count = sum(row["section"] == section for row in store.rows)
     print(f"  {count} rows in {time.time() - start:.0f} s", flush=True)
+
+
+def _winners(store: Store) -> None:
+    """Configurations that beat the kernels' tables, beside the report."""
+    found = tune.winners(store.rows)
+    for folder in store.folders if found else ():
+        text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        (folder / f"{store.stem}-tuned.json").write_text(text, encoding="utf-8")
 
 
 def ceilings(store: Store) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Each op by each backend, called directly: no dispatcher between that could choose another one."""
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -25,7 +26,7 @@ def implementation(op: str, backend: str, dtype: torch.dtype) -> Callable | None
     if planning.gpu_backend(op, str(dtype).removeprefix("torch."), backend, (backend,)) != backend:
         return None
     if backend == "triton":
-        return getattr(triton, op, None)
+        return getattr(triton, op, None) if importlib.util.find_spec("triton") else None
     return getattr(getattr(torch.ops, CUDA_NAMESPACE), op) if gpu.has_cuda_kernel(CUDA_NAMESPACE, op) else None
 
 
@@ -36,7 +37,7 @@ def ops() -> tuple[str, ...]:
 
 def environment(backend: str, device: str) -> dict[str, str]:
     """Variables of a process that runs this backend."""
-    variables = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    variables = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     if device == "cpu" and backend == "triton":
         variables["TRITON_INTERPRET"] = "1"
     return variables

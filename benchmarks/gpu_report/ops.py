@@ -22,9 +22,7 @@ from . import backends, correctness, examples, timing
 from .options import Options
 
 DTYPE = torch.bfloat16
-# Models in order of worth, with the batch that their layers are timed at.
-MODELS = {"resnet18-imagenet": 64, "transformer-124m": 8, "resnet18-cifar": 256, "resnet50-imagenet": 64}
-TINY_MODELS = {"resnet18-tiny": 2, "transformer-tiny": 2}
+TINY_BATCHES = {"resnet18-tiny": 2, "transformer-tiny": 2}
 # Ops in order of worth: what a step with statistics and one with a penalty take most of their time for.
 FIRST = ("statistics", "with_grad", "group_norm_backward", "group_norm_double_backward", "rank1_sq_norms")
 
@@ -51,13 +49,11 @@ def cases(shard: str, options: Options) -> list[tuple[str, Any]]:
 
 def layers(op: str, options: Options) -> list[Layer]:
     """Each layer of the models that an op is for, once."""
-    tasks, sizes = (TINY_TASKS, TINY_MODELS) if options.tiny else (TASKS, MODELS)
+    tasks, batches = (TINY_TASKS, TINY_BATCHES) if options.tiny else (TASKS, traffic.OP_BATCHES)
     found: dict[Layer, None] = {}
-    for model, B in sizes.items():
+    for model, B in batches.items():
         if not options.models or model in options.models:
-            for part in traffic.parts_of(tasks[model]):
-                if part.layer is not None and part.trained:
-                    found[_with_batch(part.layer, B)] = None
+            found |= dict.fromkeys(traffic.layers_of(tasks[model], B))
     chosen = examples.layers_for(op, list(found))
     if examples.takes(op, "path"):  # these are for several positions
         chosen = [layer for layer in chosen if examples.positions(layer) > 1]
@@ -67,7 +63,7 @@ def layers(op: str, options: Options) -> list[Layer]:
 def time_op(op: str, layer: Layer, options: Options) -> Iterator[dict[str, Any]]:
     """Rows of an op on a layer, one for each backend."""
     dtype = torch.float32 if options.tiny else DTYPE
-    path = _path(op, layer)
+    path = path_of(op, layer)
     arguments = examples.arguments(op, layer, dtype, options.device, path)
     sets = timing.copies(arguments, timing.set_count(arguments, options.device))
     work = traffic.op_work(op, layer, itemsize=dtype.itemsize)
@@ -93,7 +89,7 @@ def time_op(op: str, layer: Layer, options: Options) -> Iterator[dict[str, Any]]
         try:
             if expected is None:
                 expected = correctness.results(getattr(eager, op)(*arguments))
-            error = _difference(correctness.results(run(*arguments)), expected, layer)
+            error = largest_difference(correctness.results(run(*arguments)), expected)
             if not error <= correctness.BOUNDS[DTYPE]:
                 yield own | {
                     "status": "failed",
@@ -133,7 +129,7 @@ def limit_seconds(work: traffic.Work, dtype: torch.dtype, options: Options) -> f
     return max(work.bytes / bandwidth, work.operations / rate) if bandwidth and rate else 0.0
 
 
-def _difference(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...], layer: Layer) -> float:
+def largest_difference(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     """The largest relative error in norm."""
     worst = 0.0
     for a, b in zip(ours, expected, strict=True):
@@ -142,7 +138,8 @@ def _difference(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...], layer: L
     return worst
 
 
-def _path(op: str, layer: Layer) -> str:
+def path_of(op: str, layer: Layer) -> str:
+    """The cost model's path, empty for ops without."""
     if not examples.takes(op, "path"):
         return ""
     centered = examples.takes(op, "center")
@@ -151,11 +148,3 @@ def _path(op: str, layer: Layer) -> str:
 
 def _order(op: str) -> int:
     return next((k for k, end in enumerate(FIRST) if op.endswith(end)), len(FIRST))
-
-
-def _with_batch(layer: Layer, B: int) -> Layer:
-    if isinstance(layer, NormLayer):
-        return NormLayer(B, layer.C, layer.S, layer.G)
-    if isinstance(layer, LinearLayer):
-        return LinearLayer(B, layer.T, layer.I, layer.O)
-    return ConvLayer(B, layer.C, layer.S, layer.O, layer.K, layer.stride, layer.padding, layer.dilation, layer.groups)

@@ -15,7 +15,7 @@ class Options:
         ops: only those whose names contain one of these.
         models: only these tasks.
         backends: only these.
-        spoil: an op whose results are made wrong, for the report's own test.
+        spoil: an op whose results are made wrong, or "abort" and one whose process ends, for the report's own tests.
         limits: measured ceilings: ``bandwidth`` in bytes and rates by dtype in operations per second.
         until: the time at which a section must be over.
     """

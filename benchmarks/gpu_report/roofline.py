@@ -5,7 +5,7 @@ from .rows import Store
 COLORS = {"cuda": "tab:green", "triton": "tab:blue", "eager": "tab:gray", "compiled": "tab:green"}
 
 
-def draw(store: Store) -> None:
+def draw(store: Store, limits: dict[str, float]) -> None:
     """``<stem>.png`` beside the other files; nothing without matplotlib or without a timed op."""
     rows = [row for row in store.rows if row["section"] == "ops" and row["status"] == "ok" and row["operations"]]
     if not rows:
@@ -18,9 +18,6 @@ def draw(store: Store) -> None:
     except ImportError:
         print("no matplotlib here: no roofline")
         return
-    from .__main__ import ceilings
-
-    limits = ceilings(store)
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     intensities = []
     for backend, color in COLORS.items():

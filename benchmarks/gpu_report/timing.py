@@ -58,20 +58,15 @@ def measure(call: Callable, sets: list[list[Any]], device: str) -> Time:
     if device == "cpu":
         return _clock(call, sets)
     try:
-        graph, how = _captured(call, sets), "graph"
+        once, how = _captured(call, sets).replay, "graph"
     except RuntimeError:  # it synchronizes, or allocates what capture forbids
         torch.cuda.synchronize()
-        graph, how = None, "events"
-
-    def once():
-        if graph is not None:
-            graph.replay()
-        else:
-            for arguments in sets:
-                call(*arguments)
-
+        once, how = (lambda: [call(*arguments) for arguments in sets] and None), "events"
     once()
-    return Time(*_spread([t / len(sets) for t in _event_times(once)]), how)
+    times = [t / len(sets) for t in _event_times(once)]
+    once = None
+    torch.cuda.empty_cache()  # a graph's memory goes back only so
+    return Time(*_spread(times), how)
 
 
 def _captured(call: Callable, sets: list[list[Any]]) -> "torch.cuda.CUDAGraph":

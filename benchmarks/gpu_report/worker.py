@@ -41,11 +41,13 @@ class Child:
         self.next, self.total, self.last_word = first, -1, time.time()
         reading, writing = os.pipe()
         command = [sys.executable, "-m", MODULE, section, shard, str(first), str(writing), options.dumps()]
+        # Two threads that wait for each other are slow where others want the cores, too.
+        threads = {"OMP_NUM_THREADS": "1"} if options.tiny else {}
         self.errors = open(os.memfd_create("stderr"), "w+b")  # noqa: SIM115 — closed with the child
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | threads | environment,
             stdin=subprocess.DEVNULL,
             stdout=self.errors,
             stderr=self.errors,
