@@ -16,7 +16,7 @@ Letters: ``B`` samples, ``T`` positions, ``N`` pixels, ``I`` in, ``O`` out, ``C`
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 PURPOSES = ("norms", "grad", "statistics")
@@ -33,6 +33,21 @@ RELATIVE_TIME = {
 ENTRY_TIME = 8.0
 # With these, over 22 shapes and the three purposes on an AVX-512 processor, the chosen path took 1 % longer than the
 # better of the two with the compiled kernels (geometric mean), and 6 % longer with plain torch.
+
+# What GPUs run. Per-sample gradients and Gram matrices are kept for as many samples at a time as fit an L2 of 40 to 50 MiB
+# beside x and gy; samples of more than so many positions are cut into segments of equal length.
+GPU_WORKSPACE_BYTES = 32 * 2**20
+GPU_SEGMENT = 4096
+# (start of an op's name, dtypes or any, backends in the order of preference), the first row that fits. Until a GPU has
+# timed them: Triton where there are products for tensor cores, compiled CUDA where memory is the bound.
+_HALF = ("bfloat16", "float16")
+GPU_BACKENDS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("", ("float64",), ("cuda",)),
+    ("linear_rank1", (*_HALF, "float32"), ("cuda", "triton")),
+    ("linear", (*_HALF, "float32"), ("triton", "cuda")),
+    ("conv", (*_HALF, "float32"), ("triton", "cuda")),
+    ("group_norm", (*_HALF, "float32"), ("triton", "cuda")),
+)
 
 
 @dataclass(frozen=True)
@@ -190,6 +205,33 @@ def choose_path(layer: Layer, purpose: str = "norms", centered: bool = False, su
 @functools.lru_cache(maxsize=4096)
 def _quickest(layer: Layer, purpose: str, centered: bool, summed: bool) -> str:
     return min(layer.paths, key=lambda path: _cost(layer, path, purpose, centered, summed).time)
+
+
+def gpu_backend(op: str, dtype: str, backend: str = "auto", usable: Collection[str] = ("cuda", "triton")) -> str:
+    """What runs an op on a GPU: ``"cuda"``, ``"triton"`` or ``"eager"``.
+
+    Args:
+        op: an op's name.
+        dtype: its inputs' dtype, ``"bfloat16"``.
+        backend: ``"auto"``, or one that is to run whatever it can; plain torch runs the rest.
+        usable: the backends other than plain torch that have the op on this machine.
+    """
+    order = next((order for start, dtypes, order in GPU_BACKENDS if op.startswith(start) and dtype in dtypes), ())
+    return next((b for b in order if b in usable and backend in ("auto", b)), "eager")
+
+
+def gpu_workspace(layer: Layer, purpose: str = "grad", dtype: str = "float32") -> int:
+    """Bytes of per-sample gradients that Triton's direct path keeps at a time, for all samples together.
+
+    None for the norms of samples with up to GPU_SEGMENT positions, which never leave the registers; else as many samples'
+    as fit GPU_WORKSPACE_BYTES, one at least. Arguments as `cost`; ``dtype`` is that of x and gy.
+    """
+    segments = math.ceil(layer.T / GPU_SEGMENT)
+    bytes_per_entry = 4 * segments if segments > 1 else 0
+    if purpose == "grad":
+        bytes_per_entry += 2 if dtype == "bfloat16" else 4
+    sample = bytes_per_entry * layer.weight_entries
+    return min(layer.B, max(1, GPU_WORKSPACE_BYTES // sample)) * sample if sample else 0
 
 
 def format_table(rows: Iterable[tuple[str, Layer]], purpose: str = "norms", centered: bool = False) -> str:

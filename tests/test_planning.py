@@ -155,6 +155,33 @@ def test_table():
     assert format_table([]).splitlines()[1].split() == ["all", "0", "-"]
 
 
+def test_gpu_backends_follow_the_table_and_what_is_usable():
+    backend = planning.gpu_backend
+    assert backend("conv_sq_norms", "bfloat16") == "triton"
+    assert backend("conv_sq_norms", "bfloat16", usable=("cuda",)) == "cuda"
+    assert backend("conv_sq_norms", "float64") == "cuda"
+    assert backend("conv_sq_norms", "float64", usable=("triton",)) == "eager"
+    assert backend("linear_rank1_sq_norms", "float32") == "cuda"
+    assert backend("linear_rank1_sq_norms", "float32", usable=["triton"]) == "triton"
+    assert backend("group_norm_backward", "float16", "triton", ["cuda"]) == "eager"
+    assert backend("linear_jvp", "float32", "cuda") == "cuda"
+    assert backend("linear_jvp", "float32", "eager") == "eager"
+    assert backend("linear_jvp", "float8_e4m3fn") == backend("unheard_of", "float32") == "eager"
+
+
+def test_gpu_workspaces_hold_samples_up_to_a_budget():
+    budget, entries = planning.GPU_WORKSPACE_BYTES, 64 * 64 * 9
+    workspace = planning.gpu_workspace
+    assert workspace(conv(64, 64, 14), "norms") == workspace(conv(64, 64, 14), "statistics") == 0
+    assert workspace(conv(64, 64, 14), "grad") == 8 * 4 * entries
+    assert workspace(conv(64, 64, 14), "grad", "bfloat16") == 8 * 2 * entries
+    many = dataclasses.replace(conv(64, 64, 14), B=10**6)
+    assert budget - 4 * entries < workspace(many, "grad") <= budget
+    assert workspace(LinearLayer(8, 5, 4096, 4096), "grad") == 4 * 4096**2  # one sample is more than the budget
+    assert workspace(conv(64, 64, 80), "norms") == 8 * 2 * 4 * entries  # 6400 positions: two segments
+    assert workspace(dataclasses.replace(many, B=0)) == workspace(LinearLayer(8, 5, 0, 4)) == 0
+
+
 def test_imports_the_standard_library_only():
     tree = ast.parse(pathlib.Path(planning.__file__).read_text(encoding="utf-8"))
     names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}

@@ -1,13 +1,14 @@
 """The fused ops, for people who write their own backward passes: linear and convolution layers, all twice differentiable."""
 
 from . import library
-from .backends import triton
+from .backends import gpu
 from .convolution import conv_deviation_sq_norms, conv_jvp, conv_sq_norms, conv_weighted_sum
 from .linear import linear_deviation_sq_norms, linear_jvp, linear_sq_norms, linear_weighted_sum
 
-# The import of the backends registered the eager implementations; over them come the compiled ones, then Triton's.
+# The import of the backends registered the eager implementations; over them come the compiled ones for
+# CPUs, and for GPUs whichever the machine has.
 library.load()
-triton.register(library.backend())
+gpu.register(library.backend())
 
 __all__ = [
     "conv_deviation_sq_norms",

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 
 NAMESPACE = "bootgrad"
+CUDA_NAMESPACE = "bootgrad_cuda"
 PATHS = ("direct", "gram")
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
@@ -75,8 +76,12 @@ SCHEMAS = {
 }
 
 library = torch.library.Library(NAMESPACE, "DEF")
+# The same ops as the compiled library for GPUs implements them, which may be some: `backends.gpu` calls them. They are no
+# part of a graph, so they have no fakes.
+cuda_library = torch.library.Library(CUDA_NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    cuda_library.define(_name + _schema)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,10 +16,11 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 @dataclass
 class Compiled:
-    """A kernel for one architecture: its PTX, bytes of shared memory, bytes of registers spilled to the stack."""
+    """A kernel for one architecture: its PTX, bytes of shared memory, registers, bytes of them spilled to the stack."""
 
     ptx: str
     shared: int
+    registers: int
     stack: int
 
     def global_loads(self) -> set[str]:
@@ -27,29 +28,43 @@ class Compiled:
         return set(re.findall(r"ld\.global[\w.:]*", self.ptx))
 
 
-def cross_compile(kernel, arguments: dict, architecture: int, num_warps: int, folder: Path, divisible=()) -> Compiled:
+def cross_compile(
+    kernel, arguments: dict, architecture: int, num_warps: int, folder: Path, divisible=(), **options
+) -> Compiled:
     """Compile ``kernel`` with one entry per parameter in ``arguments``: a type's name, or a value that is constant.
 
     Args:
         kernel: what ``triton.jit`` returned.
-        arguments: parameter → "*bf16", "i64", … or a number.
+        arguments: parameter → "*bf16", "i64", … or what is constant, a number,
+            None, or a string as `tl.constexpr`; tuples of these for tuples.
         architecture: compute capability, 90 for sm_90.
         num_warps: warps of a program.
         folder: where the machine code may be written.
-        divisible: parameters known to be multiples of 16, as Triton finds out for itself when it launches.
+        divisible: parameters known to be multiples of 16, as Triton finds out for itself when it launches; (name, n) is
+            the n-th of a tuple.
+        options: of the compiler, ``num_stages``.
     """
     assert list(arguments) == kernel.arg_names
-    constants = {name: value for name, value in arguments.items() if not isinstance(value, str)}
+    signature, constants = {}, {}
+    for index, (name, value) in enumerate(arguments.items()):
+        parts = {(index, i): v for i, v in enumerate(value)} if isinstance(value, tuple) else {(index,): value}
+        constants |= {path: getattr(v, "value", v) for path, v in parts.items() if not isinstance(v, str)}
+        types = tuple("constexpr" if path in constants else v for path, v in parts.items())
+        signature[name] = types if isinstance(value, tuple) else types[0]
+    paths = [
+        (kernel.arg_names.index(n), *rest) for n, *rest in (d if isinstance(d, tuple) else (d,) for d in divisible)
+    ]
     source = ASTSource(
         fn=kernel,
-        signature={name: "constexpr" if name in constants else value for name, value in arguments.items()},
+        signature=signature,
         constexprs=constants,
-        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+        attrs={path: [["tt.divisibility", 16]] for path in paths},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": num_warps})
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps, **options})
     cubin = folder / f"{kernel.__name__}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     report = subprocess.run([cuobjdump, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
-    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, usage["STACK"] + usage["LOCAL"])
+    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, usage["REG"], usage["STACK"] + usage["LOCAL"])

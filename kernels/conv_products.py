@@ -1,0 +1,444 @@
+"""A layer's two linear maps, with one weight for all samples or one each: ⟨G_i, v⟩ and the direct path's derivatives.
+
+    y_i[o, t]  = Σ_r W_i[o, r] · U_i[r, t]                                              output
+    gx_i[c, p] = Σ_{k,o} W_i[o, k, c] · gy_i[o, (p + padding − dilation·k)/stride]      gradient by the input
+
+With W_i = v, ⟨G_i, v⟩ = ⟨y_i, gy_i⟩: tiles of y are multiplied with those of gy in registers, never stored. With
+D_i = G_i − center, which `conv_direct` stores for a chunk of samples, ∂s_i/∂gy_i = 2 y_i and ∂s_i/∂x_i = 2 gx_i for
+s_i = ‖D_i‖². The chunk is as many samples as fit the caller's budget, which should leave it in L2; B·P numbers never are.
+
+Products, by dtype of x: float32 as it is (or TF32 where torch may); bfloat16 by bfloat16, D rounded when it is stored, v as
+the sum of two bfloat16 numbers, so that ⟨G_i, v⟩ has 16 digits; float16 by float32 in TF32 (see `conv_configs`).
+
+Pixels are taken by phase, so strides waste no product (`conv_index`). Groups with few channels go to `conv_narrow`.
+Operations: T·O·R multiply-adds a sample for each map, twice that for v and bfloat16. Bytes beside x, gy and results: the
+chunk's D written once and read once for each derivative and block of positions, from L2. Letters as in `layer`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .conv_configs import input_config, output_config, product_kind
+from .conv_direct import launch_rows, row_tiles, rows_by_segments
+from .conv_index import (
+    coordinates,
+    dims,
+    first_pixels,
+    geometry,
+    index_type,
+    inside,
+    launch_options,
+    load_patches,
+    one_tap,
+    padded,
+    phase_of_tile,
+    phase_pixels,
+    phase_sizes,
+    phase_steps,
+    phase_taps,
+    precision,
+    row_block,
+    row_blocks,
+    space_offsets,
+    tap_shifts,
+)
+from .conv_narrow import BLOCK_C, block_t, conv_narrow_input_kernel, conv_narrow_output_kernel, is_narrow
+from .conv_reduce import samples_at_once, segments_of, sum_rows
+from .layer import Layer, strides
+
+
+def jvp(x: Tensor, gy: Tensor, layer: Layer, v: Tensor) -> Tensor:
+    """Inner products ⟨G_i, v⟩, (B,) float32; x and gy canonical, v (O, R) float32, contiguous."""
+    B = x.size(0)
+    if not (x.numel() and gy.numel()):
+        return x.new_zeros(B, dtype=torch.float32)
+    return sum_rows(launch_output(x, gy, layer, v, dots=True))
+
+
+def sq_norms_with_grad(
+    x: Tensor, gy: Tensor, layer: Layer, workspace_bytes: int, center: Tensor | None, mask: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """s_i = ‖G_i − center‖² with its derivatives by x and by gy, and Σ_i G_i, by the direct path.
+
+    Args:
+        x: (B, C, S0, S1, S2) of float32, bfloat16 or float16; canonical, any strides.
+        gy: (B, O, P0, P1, P2), likewise.
+        layer: the geometry.
+        workspace_bytes: what may be stored of the G_i at a time.
+        center: (O, R) float32, contiguous; zero when absent.
+        mask: whether the derivatives by x and by gy, and the sum are wanted; one derivative at least.
+
+    Returns:
+        s (B,) float32, ∂s_i/∂x_i and ∂s_i/∂gy_i of `Layer.empty_like`, Σ_i G_i (O, R) float32; None where not wanted.
+    """
+    B, O = gy.shape[:2]  # noqa: E741
+    R = x.size(1) // layer.groups * layer.taps
+    dx, dgy = (layer.empty_like(t) if wanted else None for t, wanted in zip((x, gy), mask, strict=False))
+    total = x.new_zeros(O, R, dtype=torch.float32) if mask[2] else None
+    if not (x.numel() and gy.numel()):
+        s = x.new_zeros(B, dtype=torch.float32)
+        if center is not None:
+            s += center.square().sum()
+        return s, *(None if d is None else d.zero_() for d in (dx, dgy)), total
+    squares = torch.empty(B, row_tiles(x, gy, layer), dtype=torch.float32, device=x.device)
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    segments = segments_of(gy)
+    step = min(B, samples_at_once(O * R, dtype.itemsize + (4 * segments if segments > 1 else 0), workspace_bytes))
+    workspace = torch.empty(step, O, R, dtype=dtype, device=x.device)
+    launch = launch_rows if segments == 1 else rows_by_segments
+    name = "norms" if center is None else "deviation"
+    for start in range(0, B, step):
+        some = slice(start, start + step)
+        xs, gys = x[some], gy[some]
+        rows = workspace[: xs.size(0)]
+        partial = launch(xs, gys, layer, center=center, rows=rows, total=total is not None, **{name: squares[some]})
+        if total is not None:
+            total += partial
+        if dgy is not None:
+            launch_output(xs, gys, layer, rows, out=dgy[some], factor=2.0)
+        if dx is not None:
+            launch_input(gys, layer, rows, dx[some], factor=2.0)
+    return sum_rows(squares), dx, dgy, total
+
+
+def subtract_center(
+    x: Tensor, gy: Tensor, layer: Layer, center: Tensor, s: Tensor, dx: Tensor | None, dgy: Tensor | None
+) -> Tensor:
+    """Turn ‖G_i‖² and its derivatives, made by another path, into those of ‖G_i − center‖².
+
+        ‖G_i − c‖² = ‖G_i‖² − 2⟨gy_i, c ∗ x_i⟩ + ‖c‖²        never below zero, where rounding would put it
+
+    Args:
+        x: canonical.
+        gy: canonical.
+        layer: the geometry.
+        center: (O, R) float32, contiguous.
+        s: ‖G_i‖², (B,) float32.
+        dx: ∂‖G_i‖²/∂x_i or None, changed in place.
+        dgy: ∂‖G_i‖²/∂gy_i or None, changed in place.
+
+    Returns:
+        (B,) float32.
+    """
+    inner = s.new_zeros(())
+    if x.numel() and gy.numel():
+        inner = sum_rows(launch_output(x, gy, layer, center, dots=True, out=dgy, factor=-2.0, add=True))
+        if dx is not None:
+            launch_input(gy, layer, center, dx, factor=-2.0, add=True)
+    return (s - 2 * inner + center.square().sum()).clamp_(min=0)
+
+
+def launch_output(
+    x: Tensor,
+    gy: Tensor,
+    layer: Layer,
+    rows: Tensor,
+    *,
+    out: Tensor | None = None,
+    dots: bool = False,
+    factor: float = 1.0,
+    add: bool = False,
+) -> Tensor | None:
+    """One launch of y_i = W_i ∗ x_i over samples that are not empty.
+
+    Args:
+        x: canonical.
+        gy: canonical; without ``dots`` only its shape counts.
+        layer: the geometry.
+        rows: W, (O, R) float32 for all or (B, O, R) for each.
+        out: as gy; gets factor·y_i.
+        dots: ask for ⟨y_i, gy_i⟩.
+        factor: of ``out``.
+        add: to what is in ``out`` already.
+
+    Returns:
+        Partial inner products (B, tiles) float32.
+    """
+    B, O = gy.shape[:2]  # noqa: E741
+    Cg, Og, T = x.size(1) // layer.groups, O // layer.groups, math.prod(gy.shape[2:])
+    stride_wb = rows.stride(0) if rows.dim() == 3 else 0
+    target = gy if out is None else out
+    common = (strides(x), strides(gy), strides(target), stride_wb, tuple(x.shape[2:]), tuple(gy.shape[2:]))
+    flags = dict(ADD=add, DIMS=dims(tuple(gy.shape[2:])), PADDED=padded(layer), INDEX=index_type(x, gy, target))
+    if is_narrow(x, gy, layer):
+        tiles = triton.cdiv(O, BLOCK_C) * triton.cdiv(T, block_t(T))
+    else:
+        kind = product_kind(x.dtype)
+        config = output_config(kind, x.device, Og, Cg, layer.taps, T)
+        tiles = layer.groups * triton.cdiv(Og, config.BLOCK_O) * triton.cdiv(T, config.BLOCK_T)
+    partial = torch.empty(B, tiles, dtype=torch.float32, device=x.device) if dots else None
+    with torch.cuda.device_of(x):
+        if is_narrow(x, gy, layer):
+            conv_narrow_output_kernel[(B * tiles,)](
+                x,
+                gy,
+                rows,
+                out,
+                partial,
+                *common,
+                *geometry(layer),
+                Cg,
+                Og,
+                O,
+                T,
+                tiles,
+                factor,
+                BLOCK_O=BLOCK_C,
+                BLOCK_T=block_t(T),
+                num_warps=4,
+                **flags,
+            )
+        else:
+            conv_output_kernel[(B * tiles,)](
+                x,
+                gy,
+                rows,
+                out,
+                partial,
+                *common,
+                *geometry(layer),
+                Cg,
+                Og,
+                layer.groups,
+                T,
+                tiles,
+                row_blocks(Cg, layer.taps, config.BLOCK_R),
+                factor,
+                ONE_TAP=one_tap(Cg, config.BLOCK_R),
+                PRECISION=precision(kind),
+                **flags,
+                **launch_options(config),
+            )
+    return partial
+
+
+def launch_input(
+    gy: Tensor, layer: Layer, rows: Tensor, out: Tensor, *, factor: float = 1.0, add: bool = False
+) -> None:
+    """One launch of gx_i = W_iᵀ ∗ gy_i over samples that are not empty.
+
+    Args:
+        gy: canonical.
+        layer: the geometry.
+        rows: W, (O, R) float32 for all or (B, O, R) for each.
+        out: as x; gets factor·gx_i.
+        factor: of ``out``.
+        add: to what is in ``out`` already.
+    """
+    B, O, C = *gy.shape[:2], out.size(1)  # noqa: E741
+    Cg, Og = C // layer.groups, O // layer.groups
+    stride_wb = rows.stride(0) if rows.dim() == 3 else 0
+    sizes = phase_sizes(tuple(out.shape[2:]), layer)
+    M, phases = math.prod(sizes), math.prod(layer.stride)
+    common = (
+        strides(gy),
+        strides(out),
+        stride_wb,
+        tuple(out.shape[2:]),
+        tuple(gy.shape[2:]),
+        sizes,
+        *geometry(layer),
+        phase_steps(layer),
+        Cg,
+        Og,
+    )
+    flags = dict(ADD=add, DIMS=dims(sizes), INDEX=index_type(gy, out))
+    with torch.cuda.device_of(gy):
+        if is_narrow(out, gy, layer):
+            tiles = phases * triton.cdiv(C, BLOCK_C) * triton.cdiv(M, block_t(M))
+            conv_narrow_input_kernel[(B * tiles,)](
+                gy,
+                rows,
+                out,
+                *common,
+                C,
+                tiles,
+                factor,
+                BLOCK_C=BLOCK_C,
+                BLOCK_T=block_t(M),
+                num_warps=4,
+                **flags,
+            )
+        else:
+            kind = product_kind(gy.dtype)
+            config = input_config(kind, gy.device, Og, Cg, M)
+            tiles = layer.groups * phases * triton.cdiv(Cg, config.BLOCK_C) * triton.cdiv(M, config.BLOCK_T)
+            conv_input_kernel[(B * tiles,)](
+                gy,
+                rows,
+                out,
+                *common,
+                layer.groups,
+                tiles,
+                factor,
+                PRECISION=precision(kind),
+                **flags,
+                **launch_options(config),
+            )
+
+
+@triton.jit
+def dot_weights(weight, u, acc, PRECISION: tl.constexpr):
+    """Add weight·u to acc: weights of more digits than bfloat16 u as two of them; float16 u as float32."""
+    if u.dtype == tl.float16:
+        return tl.dot(weight.to(tl.float32), u.to(tl.float32), acc, input_precision=PRECISION)
+    elif (u.dtype == tl.bfloat16) & (weight.dtype == tl.float32):
+        high = weight.to(tl.bfloat16)
+        acc = tl.dot((weight - high.to(tl.float32)).to(tl.bfloat16), u, acc)
+        return tl.dot(high, u, acc)
+    else:
+        return tl.dot(weight, u, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def conv_output_kernel(
+    x_ptr,
+    gy_ptr,
+    rows_ptr,
+    out_ptr,
+    dots_ptr,
+    x_strides,
+    gy_strides,
+    out_strides,
+    stride_wb,
+    S,
+    P,
+    kernel,
+    stride,
+    padding,
+    dilation,
+    Cg,
+    Og,
+    groups,
+    T,
+    tiles,
+    blocks_r,
+    factor,
+    ONE_TAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ADD: tl.constexpr,
+    DIMS: tl.constexpr,
+    INDEX: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program per tile of a sample. A null pointer asks for nothing."""
+    R = Cg * kernel[0] * kernel[1] * kernel[2]
+    tile, b = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
+    blocks_o = tl.cdiv(Og, BLOCK_O)
+    # Blocks of channels next to each other: they share the patches.
+    block_o, block_t = tile % blocks_o, tile // blocks_o // groups
+    group = tile // blocks_o % groups
+    offs_o = block_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_t = block_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_o, mask_t = offs_o < Og, offs_t < T
+    first_o = (group * Og + block_o * BLOCK_O).to(tl.int64)
+    from_first = tl.arange(0, BLOCK_O)
+    t = coordinates(offs_t, P, DIMS)
+    pixels = first_pixels(t, stride, padding)
+    x_base = x_ptr + b * x_strides[0] + (group * Cg).to(tl.int64) * x_strides[1]
+    w_block = rows_ptr + b * stride_wb + first_o * R
+    acc = tl.zeros([BLOCK_O, BLOCK_T], dtype=tl.float32)
+    for j in tl.range(0, blocks_r):
+        c, k, offs_r, mask_r = row_block(j, Cg, R, BLOCK_R, ONE_TAP)
+        shifts = tap_shifts(k, kernel, dilation)
+        u = load_patches(x_base, pixels, mask_t, c, shifts, mask_r, x_strides, S, PADDED, INDEX)  # [BLOCK_T, BLOCK_R]
+        w_ptrs = w_block + ((from_first * R)[:, None] + offs_r[None, :])
+        weight = tl.load(w_ptrs, mask=mask_o[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_O, BLOCK_R]
+        acc = dot_weights(weight, tl.trans(u), acc, PRECISION)
+    mask = mask_o[:, None] & mask_t[None, :]
+    if dots_ptr is not None:
+        gy_tile = (from_first.to(INDEX) * gy_strides[1])[:, None] + space_offsets(t, gy_strides, INDEX)[None, :]
+        gy_ptrs = gy_ptr + b * gy_strides[0] + first_o * gy_strides[1] + gy_tile
+        gy = tl.load(gy_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dots_ptr + b * tiles + tile, tl.sum(acc * gy))
+    if out_ptr is not None:
+        out_tile = (from_first.to(INDEX) * out_strides[1])[:, None] + space_offsets(t, out_strides, INDEX)[None, :]
+        out_ptrs = out_ptr + b * out_strides[0] + first_o * out_strides[1] + out_tile
+        y = factor * acc
+        if ADD:
+            y += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def conv_input_kernel(
+    gy_ptr,
+    rows_ptr,
+    out_ptr,
+    gy_strides,
+    out_strides,
+    stride_wb,
+    S,
+    P,
+    M,
+    kernel,
+    stride,
+    padding,
+    dilation,
+    phase_step,
+    Cg,
+    Og,
+    groups,
+    tiles,
+    factor,
+    PRECISION: tl.constexpr,
+    ADD: tl.constexpr,
+    DIMS: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """One program per tile of a sample: channels of a group by pixels of one phase, which are (M0, M1, M2) or fewer."""
+    R = Cg * kernel[0] * kernel[1] * kernel[2]
+    tile, b = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
+    blocks_c, blocks_m = tl.cdiv(Cg, BLOCK_C), tl.cdiv(M[0] * M[1] * M[2], BLOCK_T)
+    # Blocks of channels next to each other: they share gy.
+    offs_c = tile % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    group, rest = tile // blocks_c % groups, tile // blocks_c // groups
+    offs_m = rest % blocks_m * BLOCK_T + tl.arange(0, BLOCK_T)
+    phase = phase_of_tile(rest // blocks_m, stride)
+    mask_c = offs_c < Cg
+    m, pixels, mask_m = phase_pixels(offs_m, phase, M, S, stride, DIMS)
+    first0, count0 = phase_taps(phase[0], kernel[0], stride[0], padding[0], dilation[0], phase_step[0])
+    first1, count1 = phase_taps(phase[1], kernel[1], stride[1], padding[1], dilation[1], phase_step[1])
+    first2, count2 = phase_taps(phase[2], kernel[2], stride[2], padding[2], dilation[2], phase_step[2])
+    w_base = rows_ptr + b * stride_wb + (group * Og).to(tl.int64) * R
+    gy_base = gy_ptr + b * gy_strides[0] + (group * Og).to(tl.int64) * gy_strides[1]
+    gy_columns = space_offsets(m, gy_strides, INDEX)  # [BLOCK_T]
+    blocks_o = tl.cdiv(Og, BLOCK_O)
+    acc = tl.zeros([BLOCK_C, BLOCK_T], dtype=tl.float32)
+    for j in tl.range(0, count0 * count1 * count2 * blocks_o):
+        tap = j // blocks_o
+        offs_o = j % blocks_o * BLOCK_O + tl.arange(0, BLOCK_O)
+        mask_o = offs_o < Og
+        k0 = first0 + tap // (count1 * count2) * phase_step[0]
+        k1 = first1 + tap // count2 % count1 * phase_step[1]
+        k2 = first2 + tap % count2 * phase_step[2]
+        # Exact divisions, by the choice of the kernel positions; of numbers that may be negative.
+        e0 = (phase[0] + padding[0] - dilation[0] * k0) // stride[0]
+        e1 = (phase[1] + padding[1] - dilation[1] * k1) // stride[1]
+        e2 = (phase[2] + padding[2] - dilation[2] * k2) // stride[2]
+        mask_t = inside(mask_m, m[0] + e0, m[1] + e1, m[2] + e2, P, 7)
+        shift = e0.to(tl.int64) * gy_strides[2] + e1.to(tl.int64) * gy_strides[3] + e2.to(tl.int64) * gy_strides[4]
+        gy_ptrs = gy_base + shift + ((offs_o.to(INDEX) * gy_strides[1])[:, None] + gy_columns[None, :])
+        gy = tl.load(gy_ptrs, mask=mask_o[:, None] & mask_t[None, :], other=0.0)  # [BLOCK_O, BLOCK_T]
+        k = (k0 * kernel[1] + k1) * kernel[2] + k2
+        w_ptrs = w_base + k * Cg + ((offs_o * R)[:, None] + offs_c[None, :])
+        weight = tl.load(w_ptrs, mask=mask_o[:, None] & mask_c[None, :], other=0.0)  # [BLOCK_O, BLOCK_C]
+        acc = dot_weights(tl.trans(weight), gy, acc, PRECISION)
+    mask = mask_c[:, None] & mask_m[None, :]
+    out_tile = (offs_c.to(INDEX) * out_strides[1])[:, None] + space_offsets(pixels, out_strides, INDEX)[None, :]
+    out_ptrs = out_ptr + b * out_strides[0] + (group * Cg).to(tl.int64) * out_strides[1] + out_tile
+    gx = factor * acc
+    if ADD:
+        gx += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptrs, gx.to(out_ptr.dtype.element_ty), mask=mask)
