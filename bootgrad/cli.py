@@ -215,6 +215,9 @@ def _load_model(text: str):
 
 
 def _info(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .ops.backends.gpu import describe
     from .ops.library import build_info
     from .training.environment import processor_name, versions
 
@@ -224,6 +227,10 @@ def _info(arguments: argparse.Namespace) -> int:
         built = "built" if library.built else "not built"
         used = f"loaded and used{f' ({library.isa})' if library.isa else ''}" if library.loaded else "not used"
         print(f"{library.name:14}{', '.join(dict.fromkeys(filter(None, (built, used, library.reason))))}")
+    if torch.cuda.is_available():
+        print(f"\nwhat {torch.cuda.get_device_name()} runs")
+        for name, by_dtype in describe().items():
+            print(f"{name:32}" + "  ".join(f"{dtype} {backend}" for dtype, backend in by_dtype.items()))
     return 0
 
 

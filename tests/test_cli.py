@@ -451,6 +451,17 @@ def test_plan_loads_a_file_as_python_does(tmp_path, monkeypatch, capsys):
     assert "linear 3→2" in capsys.readouterr().out
 
 
+def test_info_says_what_a_gpu_runs(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
+    by_dtype = {"float32": "triton", "float64": "cuda"}
+    monkeypatch.setattr("bootgrad.ops.backends.gpu.describe", lambda: {"conv_jvp": by_dtype})
+    assert main(["info"]) == 0
+    *_, title, row = capsys.readouterr().out.splitlines()
+    assert title == "what A card runs"
+    assert row.split() == ["conv_jvp", "float32", "triton", "float64", "cuda"]
+
+
 def test_info_and_version(capsys):
     assert main(["info"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
