@@ -22,10 +22,10 @@ BUILD_INPUTS = setup.py pyproject.toml $(shell find csrc -type f)
 help:
 	@echo 'make demo      train on digits, plain and regularized side by side; writes demo/comparison.png'
 	@echo 'make test      lint and tests in an environment of its own'
-	@echo 'make test-all  second tier: sanitizers, long fuzzing, the wheel'
+	@echo 'make test-all  second tier: sanitizers, long fuzzing, every kernel configuration, the wheel'
 	@echo 'make lint      ruff, clang-format, mypy          make format  rewrite the sources in form'
 	@echo 'make bench     benchmarks/ into benchmarks/results/'
-	@echo 'make gpu-report  what the library is worth on this GPU, into benchmarks/results/gpu/; DEVICE=cpu tries the report'
+	@echo 'make gpu-report  this GPU, into benchmarks/results/gpu/; DEVICE=cpu tries the report out'
 	@echo 'make wheel     sdist and wheel in dist/, tried in an empty environment'
 	@echo 'make clean     remove all that these make, the environment too'
 
@@ -38,6 +38,7 @@ test: lint
 
 test-all: $(VENV)/.dev
 	$(BIN)/pytest -m slow
+	$(MAKE) gpu-report DEVICE=cpu
 	$(MAKE) wheel
 
 lint: $(VENV)/.dev
