@@ -98,6 +98,8 @@ PRODUCTS = {
     ("double", True): ((None, Product(16, 32, 16, 4)),),
     ("double", False): ((None, Product(16, 32, 16, 2)),),
 }
+# Tiles that are gathered hold addresses of 64 bits, too: no larger than for so many rows.
+MOST_GATHERED = 512
 TOTAL_BLOCK = (4, 128)
 
 
@@ -221,9 +223,13 @@ class _Call:
             return self.samples
         return max(1, min(self.samples, workspace // self.bytes_per_sample))
 
+    def choose_tiles(self, rows: int) -> Tiles:
+        """The tiles of a symmetric matrix with so many rows."""
+        return choose(self.tiles, min(rows, MOST_GATHERED) if self.by_pixels else rows)
+
     def pairs(self, rows: int) -> int:
         """Pairs of tiles of a matrix with so many rows."""
-        tiles = triton.cdiv(rows, choose(self.tiles, rows).BLOCK_T)
+        tiles = triton.cdiv(rows, self.choose_tiles(rows).BLOCK_T)
         return tiles * (tiles + 1) // 2
 
     def run(self, x: Tensor, gy: Tensor, partials: Tensor, buffers: list, dx: Tensor | None, dgy: Tensor | None):
@@ -232,7 +238,7 @@ class _Call:
         blocks = x.size(0) * layer.groups
         pixels, uu, k = buffers
         if self.by_pixels:
-            tiles = choose(self.tiles, N)
+            tiles = self.choose_tiles(N)
             gram_pixels_kernel[(blocks * self.pairs(N),)](
                 x,
                 pixels,
@@ -248,7 +254,7 @@ class _Call:
                 TF32=self.tf32,
                 num_warps=tiles.num_warps,
             )
-        tiles = choose(self.tiles, T)
+        tiles = self.choose_tiles(T)
         gram_norms_kernel[(blocks * self.pairs(T),)](
             x,
             gy,
@@ -283,7 +289,7 @@ class _Call:
         if self.plain:
             self._apply(k, x, dx, T, self.ld_t, self.C)
         elif self.by_pixels:
-            q = pixels.view(self.stored)
+            q, tiles = pixels.view(self.stored), self.choose_tiles(N)
             gram_spread_kernel[(blocks * self.pairs(N),)](
                 k,
                 q,
@@ -295,8 +301,8 @@ class _Call:
                 *self.P,
                 *layer.kernel,
                 *self.geometry,
-                BLOCK_T=choose(self.tiles, N).BLOCK_T,
-                num_warps=choose(self.tiles, N).num_warps,
+                BLOCK_T=tiles.BLOCK_T,
+                num_warps=tiles.num_warps,
             )
             self._apply(q, x, dx, N, self.ld_n, self.C)
         else:

@@ -241,7 +241,7 @@ def gram_apply_kernel(
         a = tl.load(row_ptrs + offs_k[None, :], mask=mask_m[:, None] & (offs_k < ld)[None, :], other=0.0).to(DOT)
         offs_v = _space(offs_k, S1, S2, stride_v0, stride_v1, stride_v2, FLAT)
         v = tl.load(v_ptrs + offs_v[:, None], mask=(offs_k < M)[:, None] & mask_c[None, :], other=0.0).to(DOT)
-        acc = tl.dot(a, v, acc, input_precision="tf32" if TF32 else "ieee")
+        acc = tl.dot(a, v, acc, input_precision="tf32" if TF32 else "ieee", out_dtype=acc.dtype)
     offs_o = _space(rows, S1, S2, stride_o0, stride_o1, stride_o2, FLAT)
     out_ptrs = out_ptr + offs_o[:, None] + offs_c.to(tl.int64)[None, :] * stride_oc
     tl.store(out_ptrs, (2 * acc).to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
@@ -331,7 +331,7 @@ def gram_apply_patches_kernel(
                 offs_x = _offset(p0, p1, p2, stride_x0, stride_x1, stride_x2)
                 mask_k = (offs_k < T) & _inside(p0, p1, p2, S0, S1, S2)
                 b = tl.load(x_ptrs + offs_x[:, None], mask=mask_k[:, None] & mask_c[None, :], other=0.0)
-                acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision="tf32" if TF32 else "ieee")
+                acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision="tf32" if TF32 else "ieee", out_dtype=acc.dtype)
     offs_o = _offset(u0, u1, u2, stride_o0, stride_o1, stride_o2)
     out_ptrs = out_ptr + offs_o[:, None] + offs_c.to(tl.int64)[None, :] * stride_oc
     tl.store(out_ptrs, (2 * acc).to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
@@ -368,7 +368,7 @@ def _dot(ptr, offs_i, offs_j, mask_i, mask_j, start, depth, stride, acc, BLOCK: 
     mask_c, offs_c = offs_c < depth, offs_c.to(tl.int64) * stride
     a = tl.load(ptr + offs_i[:, None] + offs_c[None, :], mask=mask_i[:, None] & mask_c[None, :], other=0.0)
     b = tl.load(ptr + offs_c[:, None] + offs_j[None, :], mask=mask_c[:, None] & mask_j[None, :], other=0.0)
-    return tl.dot(a, b, acc, input_precision="tf32" if TF32 else "ieee")
+    return tl.dot(a, b, acc, input_precision="tf32" if TF32 else "ieee", out_dtype=acc.dtype)
 
 
 @triton.jit

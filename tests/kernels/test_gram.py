@@ -182,7 +182,7 @@ def test_pixels_come_first_where_the_plan_says_so(name, times):
         ((2, 32, 1, 7, 7), (1568, 1, 0, 224, 32), False, True),
     ],
 )
-def test_whole_vectors(shape, strides, flat, expected):
+def test_loads_are_of_whole_vectors_where_strides_allow(shape, strides, flat, expected):
     assert module.whole_vectors(torch.empty_strided(shape, strides), flat) == expected
 
 
@@ -224,12 +224,15 @@ def configurations(kind, vectors):
                 "shifted": (kernels.gram_norms_kernel, UNIT_STRIDE | both | dict(pixels_ptr=acc, k_ptr=acc)),
                 "patches": (kernels.gram_norms_kernel, ONE | both),
             }
+            if tiles.BLOCK_T > 64:
+                del variants["shifted"]  # see MOST_GATHERED
             if vectors and not last:
                 del variants["patches"]  # neighbouring positions' pixels are not neighbours in memory
             for name, (kernel, changed) in variants.items():
                 yield f"{name}, {last=}", kernel, given | changed | unit, tiles.num_warps, rows
         given = UNIT_STRIDE | dict(k_ptr=acc, out_ptr=kept, BLOCK_T=tiles.BLOCK_T)
-        yield "spread", kernels.gram_spread_kernel, given, tiles.num_warps, 0
+        if tiles.BLOCK_T <= 64:
+            yield "spread", kernels.gram_spread_kernel, given, tiles.num_warps, 0
     for _, product in module.PRODUCTS[module._kind(stored, tf32 or dtype == torch.float16), vectors]:
         given = product._asdict() | dict(
             DOT=TYPE[stored], ACC=TYPE[wide], TF32=tf32 or dtype == torch.float16, FLAT=True
