@@ -100,9 +100,11 @@ def _sweep(pairs: Pairs, distance: bool) -> Tensor:
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    dense = a.numel() == 0 or 1 + sum((n - 1) * s for n, s in zip(a.shape, a.stride(), strict=True)) == a.numel()
-    used = [(s, t) for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True) if n > 1]
-    return a.shape == b.shape and a.device == b.device and dense and all(s == t and s > 0 for s, t in used)
+    if a.shape != b.shape or a.device != b.device:
+        return False
+    used = [(n, s, t) for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True) if n > 1]
+    dense = a.numel() == 0 or 1 + sum((n - 1) * s for n, s, _ in used) == a.numel()
+    return dense and all(s == t and s > 0 for _, s, t in used)
 
 
 @triton.jit
