@@ -319,10 +319,11 @@ def op_cases() -> Iterator[tuple[Layer, str]]:
                 yield layer, op
 
 
-def layers_of(task: Task, B: int) -> list[Layer]:
+@functools.cache
+def layers_of(task: Task, B: int) -> tuple[Layer, ...]:
     """Each trained layer of a model once, for batches of B."""
     layers = (part.layer for part in parts_of(task) if part.layer is not None and part.trained)
-    return list(dict.fromkeys(dataclasses.replace(layer, B=B) for layer in layers))
+    return tuple(dict.fromkeys(dataclasses.replace(layer, B=B) for layer in layers))
 
 
 def ops_of(layer: Layer) -> tuple[str, ...]:

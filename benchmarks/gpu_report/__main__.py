@@ -23,10 +23,10 @@ from .rows import Store
 RESULTS = ROOT / "benchmarks/results"
 # In order of worth: seconds at most, and processes at a time. A section that is over early leaves its time to the others.
 SECTIONS = {
-    "correctness": (130, 12),
+    "correctness": (160, 12),
     "ceilings": (15, 1),
-    "ops": (90, 1),
-    "steps": (140, 1),
+    "ops": (80, 1),
+    "steps": (130, 1),
     "capture": (30, 1),
     "tune": (300, 1),
     "sanitize": (50, 4),
@@ -57,6 +57,7 @@ def main() -> int:
         options.device,
         *(tuple(filter(None, text.split(","))) for text in (options.ops, options.models, options.backends)),
         spoil=options.spoil,
+        limits=ceilings(store),
         until=deadline,
     )
     for section in [name for name in SECTIONS if name in chosen]:

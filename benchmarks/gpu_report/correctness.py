@@ -25,7 +25,7 @@ BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch
 DTYPES = tuple(
     str(dtype).removeprefix("torch.") for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 )
-KINDS = ("conv", "linear", "group")
+KINDS = ("conv_sq", "conv_st", "conv_d,conv_j,conv_w", "linear", "group")
 
 ODD = (
     LinearLayer(3, 1, 127, 65),
@@ -82,7 +82,7 @@ def cases(shard: str, options: Options) -> list[tuple[str, Any]]:
     """Real sizes before odd ones, and of each size every op."""
     backend, names, kind = shard.split(" ")
     torch.set_num_threads(1 if options.tiny else 2)
-    ops = [op for op in backends.ops() if options.wants(op) and op.startswith(kind)]
+    ops = [op for op in backends.ops() if options.wants(op) and op.startswith(tuple(kind.split(",")))]
     return [case for name in names.split("+") for case in _cases(ops, backend, getattr(torch, name), options)]
 
 
@@ -135,6 +135,7 @@ def compare(op: str, layer: Layer, backend: str, dtype: torch.dtype, options: Op
                     raise AssertionError(f"a result of shape {tuple(ours.shape)}, not {tuple(expected.shape)}")
                 worst[path] = max(worst[path], error(ours, expected, layer.B, scale), key=nan_is_worst)
                 same[path] &= same_bits(ours, again)
+            yield {}
     for path in paths:
         good = worst[path] <= BOUNDS[dtype]
         yield {

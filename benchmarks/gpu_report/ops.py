@@ -20,10 +20,11 @@ from ..models import TASKS, TINY_TASKS
 from ..traffic import Layer, NormLayer
 from . import backends, correctness, examples, timing
 from .options import Options
+from .worker import device_is_lost, first_line
 
 DTYPE = torch.bfloat16
 TINY_BATCHES = {"resnet18-tiny": 2, "transformer-tiny": 2}
-# Ops in order of worth: what a step with statistics and one with a penalty take most of their time for.
+# What steps with statistics and with a penalty take most of their time for.
 FIRST = ("statistics", "with_grad", "group_norm_backward", "group_norm_double_backward", "rank1_sq_norms")
 
 
@@ -38,26 +39,30 @@ def environment(shard: str, options: Options) -> dict[str, str]:
 
 
 def cases(shard: str, options: Options) -> list[tuple[str, Any]]:
-    """The ops that count most on all layers, then the others."""
-    found = []
-    for op in sorted((op for op in backends.ops() if options.wants(op)), key=_order):
-        found += [
-            (f"{op}: {layer}", lambda op=op, layer=layer: time_op(op, layer, options)) for layer in layers(op, options)
-        ]
-    return sorted(found, key=lambda case: _order(case[0].partition(": ")[0]) >= len(FIRST))
+    """As `pairs`."""
+    return [(f"{op}: {layer}", lambda op=op, layer=layer: time_op(op, layer, options)) for op, layer in pairs(options)]
 
 
-def layers(op: str, options: Options) -> list[Layer]:
-    """Each layer of the models that an op is for, once."""
+def pairs(options: Options) -> list[tuple[str, Layer]]:
+    """The ops that count most on each model's layers, then the others; on a CPU one layer each."""
     tasks, batches = (TINY_TASKS, TINY_BATCHES) if options.tiny else (TASKS, traffic.OP_BATCHES)
-    found: dict[Layer, None] = {}
-    for model, B in batches.items():
-        if not options.models or model in options.models:
-            found |= dict.fromkeys(traffic.layers_of(tasks[model], B))
-    chosen = examples.layers_for(op, list(found))
-    if examples.takes(op, "path"):  # these are for several positions
-        chosen = [layer for layer in chosen if examples.positions(layer) > 1]
-    return chosen[:1] if options.tiny else chosen
+    models = [name for name in batches if not options.models or name in options.models]
+    wanted = [op for op in backends.ops() if options.wants(op)]
+    found: dict[tuple[str, Layer], None] = {}
+    for first in (True, False):
+        for model in models:
+            for layer in traffic.layers_of(tasks[model], batches[model]):
+                found |= {(op, layer): None for op in wanted if op.endswith(FIRST) == first and _takes(op, layer)}
+    if options.tiny:
+        return list({op: (op, layer) for op, layer in reversed(found)}.values())
+    return list(found)
+
+
+def _takes(op: str, layer: Layer) -> bool:
+    """Whether an op is for a layer; those with paths are for several positions."""
+    return bool(examples.layers_for(op, [layer])) and not (
+        examples.takes(op, "path") and examples.positions(layer) == 1
+    )
 
 
 def time_op(op: str, layer: Layer, options: Options) -> Iterator[dict[str, Any]]:
@@ -99,7 +104,12 @@ def time_op(op: str, layer: Layer, options: Options) -> Iterator[dict[str, Any]]
                 continue
             time = timing.measure(run, sets, options.device)
         except torch.OutOfMemoryError as problem:
-            yield own | {"status": "out of memory", "detail": str(problem).splitlines()[0][:200]}
+            yield own | {"status": "out of memory", "detail": first_line(problem)}
+            continue
+        except Exception as problem:  # noqa: BLE001 — the other backends have a right to run
+            yield own | {"status": "error", "detail": f"{type(problem).__name__}: {first_line(problem)}"}
+            if device_is_lost(options):
+                return
             continue
         share = 100 * limit * 1e6 / time.median if limit else None
         ratio = time.median / base if base else None
@@ -144,7 +154,3 @@ def path_of(op: str, layer: Layer) -> str:
         return ""
     centered = examples.takes(op, "center")
     return planning.choose_path(layer, traffic.op_purpose(op), centered, examples.takes(op, "mask"))
-
-
-def _order(op: str) -> int:
-    return next((k for k, end in enumerate(FIRST) if op.endswith(end)), len(FIRST))

@@ -71,8 +71,10 @@ class Store:
 
 
 def _incorrect(row: Row) -> bool:
-    """An op that raises where it should compute is as wrong as one that computes nonsense."""
-    return row["section"] == "correctness" and row["status"] in ("error", "out of memory")
+    """What raises where it should compute is as wrong as what computes nonsense; a step may be short of memory, though."""
+    if row["section"] == "correctness":
+        return row["status"] in ("error", "out of memory")
+    return row["section"] in ("ops", "steps") and row["status"] == "error" and row["backend"] != "peer"
 
 
 def _text(value: Any) -> str:

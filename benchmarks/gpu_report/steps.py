@@ -31,7 +31,7 @@ VARIANTS = {  # penalties, and the center
 SAMPLES = 3  # that gradients are compared on
 POSITIONS = 128
 BOUND = 1e-3  # of their relative error, in float32
-HALF_BOUND = 0.1  # of a whole bfloat16 step against the plain one: rounding of every layer, not ours alone
+HALF_BOUND = 0.3  # of a whole bfloat16 step against the plain one: rounding of every layer, not ours alone
 SECONDS = 25.0  # for a model, at most
 Step = Callable[[], Any]
 
@@ -76,6 +76,7 @@ def time_model(name: str, task: Task, shard: str, options: Options) -> Iterator[
             if row is not None:
                 yield row
                 del others[variant]
+            yield {}
         del few
         _free(model, options.device)
     memory: dict[str, float] = {}
@@ -93,6 +94,7 @@ def time_model(name: str, task: Task, shard: str, options: Options) -> Iterator[
             if variant == "plain":
                 return
         _free(model, options.device)
+        yield {}
     steps |= others
     if shard == "peers":
         for variant, error in _norm_errors(model, x, y, others, options.device).items():
@@ -199,6 +201,8 @@ def _checked(name: str, few: tuple, variant: str, options: Options) -> tuple[dic
         error = gradient_error(*few, variant)
     except torch.OutOfMemoryError as problem:
         return row | {"status": "out of memory", "detail": f"in the check: {first_line(problem)}"}, float("nan")
+    except Exception as problem:  # noqa: BLE001 — the other ways have a right to run
+        return row | {"status": "error", "detail": f"{type(problem).__name__}: {first_line(problem)}"}, float("nan")
     finally:
         torch.backends.cudnn.allow_tf32 = True
         gc.collect()

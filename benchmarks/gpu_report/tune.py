@@ -45,11 +45,7 @@ def environment(shard: str, options: Options) -> dict[str, str]:
 
 def cases(shard: str, options: Options) -> list[tuple[str, Any]]:
     """The ops on the layers of the models, in order of worth."""
-    every = ops.cases(shard, options)
-    wanted = [(op, layer) for op in backends.ops() if options.wants(op) for layer in ops.layers(op, options)]
-    order = {name: k for k, (name, _) in enumerate(every)}
-    wanted.sort(key=lambda pair: order[f"{pair[0]}: {pair[1]}"])
-    return [(f"{op}: {layer}", lambda op=op, layer=layer: tune(op, layer, options)) for op, layer in wanted]
+    return [(f"{op}: {layer}", lambda op=op, layer=layer: tune(op, layer, options)) for op, layer in ops.pairs(options)]
 
 
 def tune(op: str, layer: traffic.Layer, options: Options) -> Iterator[dict[str, Any]]:

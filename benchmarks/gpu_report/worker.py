@@ -5,8 +5,9 @@ A section is a module of this package with
     shards(options)         names of parts that may run side by side
     cases(shard, options)   (name, function that yields rows) in order of worth, the same ones in every process
 
-The child says ``begin``, then a case's rows, then ``end``. A child that dies is started again behind the case that killed
-it, which gets a row; so does one that says nothing for too long. What the budget cuts off is counted in a row.
+The child says ``begin``, then a case's rows, of which an empty one is a sign of life, then ``end``. A child that dies is
+started again behind the case that killed it, which gets a row; so does one that says nothing for too long. What the budget
+cuts off is counted in a row.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ from typing import Any
 from .in_place import ROOT
 from .options import Options
 
-SILENCE = 120.0  # seconds after which a case counts as hung: ten times what the slowest kernel takes to compile
+SILENCE = 60.0  # seconds after which a case counts as hung: ten times what the slowest kernel takes to compile
 MODULE = "benchmarks.gpu_report.worker"
 
 
@@ -43,7 +45,7 @@ class Child:
         command = [sys.executable, "-m", MODULE, section, shard, str(first), str(writing), options.dumps()]
         # Two threads that wait for each other are slow where others want the cores, too.
         threads = {"OMP_NUM_THREADS": "1"} if options.tiny else {}
-        self.errors = open(os.memfd_create("stderr"), "w+b")  # noqa: SIM115 — closed with the child
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 — closed with the child
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -150,7 +152,7 @@ def _take(child: Child, message: dict[str, Any], add: Callable[..., Any]) -> Non
         child.case = message["begin"], message["name"]
     elif "end" in message:
         child.next, child.case = message["end"] + 1, None
-    else:
+    elif message["row"]:
         add(**message["row"])
 
 
@@ -183,6 +185,7 @@ def main() -> None:
             if device_is_lost(arguments.options):
                 raise SystemExit("the device answers every call with an error: a kernel has faulted")
             say(end=k)
+    os._exit(0)  # what libraries do at the end of a process is not in question
 
 
 def attempted(name: str, function: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:

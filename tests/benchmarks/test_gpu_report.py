@@ -72,13 +72,13 @@ def test_a_wrong_result_fails_and_a_later_run_forgets_it(tmp_path):
 
 
 def test_a_process_that_dies_costs_its_case_and_no_more(tmp_path):
-    chosen = ("--no-build", "--sections", "correctness", "--backends", "eager", "--ops", "linear_rank1,linear_jvp")
+    chosen = ("--no-build", "--sections", "correctness", "--backends", "triton", "--ops", "linear_rank1,linear_jvp")
     done, rows = report(tmp_path, *chosen, "--spoil", "abort linear_rank1_sq_norms")
     assert done.returncode == 1
     crashed = [row for row in rows if row["status"] == "crashed"]
     assert {row["subject"] for row in crashed} == {"linear_rank1_sq_norms"}
-    assert len(crashed) == 4  # dtypes
-    assert sum((row["subject"], row["status"]) == ("linear_jvp", "ok") for row in rows) == 8
+    assert len(crashed) == 1
+    assert sum((row["subject"], row["status"]) == ("linear_jvp", "ok") for row in rows) == 2
 
 
 def test_a_cut_run_leaves_what_it_had(tmp_path):
