@@ -28,15 +28,12 @@ def draw(store: Store, limits: dict[str, float]) -> None:
         if points:
             axes.scatter(*zip(*((i, rate / 1e6) for i, rate in points), strict=True), s=12, color=color, label=backend)
             intensities += [i for i, _ in points]
-    for name, rate in limits.items():
-        ends = [min(intensities), max(*intensities, min(intensities) * 1.01)]
-        if name != "copy" and "copy" in limits:
-            axes.plot(
-                [ends[0], rate / limits["copy"], max(ends[1], rate / limits["copy"])],
-                [ends[0] * limits["copy"] / 1e12, rate / 1e12, rate / 1e12],
-                lw=1,
-                label=name,
-            )
+    bandwidth = limits.get("copy")
+    rates = {name: rate for name, rate in limits.items() if name != "copy" and bandwidth}
+    ridges = [rate / bandwidth for rate in rates.values()]
+    low, high = min(intensities + ridges) / 2, 2 * max(intensities + ridges)
+    for (name, rate), ridge in zip(rates.items(), ridges, strict=True):
+        axes.plot([low, ridge, high], [low * bandwidth / 1e12, rate / 1e12, rate / 1e12], lw=1, label=name)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="Tflop/s", title=store.stem)
     axes.legend(fontsize=8)
     for folder in store.folders:
