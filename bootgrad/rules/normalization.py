@@ -67,7 +67,7 @@ def _normalization(recorder: Recorder, func, args, kwargs):
             shape = parameter.shape
             if func in _CHANNELS:
                 shape = torch.Size((*shape, *[1] * (gy.dim() - 2)))
-            scaled = gy * _call(func, plain | {"input": x}) if name == "weight" else gy
+            scaled = gy * _call(func, plain | {"input": x.to(gy.dtype)}) if name == "weight" else gy
             rows = per_sample_sum(scaled, batch_size, shape)
             out.append(rows.reshape(batch_size, *parameter.shape).to(parameter.dtype))
         return out
@@ -90,8 +90,12 @@ def _instance_norm(recorder: Recorder, func, args, kwargs):
 
 
 def _group_norm(recorder: Recorder, names, tracked, options: dict) -> Tensor:
+    x, weight, bias = options["input"], options.get("weight"), options.get("bias")
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):  # there torch's autocast runs group norm in float32
+        x = x.float()
+        weight, bias = (None if t is None else recorder.alias_cast(t, torch.float32) for t in (weight, bias))
     operation = GroupNormOperation(recorder, names, tracked, options["num_groups"], options.get("eps", 1e-5))
-    return operation(options["input"], options.get("weight"), options.get("bias"))
+    return operation(x, weight, bias)
 
 
 class GroupNormOperation(Operation):
