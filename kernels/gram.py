@@ -370,12 +370,6 @@ def _kind(dtype: torch.dtype, tf32: bool) -> str:
 def _strides(t: Tensor, flat: bool) -> tuple[int, ...]:
     """The strides of a canonical tensor; where its space is flat, that of a step through it takes the last place."""
     B, C, *space = strides(t)
-    return (
-        (B, C, 0, 0, min((s for s, n in zip(space, t.shape[2:], strict=True) if n > 1), default=0))
-        if flat
-        else (
-            B,
-            C,
-            *space,
-        )
-    )
+    if not flat:
+        return B, C, *space
+    return B, C, 0, 0, min((s for s, n in zip(space, t.shape[2:], strict=True) if n > 1), default=0)

@@ -10,8 +10,11 @@ to 16384 entries backward, 8192 in the adjoint (padded to powers of two), stays 
 results, so each number is read once. Larger groups are read twice: from L2 as long as the groups in flight, one or two for
 each multiprocessor, fit it together, on an H100 up to about 60,000 entries in half precision; beyond, from memory.
 
-Where channels are last, a program's reads are runs of C/G numbers; neighbouring groups' programs find the rest of the
-sectors in L2. Letters: ``B`` samples, ``C`` channels, ``G`` groups, ``N`` positions of a channel.
+Sums over a block that is walked along are kept entry by entry and added up at its end: Triton 3.6 fails to compile a sum
+over a block in a loop whose result is used twice. Where channels are last, a program's reads are runs of
+C/G numbers; neighbouring groups' programs find the rest of the sectors in L2.
+
+Letters: ``B`` samples, ``C`` channels, ``G`` groups, ``N`` positions of a channel.
 """
 
 from typing import NamedTuple
@@ -245,14 +248,15 @@ def group_norm_backward_kernel(
         for start_c in range(0, channels, BLOCK_C):
             offs_c = tl.cast(start_c, tl.int64) + tl.arange(0, BLOCK_C)
             mask_c = offs_c < channels
-            sum_g, sum_gx = tl.zeros([BLOCK_C], ACC), tl.zeros([BLOCK_C], ACC)
+            of_g, of_gx = tl.zeros([BLOCK_C, BLOCK_N], ACC), tl.zeros([BLOCK_C, BLOCK_N], ACC)
             for start_n in range(0, N, BLOCK_N):
                 offs_n = tl.cast(start_n, tl.int64) + tl.arange(0, BLOCK_N)
                 mask_n = offs_n < N
                 gy = _load(gy_ptr, offs_c, offs_n, stride_gc, stride_gn, mask_c, mask_n, ACC)
                 normal = (_load(x_ptr, offs_c, offs_n, stride_xc, stride_xn, mask_c, mask_n, ACC) - mean) * rstd
-                sum_g += tl.sum(gy, axis=1)
-                sum_gx += tl.sum(gy * normal, axis=1)
+                of_g += gy
+                of_gx += gy * normal
+            sum_g, sum_gx = tl.sum(of_g, axis=1), tl.sum(of_gx, axis=1)
             tl.store(rows_ptr + offs_c, sum_gx, mask=mask_c)
             tl.store(bias_rows_ptr + offs_c, sum_g, mask=mask_c)
             gamma = _vector(weight_ptr, first + offs_c, stride_w, mask_c, 1.0, BLOCK_C, ACC)
@@ -348,7 +352,7 @@ def group_norm_double_backward_kernel(
         dgy, dx, row = _adjoint(gy, normal, u, gamma, a, b, rstd, h_mean, hx, a_mean, ax, u_mean, ux, uh)
         _store(dgy_ptr, dgy, offs_c, offs_n, N, mask_c, mask_n)
         _store(dx_ptr, dx, offs_c, offs_n, N, mask_c, mask_n)
-        tl.store(rows_ptr + offs_c, row, mask=mask_c)
+        tl.store(rows_ptr + offs_c, tl.sum(row, axis=1), mask=mask_c)
     else:
         h_sum, hx_sum, uh_sum = tl.zeros([BLOCK_C], ACC), tl.zeros([BLOCK_C], ACC), tl.zeros([BLOCK_C], ACC)
         a_sum, ax_sum = tl.zeros([BLOCK_C], ACC), tl.zeros([BLOCK_C], ACC)
@@ -356,23 +360,28 @@ def group_norm_double_backward_kernel(
         for start_c in range(0, channels, BLOCK_C):
             offs_c = tl.cast(start_c, tl.int64) + tl.arange(0, BLOCK_C)
             mask_c = offs_c < channels
-            sum_g, sum_gx, sum_ug = tl.zeros([BLOCK_C], ACC), tl.zeros([BLOCK_C], ACC), tl.zeros([BLOCK_C], ACC)
+            of_g, of_gx = tl.zeros([BLOCK_C, BLOCK_N], ACC), tl.zeros([BLOCK_C, BLOCK_N], ACC)
+            of_u, of_ux = tl.zeros([BLOCK_C, BLOCK_N], ACC), tl.zeros([BLOCK_C, BLOCK_N], ACC)
+            of_ug = tl.zeros([BLOCK_C, BLOCK_N], ACC)
             for start_n in range(0, N, BLOCK_N):
                 offs_n = tl.cast(start_n, tl.int64) + tl.arange(0, BLOCK_N)
                 mask_n = offs_n < N
                 gy = _load(gy_ptr, offs_c, offs_n, stride_gc, stride_gn, mask_c, mask_n, ACC)
                 normal = (_load(x_ptr, offs_c, offs_n, stride_xc, stride_xn, mask_c, mask_n, ACC) - mean) * rstd
                 u = _load(u_ptr, offs_c, offs_n, stride_uc, stride_un, mask_c, mask_n, ACC)
-                sum_g += tl.sum(gy, axis=1)
-                sum_gx += tl.sum(gy * normal, axis=1)
-                sum_ug += tl.sum(u * gy, axis=1)
-                u_sum += tl.sum(u, axis=1)
-                ux_sum += tl.sum(u * normal, axis=1)
+                of_g += gy
+                of_gx += gy * normal
+                of_u += u
+                of_ux += u * normal
+                of_ug += u * gy
+            sum_g, sum_gx = tl.sum(of_g, axis=1), tl.sum(of_gx, axis=1)
             gamma = _vector(weight_ptr, first + offs_c, stride_w, mask_c, 1.0, BLOCK_C, ACC)
             a = _vector(a_ptr, first + offs_c, stride_ac, mask_c, 0.0, BLOCK_C, ACC)
             h_sum += gamma * sum_g
             hx_sum += gamma * sum_gx
-            uh_sum += gamma * sum_ug
+            uh_sum += gamma * tl.sum(of_ug, axis=1)
+            u_sum += tl.sum(of_u, axis=1)
+            ux_sum += tl.sum(of_ux, axis=1)
             a_sum += a * sum_g
             ax_sum += a * sum_gx
         h_mean, hx, uh = tl.sum(h_sum, axis=0) / M, tl.sum(hx_sum, axis=0) / M, tl.sum(uh_sum, axis=0) / M
@@ -384,7 +393,7 @@ def group_norm_double_backward_kernel(
             gamma = _vector(weight_ptr, first + offs_c, stride_w, mask_c, 1.0, BLOCK_C, ACC)
             a = _vector(a_ptr, first + offs_c, stride_ac, mask_c, 0.0, BLOCK_C, ACC)
             b = _vector(b_ptr, first + offs_c, stride_bc, mask_c, 0.0, BLOCK_C, ACC)
-            rows = tl.zeros([BLOCK_C], ACC)
+            rows = tl.zeros([BLOCK_C, BLOCK_N], ACC)
             for start_n in range(0, N, BLOCK_N):
                 offs_n = tl.cast(start_n, tl.int64) + tl.arange(0, BLOCK_N)
                 mask_n = offs_n < N
@@ -395,18 +404,18 @@ def group_norm_double_backward_kernel(
                 _store(dgy_ptr, dgy, offs_c, offs_n, N, mask_c, mask_n)
                 _store(dx_ptr, dx, offs_c, offs_n, N, mask_c, mask_n)
                 rows += row
-            tl.store(rows_ptr + offs_c, rows, mask=mask_c)
+            tl.store(rows_ptr + offs_c, tl.sum(rows, axis=1), mask=mask_c)
 
 
 @triton.jit
 def _adjoint(gy, normal, u, gamma, a, b, rstd, h_mean, hx, a_mean, ax, u_mean, ux, uh):
-    """The results dgy and dx of a block, and Σ gy r P(u) over it for each channel."""
+    """The results dgy and dx of a block, and gy r P(u), whose sum is a channel's."""
     of_u = rstd * (u - u_mean - normal * ux)  # r P(u), masked entries are not zero
     of_h = rstd * (gamma[:, None] * gy - h_mean - normal * hx)
     s = rstd * (uh - u_mean * h_mean - ux * hx)  # mean(h r P(u))
     dgy = gamma[:, None] * of_u + a[:, None] * normal + b[:, None]
     dx = rstd * (a[:, None] * gy - a_mean - normal * ax) - rstd * (ux * of_h + hx * of_u + s * normal)
-    return dgy, dx, tl.sum(gy * of_u, axis=1)
+    return dgy, dx, gy * of_u
 
 
 @triton.jit
