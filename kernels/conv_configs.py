@@ -5,8 +5,8 @@
     input     gx [BLOCK_C, BLOCK_T]     over (tap, O)        BLOCK_O at a time
 
 A configuration is the first whose limits hold the layer. It depends on the layer and the dtype, never on ``B``. Families of
-architectures: ``sm80`` (8.x: multiplies from registers, some have 99 KiB of shared memory), ``sm90`` (Hopper: multiplies
-from shared memory, 64 rows or more on four warps), ``sm100`` (Blackwell: accumulates in tensor memory).
+architectures: ``sm80`` (8.x and 12.x: multiplies from registers, some have 99 KiB of shared memory), ``sm90`` (Hopper:
+multiplies from shared memory, 64 rows or more on four warps), ``sm100`` (Blackwell: accumulates in tensor memory).
 """
 
 import functools
@@ -180,5 +180,10 @@ def choose(table: str, family: str, kind: str, m: int, n: int, depth: int) -> tu
 @functools.lru_cache
 def family_of(device: torch.device) -> str:
     """The family of architectures of a device; of the interpreter's CPU, sm80."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    return "sm80" if capability < (9, 0) else "sm90" if capability < (10, 0) else "sm100"
+    return family_name(torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0))
+
+
+def family_name(capability: tuple[int, int]) -> str:
+    """The family that a compute capability belongs to; consumer Blackwell, 12.x, multiplies like sm80."""
+    major = capability[0]
+    return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm80")

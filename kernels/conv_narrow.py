@@ -38,6 +38,7 @@ from .layer import Layer, strides
 BLOCK_L = 8
 BLOCK_T = 64  # fewer where there are fewer positions
 BLOCK_C = 16  # of outputs and inputs
+ROWS_WARPS = 8  # 32 sums a thread, and as many numbers of x in flight
 
 
 def is_narrow(x: Tensor, gy: Tensor, layer: Layer) -> bool:
@@ -110,7 +111,7 @@ def launch_narrow_rows(
             BLOCK_K=block_k(layer),
             BLOCK_L=BLOCK_L,
             BLOCK_T=block,
-            num_warps=4,
+            num_warps=ROWS_WARPS,
         )
     return None if partial is None else partial.sum(0)
 

@@ -99,12 +99,53 @@ def compile_input(config, dtype, architecture: int, folder: Path, layout: str, d
     return _compile(kernel, given, config, architecture, folder, layout)
 
 
-def _compile(kernel, given, config, architecture, folder, layout) -> Compiled:
+def compile_narrow(name: str, dtype, architecture: int, folder: Path, layout: str, **flags) -> Compiled:
+    """``conv_narrow_<name>_kernel``, "rows", "output" or "input", of a depthwise 3×3 convolution."""
+    module = load_kernel("conv_narrow")
+    kernel = getattr(module, f"conv_narrow_{name}_kernel")
+    whole = ("x_ptr", "gy_ptr", "out_ptr")
+    wide = ("rows_ptr", "center_ptr", "norms_ptr", "deviation_ptr", "total_ptr")
+    given = layer(layout) | {
+        **dict.fromkeys(whole, POINTER[dtype]),
+        **dict.fromkeys(wide, "*fp32"),
+        "w_ptr": None,
+        "dots_ptr": "*fp32",
+        **dict.fromkeys(("L", "O", "C", "T", "units", "per_run", "segment", "stride_wb", "tiles"), "i32"),
+        **dict.fromkeys(("Cg", "Og", "segments"), 1),
+        "M": (1, "i32", "i32"),
+        "phase_step": (1, 1, 1),
+        "factor": "fp32",
+        "ADD": False,
+        "DIMS": 2,
+        "PADDED": 6,
+        "INDEX": tl.int32,
+        "BLOCK_K": 16,
+        "BLOCK_L": module.BLOCK_L,
+        "BLOCK_O": module.BLOCK_C,
+        "BLOCK_C": module.BLOCK_C,
+        "BLOCK_T": module.BLOCK_T,
+        **flags,
+    }
+    warps = module.ROWS_WARPS if name == "rows" else 4
+    return _compile(kernel, given, None, architecture, folder, layout, warps)
+
+
+def compile_reduce(name: str, architecture: int, folder: Path) -> Compiled:
+    """``sum_rows`` or ``conv_combine``."""
+    module = load_kernel("conv_reduce")
+    kernel = getattr(module, f"{name}_kernel")
+    given = {n: "*fp32" for n in kernel.arg_names if n.endswith("_ptr")}
+    given |= {n: "i32" for n in ("B", "N", "E", "per_run", "segments")}
+    given |= {"BLOCK_E": module.BLOCK_E, "BLOCK_B": 8, "BLOCK_N": 128}
+    return _compile(kernel, given, None, architecture, folder, "channels first")
+
+
+def _compile(kernel, given, config, architecture, folder, layout, warps=4) -> Compiled:
     given = {name: given[name] for name in kernel.arg_names}
     divisible = [n for n in (*DIVISIBLE_POINTERS, "Cg", "Og", "stride_wb") if isinstance(given.get(n), str)]
     for name in ("x_strides", "gy_strides", "out_strides"):
         if name in given:
             divisible += [(name, i) for i, v in enumerate(given[name]) if isinstance(v, str)]
     options = {} if config is None else {"num_stages": config.num_stages}
-    warps = 4 if config is None else config.num_warps
+    warps = warps if config is None else config.num_warps
     return cross_compile(kernel, given, architecture, warps, folder, divisible, **options)

@@ -55,10 +55,10 @@ def calls(names, case, every=False):
     return [(name, variant) for name in names for variant in variants(name, case)[: None if every else 2]]
 
 
-def interpret_and_check(cases, folder, **settings):
-    results = interpret_ops([(name, arguments(name, case)) for name, case in cases], folder, **settings)
+def interpret_and_check(cases, folder, path="direct", **settings):
+    results = interpret_ops([(name, arguments(name, case, path)) for name, case in cases], folder, **settings)
     for (name, case), ours in zip(cases, results, strict=True):
-        check("compiled", name, case, ours)
+        check("compiled", name, case, ours, path)
     return results
 
 
@@ -118,6 +118,15 @@ def test_deviations_of_samples_that_nearly_agree(tmp_path):
     interpret_and_check(cases, tmp_path)
 
 
+def test_the_gram_path_s_centers_and_sums(tmp_path):
+    names = [n for n in (*CONV_OPS, *LINEAR_OPS) if "str path" in schema.SCHEMAS[n]]
+    conv = conv_case(2, 4, (3, 3), 6, (3, 2), (2, 1), (1, 0), (1, 1), 2, torch.float32)
+    cases = [(n, conv) for n in names if n in CONV_OPS] + calls(["conv_statistics"], conv)[1:]
+    cases += [(n, linear_case(2, 5, 9, 7, torch.float32)) for n in names if n in LINEAR_OPS]
+    cases += calls(["linear_statistics"], linear_case(2, 0, 4, 3, torch.float32))
+    interpret_and_check(cases, tmp_path, "gram")
+
+
 @pytest.mark.slow
 def test_interpreted_equals_the_oracle_on_drawn_convolutions(tmp_path):
     from hypothesis import HealthCheck, given, settings
@@ -133,6 +142,11 @@ def test_interpreted_equals_the_oracle_on_drawn_convolutions(tmp_path):
     cases = [(name, conv_case(*sizes, torch.float32)) for sizes in drawn for name in CONV_OPS]
     for start in range(0, len(cases), 120):
         interpret_and_check(cases[start : start + 120], tmp_path)
+
+
+def test_double_precision_is_left_to_others():
+    with pytest.raises(RuntimeError, match="take no float64"):
+        backend.linear_jvp(*arguments("linear_jvp", linear_case(2, 3, 4, 5, torch.float64)))
 
 
 def test_canonical_forms_are_views_and_come_back():

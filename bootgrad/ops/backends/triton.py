@@ -197,6 +197,7 @@ def _conv(x, gy, kernel_size, stride, padding, dilation, groups, path="direct", 
 
 
 def _check_layers(x: Tensor, shape: tuple[int, ...], w: Tensor | None, layer_shaped: dict[str, Tensor | None]) -> None:
+    torch._check(x.dtype != torch.float64, lambda: "Triton's kernels of layers take no float64: plain torch does")
     schema.check_layer("w", w, (x.size(0),), x)
     for name, tensor in layer_shaped.items():
         schema.check_layer(name, tensor, shape, x)
