@@ -41,7 +41,7 @@ inline ScalarType accumulation_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// One dtype, device and batch size.
+// One dtype and batch size.
 inline void check_pair(const Tensor& x, const Tensor& gy) {
   STD_TORCH_CHECK(x.size(0) == gy.size(0), "x and gy must have one batch size; got ", x.size(0), " and ", gy.size(0));
   STD_TORCH_CHECK(x.scalar_type() == gy.scalar_type(), "x and gy must have one dtype");
@@ -49,6 +49,10 @@ inline void check_pair(const Tensor& x, const Tensor& gy) {
   STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
                       dtype == ScalarType::BFloat16,
                   "x must be float64, float32, float16 or bfloat16");
+}
+
+// The last check, for which nothing has to be on a GPU to try the others.
+inline void check_devices(const Tensor& x, const Tensor& gy) {
   STD_TORCH_CHECK(x.is_cuda() && gy.is_cuda() && x.get_device_index() == gy.get_device_index(),
                   "x and gy must be on one device");
 }
@@ -59,7 +63,7 @@ inline void check_layer(const char* name, const Tensor& tensor, const Sizes& sha
                   shown(sizes_of(tensor)));
   STD_TORCH_CHECK(tensor.scalar_type() == accumulation_type(x), name, " must have the accumulation dtype of x, ",
                   accumulation_type(x) == ScalarType::Double ? "float64" : "float32");
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), name,
+  STD_TORCH_CHECK(tensor.is_cuda() == x.is_cuda() && tensor.get_device_index() == x.get_device_index(), name,
                   " must be on the device of x");
 }
 

@@ -107,6 +107,7 @@ class Layer {
   Tensor nothing() const { return nothing(accumulation_type(x_)); }
 
   void run() {
+    check_devices(x_, gy_);
     const torch::stable::accelerator::DeviceGuard guard(x_.get_device_index());
     CudaDevice device{current_stream(x_), 0, 0, 0, &Layer::allocate, this};
     const auto attribute = [&](cudaDeviceAttr which) {

@@ -46,6 +46,7 @@ Tensor linear_rank1_sq_norms(const Tensor& x, const Tensor& gy) {
   STD_TORCH_CHECK(x.dim() == 2 && gy.dim() == 2, "x and gy must be (B, I) and (B, O); got ", x.dim(), " and ", gy.dim(),
                   " dimensions");
   check_pair(x, gy);
+  check_devices(x, gy);
   const Tensor out = torch::stable::new_empty(x, {x.size(0)}, accumulation_type(x));
   if (x.size(0) == 0) {
     return out;

@@ -128,7 +128,8 @@ def test_planted_fault_is_found(fault, tmp_path):
     path.write_text(text.replace(right, wrong))
     program = build_emulated(STEM, sanitizer, tmp_path, tmp_path / "include")
     command = [program, "bfloat16", "conv2d_groups", "linear", "pixels_apart", "conv1d"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     if report:
         assert done.returncode != 0
         assert report in done.stderr
@@ -214,6 +215,8 @@ def test_library_registers_its_ops_for_cuda_and_checks_their_arguments(compiled,
         "x and gy must be (B, T, I) and (B, T, O); got 2 and 3 dimensions",
         "x and gy must share T; got 4 and 5",
         "path must be one of direct, gram; got 'ghost'",
+        "v must have shape (5, 3); got (3, 5)",
+        "v must have the accumulation dtype of x, float32",
         "x and gy must be on one device",
         "gy must have spatial size (2, 2) for this x and geometry; got (2, 3)",
         "groups must divide the channels; got 2 for 3 in and 4 out",
@@ -241,7 +244,9 @@ z = torch.zeros
 fails(ops.linear_sq_norms, z(2, 3), z(2, 4, 3), "direct")
 fails(ops.linear_sq_norms, z(2, 4, 3), z(2, 5, 3), "direct")
 fails(ops.linear_sq_norms, z(2, 4, 3), z(2, 4, 3), "ghost")
-fails(ops.linear_jvp, z(2, 4, 3), z(2, 4, 3), z(3, 3))
+fails(ops.linear_jvp, z(2, 4, 3), z(2, 4, 5), z(3, 5))
+fails(ops.linear_jvp, z(2, 4, 3), z(2, 4, 5), z(5, 3).double())
+fails(ops.linear_jvp, z(2, 4, 3), z(2, 4, 5), z(5, 3))
 fails(ops.conv_weighted_sum, z(2, 3, 4, 4), z(2, 4, 2, 3), None, [3, 3], [1, 1], [0, 0], [1, 1], 1)
 fails(ops.conv_weighted_sum, z(2, 3, 4, 4), z(2, 4, 2, 2), None, [3, 3], [1, 1], [0, 0], [1, 1], 2)
 fails(ops.conv_weighted_sum, z(2, 3, 4, 4), z(2, 4, 2, 2), None, [3, 3], [1], [0, 0], [1, 1], 1)
