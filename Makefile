@@ -37,7 +37,7 @@ test: lint
 	$(BIN)/pytest -m "not slow"
 
 test-all: $(VENV)/.dev
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --numprocesses 2 --dist loadfile
 	$(MAKE) gpu-report DEVICE=cpu
 	$(MAKE) wheel
 
