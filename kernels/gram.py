@@ -77,7 +77,7 @@ TILES = {
     ),
     ("half", False): ((16, Tiles(16, 32, 1)), (32, Tiles(32, 32, 2)), (None, Tiles(64, 32, 8))),
     ("tf32", True): ((16, Tiles(16, 32, 1)), (32, Tiles(32, 16, 2)), (None, Tiles(64, 32, 4))),
-    ("tf32", False): ((16, Tiles(16, 16, 1)), (32, Tiles(32, 16, 4)), (None, Tiles(64, 16, 4))),
+    ("tf32", False): ((16, Tiles(16, 16, 1)), (32, Tiles(32, 16, 4)), (None, Tiles(64, 16, 8))),
     ("float", True): ((16, Tiles(16, 32, 1)), (32, Tiles(32, 32, 2)), (None, Tiles(64, 16, 4))),
     ("float", False): ((16, Tiles(16, 16, 1)), (None, Tiles(64, 16, 8))),
     ("double", True): ((16, Tiles(16, 16, 1)), (None, Tiles(32, 16, 4))),

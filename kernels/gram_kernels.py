@@ -141,7 +141,8 @@ def gram_norms_kernel(
         k = _dot(gy_ptr, offs_i, offs_j, mask_i, mask_j, start, O, stride_go, k, BLOCK_C, TF32)
 
     # A pair of different tiles stands for two: itself and its transpose.
-    s = tl.sum(tl.sum(uu * k, axis=1), axis=0) * tl.where(i == j, 1.0, 2.0)
+    # One sum over both dimensions: Triton 3.6 fails on a sum of sums of what a Blackwell's tensor memory holds.
+    s = tl.sum(uu * k) * tl.where(i == j, 1.0, 2.0)
     tl.store(partials_ptr + tl.program_id(0).to(tl.int64), s.to(ACC))
     if uu_ptr is not None:
         _store_pair(uu_ptr + block * T * ld_t, uu, rows, columns, T, ld_t, i != j)
