@@ -5,7 +5,7 @@ registers them. `linear_rank1_sq_norms` is the model to copy. Linear layers and 
 
     layer            the form in which launchers take them
     conv_direct      G_i tile by tile: norms, deviations, weighted sums; and `conv_narrow`, for groups of few channels
-    conv_products    ⟨G_i, v⟩, and the direct path's derivatives
+    conv_grads       ⟨G_i, v⟩, and the direct path's derivatives, by the linear maps in `conv_products`
     conv_index       index arithmetic; conv_reduce: how work is divided and put together; conv_configs: tiles by shape
     gram             ‖G_i‖² and its derivatives without G_i; its kernels in `gram_kernels`
 

@@ -7,7 +7,7 @@ At the end of each sample it has the sample's tile complete, and
     adds its squares up, and those of its difference from the center's tile: one number per sample and tile, into a buffer
         (B, tiles) that `sum_rows` adds up in fixed order. The center is subtracted before squaring, so nothing cancels;
     adds it, times w_i, into Σ_i w_i G_i, which stays in registers: one partial sum per run of samples;
-    stores it, where derivatives need it (`conv_products`).
+    stores it, where derivatives need it (`conv_grads`).
 So the weight gradient and the norms cost what the weight gradient costs, and x and gy are read from memory about once: the
 programs of one run of samples are launched side by side and share them in L2.
 

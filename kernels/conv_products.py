@@ -1,22 +1,17 @@
-"""A layer's two linear maps, with one weight for all samples or one each: ⟨G_i, v⟩ and the direct path's derivatives.
+"""A layer's two linear maps, with one weight for all samples or one each.
 
     y_i[o, t]  = Σ_r W_i[o, r] · U_i[r, t]                                              output
     gx_i[c, p] = Σ_{k,o} W_i[o, k, c] · gy_i[o, (p + padding − dilation·k)/stride]      gradient by the input
 
-With W_i = v, ⟨G_i, v⟩ = ⟨y_i, gy_i⟩: tiles of y are multiplied with those of gy in registers, never stored. With
-D_i = G_i − center, which `conv_direct` stores for a chunk of samples, ∂s_i/∂gy_i = 2 y_i and ∂s_i/∂x_i = 2 gx_i for
-s_i = ‖D_i‖². The chunk is as many samples as fit the caller's budget, which should leave it in L2; B·P numbers never are.
+Tiles of y are stored, or multiplied with those of gy in registers: ⟨y_i, gy_i⟩ = ⟨G_i, W_i⟩. Pixels are taken by phase, so
+strides waste no product (`conv_index`). Groups with few channels go to `conv_narrow`.
 
-Products, by dtype of x: float32 as it is (or TF32 where torch may); bfloat16 by bfloat16, D rounded when it is stored, v as
-the sum of two bfloat16 numbers, so that ⟨G_i, v⟩ has 16 digits; float16 by float32 in TF32 (see `conv_configs`).
-
-Pixels are taken by phase, so strides waste no product (`conv_index`). Groups with few channels go to `conv_narrow`.
-Operations: T·O·R multiply-adds a sample for each map, twice that for v and bfloat16. Bytes beside x, gy and results: the
-chunk's D written once and read once for each derivative and block of positions, from L2. Letters as in `layer`.
+Products, by dtype of x: float32 as it is (or TF32 where torch may); bfloat16 by weights that are bfloat16 or, where they are
+float32, by the sum of two bfloat16 numbers, 16 digits; float16 by float32 in TF32 (see `conv_configs`).
+Operations: T·O·R multiply-adds a sample for each map, twice that for float32 weights and bfloat16. Letters as in `layer`.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -24,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv_configs import input_config, output_config, product_kind
-from .conv_direct import launch_rows, row_tiles, rows_by_segments
 from .conv_index import (
     coordinates,
     dims,
@@ -48,89 +42,7 @@ from .conv_index import (
     tap_shifts,
 )
 from .conv_narrow import BLOCK_C, block_t, conv_narrow_input_kernel, conv_narrow_output_kernel, is_narrow
-from .conv_reduce import samples_at_once, segments_of, sum_rows
 from .layer import Layer, strides
-
-
-def jvp(x: Tensor, gy: Tensor, layer: Layer, v: Tensor) -> Tensor:
-    """Inner products ⟨G_i, v⟩, (B,) float32; x and gy canonical, v (O, R) float32, contiguous."""
-    B = x.size(0)
-    if not (x.numel() and gy.numel()):
-        return x.new_zeros(B, dtype=torch.float32)
-    return sum_rows(launch_output(x, gy, layer, v, dots=True))
-
-
-def sq_norms_with_grad(
-    x: Tensor, gy: Tensor, layer: Layer, workspace_bytes: int, center: Tensor | None, mask: Sequence[bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """s_i = ‖G_i − center‖² with its derivatives by x and by gy, and Σ_i G_i, by the direct path.
-
-    Args:
-        x: (B, C, S0, S1, S2) of float32, bfloat16 or float16; canonical, any strides.
-        gy: (B, O, P0, P1, P2), likewise.
-        layer: the geometry.
-        workspace_bytes: what may be stored of the G_i at a time.
-        center: (O, R) float32, contiguous; zero when absent.
-        mask: whether the derivatives by x and by gy, and the sum are wanted; one derivative at least.
-
-    Returns:
-        s (B,) float32, ∂s_i/∂x_i and ∂s_i/∂gy_i of `Layer.empty_like`, Σ_i G_i (O, R) float32; None where not wanted.
-    """
-    B, O = gy.shape[:2]  # noqa: E741
-    R = x.size(1) // layer.groups * layer.taps
-    dx, dgy = (layer.empty_like(t) if wanted else None for t, wanted in zip((x, gy), mask, strict=False))
-    total = x.new_zeros(O, R, dtype=torch.float32) if mask[2] else None
-    if not (x.numel() and gy.numel()):
-        s = x.new_zeros(B, dtype=torch.float32)
-        if center is not None:
-            s += center.square().sum()
-        return s, *(None if d is None else d.zero_() for d in (dx, dgy)), total
-    squares = torch.empty(B, row_tiles(x, gy, layer), dtype=torch.float32, device=x.device)
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    segments = segments_of(gy)
-    step = min(B, samples_at_once(O * R, dtype.itemsize + (4 * segments if segments > 1 else 0), workspace_bytes))
-    workspace = torch.empty(step, O, R, dtype=dtype, device=x.device)
-    launch = launch_rows if segments == 1 else rows_by_segments
-    name = "norms" if center is None else "deviation"
-    for start in range(0, B, step):
-        some = slice(start, start + step)
-        xs, gys = x[some], gy[some]
-        rows = workspace[: xs.size(0)]
-        partial = launch(xs, gys, layer, center=center, rows=rows, total=total is not None, **{name: squares[some]})
-        if total is not None:
-            total += partial
-        if dgy is not None:
-            launch_output(xs, gys, layer, rows, out=dgy[some], factor=2.0)
-        if dx is not None:
-            launch_input(gys, layer, rows, dx[some], factor=2.0)
-    return sum_rows(squares), dx, dgy, total
-
-
-def subtract_center(
-    x: Tensor, gy: Tensor, layer: Layer, center: Tensor, s: Tensor, dx: Tensor | None, dgy: Tensor | None
-) -> Tensor:
-    """Turn ‖G_i‖² and its derivatives, made by another path, into those of ‖G_i − center‖².
-
-        ‖G_i − c‖² = ‖G_i‖² − 2⟨gy_i, c ∗ x_i⟩ + ‖c‖²        never below zero, where rounding would put it
-
-    Args:
-        x: canonical.
-        gy: canonical.
-        layer: the geometry.
-        center: (O, R) float32, contiguous.
-        s: ‖G_i‖², (B,) float32.
-        dx: ∂‖G_i‖²/∂x_i or None, changed in place.
-        dgy: ∂‖G_i‖²/∂gy_i or None, changed in place.
-
-    Returns:
-        (B,) float32.
-    """
-    inner = s.new_zeros(())
-    if x.numel() and gy.numel():
-        inner = sum_rows(launch_output(x, gy, layer, center, dots=True, out=dgy, factor=-2.0, add=True))
-        if dx is not None:
-            launch_input(gy, layer, center, dx, factor=-2.0, add=True)
-    return (s - 2 * inner + center.square().sum()).clamp_(min=0)
 
 
 def launch_output(

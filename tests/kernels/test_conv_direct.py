@@ -172,14 +172,14 @@ def test_canonical_forms_are_views_and_come_back():
 
 
 def test_planning_tells_the_workspace():
-    products, reduce = load_kernel("conv_products"), load_kernel("conv_reduce")
+    reduce = load_kernel("conv_reduce")
     assert planning.GPU_SEGMENT == reduce.SEGMENT
     allocated = []
     for T, dtype in ((5, torch.float32), (5, torch.bfloat16), (9000, torch.float32)):
         layer = planning.LinearLayer(3, T, 700, 800)
         segments = -(-T // reduce.SEGMENT)
         itemsize = (2 if dtype == torch.bfloat16 else 4) + (4 * segments if segments > 1 else 0)
-        at_once = min(3, products.samples_at_once(700 * 800, itemsize, planning.GPU_WORKSPACE_BYTES))
+        at_once = min(3, reduce.samples_at_once(700 * 800, itemsize, planning.GPU_WORKSPACE_BYTES))
         allocated.append(at_once * 700 * 800 * itemsize)
         assert planning.gpu_workspace(layer, "grad", str(dtype).removeprefix("torch.")) == allocated[-1]
     assert planning.gpu_workspace(planning.LinearLayer(3, 5, 700, 800), "norms") == 0

@@ -204,7 +204,7 @@ def _check_layers(x: Tensor, shape: tuple[int, ...], w: Tensor | None, layer_sha
 
 
 def _jvp(call: Call, v: Tensor) -> Tensor:
-    from ...kernels.conv_products import jvp
+    from ...kernels.conv_grads import jvp
 
     return jvp(*call[:3], call.rows(v))
 
@@ -225,7 +225,7 @@ def _statistics(call: Call, center: Tensor | None, path: str) -> tuple[Tensor, .
     if path == "direct":
         total, s, deviation = _direct(call, center=c, norms=True, total=True)
     else:
-        from ...kernels.conv_products import subtract_center
+        from ...kernels.conv_grads import subtract_center
         from ...kernels.gram import gram_sq_norms
 
         total = _direct(call, total=True).total
@@ -239,14 +239,14 @@ def _sq_norms_with_grad(call: Call, center: Tensor | None, path: str, mask: Sequ
     x, gy, layer, shape = call[:4]
     c = call.rows(center)
     if path == "gram":
-        from ...kernels.conv_products import subtract_center
+        from ...kernels.conv_grads import subtract_center
         from ...kernels.gram import gram_sq_norms
 
         s, dx, dgy = gram_sq_norms(x, gy, layer, (mask[0], mask[1]))
         s = s.clamp_(min=0) if c is None else subtract_center(x, gy, layer, c, s, dx, dgy)
         total = _direct(call, total=True).total if mask[2] else None
     elif mask[0] or mask[1]:
-        from ...kernels.conv_products import sq_norms_with_grad
+        from ...kernels.conv_grads import sq_norms_with_grad
 
         s, dx, dgy, total = sq_norms_with_grad(x, gy, layer, planning.GPU_WORKSPACE_BYTES, c, mask)
     else:
