@@ -2,7 +2,7 @@
 
 ``_C`` holds the CPU kernels, ``_C_cuda`` the CUDA kernels. Loading a library registers its kernels; there is nothing to
 import from it. ``BOOTGRAD_BACKEND=eager`` in the environment leaves both alone, ``triton`` the
-CUDA library (see `backends.triton`), ``cuda`` insists on it where torch sees a GPU.
+CUDA library (see `backends.gpu`), ``cuda`` insists on it where torch sees a GPU.
 """
 
 import ctypes
@@ -58,7 +58,7 @@ def load() -> None:
     for name, reason in _failures.items():
         warnings.warn(
             f"bootgrad's compiled library {name} is not used, so its ops run on plain torch, slower: {reason}. "
-            "Install a C++ compiler and run `pip install --no-build-isolation .` again, or set BOOTGRAD_BACKEND=eager "
+            "Install a C++ compiler (GCC 12 or newer, or clang) and run `pip install --no-build-isolation .` again, or set BOOTGRAD_BACKEND=eager "
             "to silence this",
             BootgradWarning,
             stacklevel=2,
