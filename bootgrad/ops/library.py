@@ -58,8 +58,8 @@ def load() -> None:
     for name, reason in _failures.items():
         warnings.warn(
             f"bootgrad's compiled library {name} is not used, so its ops run on plain torch, slower: {reason}. "
-            "Install a C++ compiler (GCC 12 or newer, or clang) and run `pip install --no-build-isolation .` again, or set BOOTGRAD_BACKEND=eager "
-            "to silence this",
+            "Install a C++ compiler (GCC 12 or newer, or clang) and run `pip install --no-build-isolation .` again, or set "
+            "BOOTGRAD_BACKEND=eager to silence this",
             BootgradWarning,
             stacklevel=2,
         )
