@@ -37,7 +37,9 @@ test: lint
 	$(BIN)/pytest -m "not slow"
 
 test-all: $(VENV)/.dev
-	$(BIN)/pytest -m slow --numprocesses 2 --dist loadfile
+	mkdir -p build && rm -f build/kernel_resources
+	KERNEL_RESOURCES=$(CURDIR)/build/kernel_resources $(BIN)/pytest -m slow --numprocesses 2 --dist loadfile
+	$(BIN)/python -m benchmarks.kernel_resources build/kernel_resources
 	$(MAKE) gpu-report DEVICE=cpu
 	$(MAKE) wheel
 

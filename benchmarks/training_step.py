@@ -88,12 +88,12 @@ def high_water_mark() -> int:
 
 
 def measure_memory(options: argparse.Namespace, variant: str) -> int:
-    """Bytes that three steps of a variant raise the high-water mark by: the median of five fresh processes."""
+    """Bytes that three steps of a variant raise the high-water mark by: the median of eleven fresh processes."""
     command = [sys.executable, "-m", "benchmarks.training_step", "--memory-of", variant, "--model", options.model]
     command += ["--batch", str(options.batch), "--threads", str(options.threads)]
-    # The heap's history differs from process to process by some megabytes.
+    # The heap's history differs from process to process by 10 % and more.
     rises = [
-        int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]) for _ in range(5)
+        int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]) for _ in range(11)
     ]
     return statistics.median(rises)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ..resources import note
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 INCLUDE = ROOT / "csrc/include"
@@ -99,13 +101,22 @@ def cuobjdump() -> str | None:
 
 
 def resource_usage(report: str) -> dict[tuple[str, int], dict[str, int]]:
-    """(kernel, architecture) → registers and bytes spilled, from what ``ptxas -v`` says."""
+    """(kernel, architecture) → registers and bytes spilled, from what ``ptxas -v`` says; noted as well."""
     pattern = re.compile(
-        r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?"
-        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?",
         re.DOTALL,
     )
-    return {
-        (name, int(architecture)): {"registers": int(registers), "spilled": int(stores) + int(loads)}
-        for name, architecture, stores, loads, registers in pattern.findall(report)
-    }
+    out = {}
+    for name, architecture, stack, stores, loads, registers, shared in pattern.findall(report):
+        out[name, int(architecture)] = {"registers": int(registers), "spilled": int(stores) + int(loads)}
+        note(*demangled(name), int(architecture), int(registers), int(shared or 0), int(stack))
+    return out
+
+
+def demangled(name: str) -> tuple[str, str]:
+    """A kernel's name and its template arguments, as in the source."""
+    if shutil.which("c++filt") is None:
+        return name, ""
+    kernel, _, rest = run(["c++filt", name]).strip().removeprefix("void ").replace("bootgrad::", "").partition("<")
+    return kernel.partition("(")[0], rest.rpartition(">(")[0]

@@ -9,9 +9,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..resources import note
+
 ARCHITECTURES = (80, 90, 100)
 # Shared memory that a block may take: NVIDIA, CUDA C++ Programming Guide, table of technical specifications.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+# The assembler parks up to this many bytes on the stack in order to let one more program run at 64, 80, 96, 128 or 168
+# registers, by its own choice, which changes with its version; where registers do not suffice it is hundreds.
+PARKED = 48
 
 
 @dataclass
@@ -22,6 +28,11 @@ class Compiled:
     shared: int
     registers: int
     stack: int
+
+    @property
+    def spills(self) -> bool:
+        """Whether its registers do not suffice."""
+        return self.stack > PARKED
 
     def global_loads(self) -> set[str]:
         """The distinct instructions that load from global memory."""
@@ -67,4 +78,9 @@ def cross_compile(
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     report = subprocess.run([cuobjdump, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
-    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, usage["REG"], usage["STACK"] + usage["LOCAL"])
+    out = Compiled(compiled.asm["ptx"], compiled.metadata.shared, usage["REG"], usage["STACK"] + usage["LOCAL"])
+    pointers = (
+        t[1:] for types in signature.values() for t in ([types] if isinstance(types, str) else types) if "*" in t
+    )
+    note(kernel.__name__, next(pointers), architecture, out.registers, out.shared, out.stack)
+    return out

@@ -31,9 +31,7 @@ def compile_and_check(product, architecture, kind, tile, layout, folder, dtype=N
     dtype = dtype or DTYPES_OF_KIND[kind]
     precision = "ieee" if kind == "ieee" else "tf32"
     compiled = compile_product(config(*tile), dtype, architecture, folder, layout, precision=precision, **flags)
-    # The assembler may leave a scalar or two in memory to fit more programs on a multiprocessor; what it has to leave
-    # there comes with all 255 registers taken.
-    assert compiled.stack == 0 or (compiled.registers <= 168 and compiled.stack <= 48), compiled.stack
+    assert not compiled.spills
     assert compiled.shared <= (SHARED_OF_SM86 if architecture == 80 else SHARED_LIMIT[architecture])
     M, _, _, num_warps, _ = tile
     if kind != "ieee":
@@ -118,14 +116,14 @@ def test_kernels_for_few_channels_compile_everywhere(name, architecture, tmp_pat
 def narrow(name, architecture, dtype, folder):
     for layout in conv_compiling.LAYOUTS:
         compiled = conv_compiling.compile_narrow(name, dtype, architecture, folder, layout)
-        assert compiled.stack == 0
+        assert not compiled.spills
         assert compiled.shared <= SHARED_OF_SM86
 
 
 @pytest.mark.parametrize("name", ["sum_rows", "conv_combine"])
 def test_reductions_compile(name, tmp_path):
     for architecture in ARCHITECTURES:
-        assert conv_compiling.compile_reduce(name, architecture, tmp_path).stack == 0
+        assert not conv_compiling.compile_reduce(name, architecture, tmp_path).spills
 
 
 def test_a_tile_is_chosen_by_the_layer_and_not_wider_than_it():

@@ -88,7 +88,7 @@ def check_compiled(dtype, architecture, folder, aligned=True):
     given = {p: given.get(p, "i32") for p in module.embedding_rows_kernel.arg_names}
     divisible = [p for p in given if p.endswith("_ptr") or (aligned and p in ("D", "stride_gb", "stride_gt"))]
     compiled = cross_compile(module.embedding_rows_kernel, given, architecture, warps, folder, divisible)
-    assert compiled.stack <= 8  # a pair of registers that the assembler parks at a step of occupancy
+    assert not compiled.spills
     assert compiled.shared <= SHARED_LIMIT[architecture]
     if dtype.itemsize == 2:
         assert "mma.sync" in compiled.ptx
@@ -114,7 +114,7 @@ def test_compiles_in_every_configuration(architecture, tmp_path):
         "BLOCK_B": block_b,
         "BLOCK_N": block_n,
     }
-    assert cross_compile(module.embedding_rows_total_kernel, given, architecture, 1, tmp_path).stack == 0
+    assert not cross_compile(module.embedding_rows_total_kernel, given, architecture, 1, tmp_path).spills
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -102,7 +102,7 @@ def check_compiled(dtypes, distance, aligned, architecture, folder):
     given |= {"DISTANCE": distance, "ALIGNED": aligned, "BLOCK": module.BLOCK}
     pointers = [p for p in given if p.endswith("_ptr")]
     compiled = cross_compile(module.sweep_kernel, given, architecture, module.NUM_WARPS, folder, pointers)
-    assert compiled.stack == 0 and compiled.shared <= SHARED_LIMIT[architecture]
+    assert not compiled.spills and compiled.shared <= SHARED_LIMIT[architecture]
     assert (("ld.global.v2.b64" if wide == "*fp64" else "ld.global.v4.b32") in compiled.global_loads()) == aligned
 
 
@@ -116,7 +116,7 @@ def test_compiles_without_spills_in_every_configuration(architecture, tmp_path):
     for dtypes, distance, aligned in itertools.product(DTYPES, (True, False), (True, False)):
         check_compiled(dtypes, distance, aligned, architecture, tmp_path)
     given = {"partials_ptr": "*fp32", "out_ptr": "*fp32", "N": "i32", "BLOCK": module.TOTAL_BLOCK}
-    assert cross_compile(module.sweep_total_kernel, given, architecture, 4, tmp_path, ("partials_ptr",)).stack == 0
+    assert not cross_compile(module.sweep_total_kernel, given, architecture, 4, tmp_path, ("partials_ptr",)).spills
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
