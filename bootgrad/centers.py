@@ -126,62 +126,74 @@ class EmaMean(Center):
 
 
 class WindowMean(Center):
-    """Mean of the previous k mini-batch gradients, or of as many as there were; holds k·P numbers.
+    """Mean of the previous k mini-batch gradients, or of as many as there were.
+
+        c_t = (1/n) Σ_{t−n ≤ s < t} ḡ_s,    n = min(k, t)
+
+    The sum is kept in float64, and loses and gains exactly what is stored, so that rounding does not pile up.
 
     Args:
         k: length of the window, at least 1.
+        storage: where the k gradients are: ``"device"``, k·P numbers beside the parameters; ``"bf16"``, there too, rounded to
+            bfloat16, which changes c by up to 2⁻⁹ of the mean size of the gradients in it; ``"cpu"``, in main memory, at the
+            price of moving P numbers there and P back in each step, for which the device is waited for.
     """
 
-    def __init__(self, k: int = 16):
+    STORAGES = ("device", "bf16", "cpu")
+
+    def __init__(self, k: int = 16, storage: str = "device"):
         """Start with an empty window."""
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ArgumentError(f"the window's length must be a whole number of at least 1; got {k!r}")
-        self.k = k
-        self._window: list[dict[str, Tensor]] = []
+        if storage not in self.STORAGES:
+            raise ArgumentError(f"storage must be one of {', '.join(self.STORAGES)}; got {storage!r}")
+        self.k, self.storage = k, storage
+        self._window: dict[str, Tensor] = {}  # (k, *shape) each; the rows that are not filled yet are zeros
         self._sum: dict[str, Tensor] = {}
-        self._oldest = 0
+        # Steps so far, on the device, so that they go on in a captured graph of kernels.
+        self._steps: Tensor | None = None
 
     def value(self, parameters):
         """The mean over the window."""
-        if not self._window:
+        if self._steps is None:
             return None
-        sums = list(as_parameter_dict(self._sum, parameters, "the stored center").values())
-        return dict(zip(parameters, torch._foreach_div(sums, len(self._window)), strict=True))
+        sums = as_parameter_dict(self._sum, parameters, "the stored center")
+        count = self._steps.clamp(max=self.k)
+        return {n: (t / count.to(t.device)).to(_sum_dtype(parameters[n])) for n, t in sums.items()}
 
     @torch.no_grad()
     def update(self, mean):
         """Put ḡ in the place of the oldest gradient."""
-        new = {name: g.detach().clone() for name, g in mean.items()}
-        if len(self._window) < self.k:
-            self._window.append(new)
-            if len(self._window) == 1:
-                self._sum = _sums(new)
-            else:
-                torch._foreach_add_(list(self._sum.values()), list(new.values()))
-            return
-        old, self._window[self._oldest] = self._window[self._oldest], new
-        self._oldest = (self._oldest + 1) % self.k
-        torch._foreach_add_(list(self._sum.values()), list(new.values()))
-        torch._foreach_sub_(list(self._sum.values()), list(old.values()))
-        if self._oldest == 0:  # once a round from scratch, so that rounding does not pile up
-            for name in self._sum:
-                stacked = torch.stack([g[name] for g in self._window])
-                self._sum[name] = stacked.sum(0, dtype=self._sum[name].dtype)
+        if self._steps is None:
+            self._window = {name: self._rows(g) for name, g in mean.items()}
+            self._sum = {
+                name: torch.zeros_like(g, dtype=torch.float64, requires_grad=False) for name, g in mean.items()
+            }
+            self._steps = torch.zeros((), dtype=torch.int64, device=next(iter(mean.values())).device)
+        oldest = self._steps.remainder(self.k).reshape(1)
+        for name, rows in self._window.items():
+            new, row = mean[name].detach().to(rows).unsqueeze(0), oldest.to(rows.device)
+            total = self._sum[name]
+            total -= rows.index_select(0, row)[0].to(total)
+            total += new[0].to(total)
+            rows.index_copy_(0, row, new)
+        self._steps += 1
+
+    def _rows(self, g: Tensor) -> Tensor:
+        device = torch.device("cpu") if self.storage == "cpu" else g.device
+        return torch.zeros(self.k, *g.shape, dtype=torch.bfloat16 if self.storage == "bf16" else g.dtype, device=device)
 
     def state_dict(self):
-        """The window."""
-        return {
-            "k": self.k,
-            "oldest": self._oldest,
-            "window": [{n: t.clone() for n, t in g.items()} for g in self._window],
-            "sum": {n: t.clone() for n, t in self._sum.items()},
-        }
+        """Length, steps, the window and its sum."""
+        window, sums = ({n: t.clone() for n, t in held.items()} for held in (self._window, self._sum))
+        steps = None if self._steps is None else self._steps.clone()
+        return {"k": self.k, "steps": steps, "window": window, "sum": sums}
 
     def load_state_dict(self, state):
-        """Go on from a `state_dict`."""
-        window = [{n: t.clone() for n, t in g.items()} for g in state["window"]]
-        sums = _sums(state["sum"])
-        self.k, self._oldest, self._window, self._sum = state["k"], state["oldest"], window, sums
+        """Go on from a `state_dict`, with the window where and as it is there."""
+        window, sums = ({n: t.clone() for n, t in state[key].items()} for key in ("window", "sum"))
+        steps = None if state["steps"] is None else state["steps"].clone()
+        self.k, self._window, self._sum, self._steps = state["k"], window, sums, steps
 
 
 class FullBatchMean(Center):
