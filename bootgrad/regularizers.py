@@ -1,139 +1,41 @@
-"""Reg1 and Reg2, penalties on the noise of mini-batch gradients, and one object that trains with them.
+"""One object that trains with the penalties Reg1 and Reg2: what `GradientRegularizer` does in a step, whatever the method.
 
-    Reg1 = (1/B) Σ_i ‖g_i − c‖²        Reg2 = ‖ḡ − c‖²
-
-Source: "A Bootstrap Perspective on Stochastic Gradient Descent", arXiv 2512.07676, eqs. 11 and 12.
+Reg1 = (1/B) Σ_i ‖g_i − c‖²        Reg2 = ‖ḡ − c‖²
 """
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import graph
 from .accumulation import accumulate, call_hooks, gated
 from .centers import BatchMean, Center, as_center
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .graph import answers_at_once
-from .ops.schema import accumulation_dtype
-from .per_sample import Direction, PerSampleGradients, as_parameter_dict, sq_norm
+from .methods.base import Forward, Gradients, Penalties
+from .methods.choice import choose, is_number
+from .methods.finite_difference import FiniteDifference
+from .methods.random_signs import RandomSigns
+from .methods.subsets import draw, rows
+from .penalties import Distances, Report, reg1, reg2
 from .recording import named_parameters
-from .rules.terms import total
-from .statistics import CheckedOnRead, difference
+from .second_pass import Replay, Snapshot, same_buffers
 from .statistics import record as Record
 
+__all__ = ["GradientRegularizer", "Report", "reg1", "reg2"]
+
 Strength = float | Callable[[int], float]
-METHODS = ("exact",)
-
-
-def reg1(G: PerSampleGradients, center: Direction | None = None) -> Tensor:
-    """Mean squared deviation of the per-sample gradients, without its strength λ₁.
-
-        Reg1 = (1/B) Σ_i ‖g_i − c‖²
-
-    Args:
-        G: made with ``create_graph=True``.
-        center: {name: tensor} or flat (P,), constant; the batch mean ḡ when None, which makes Reg1 = Γ.
-
-    Returns:
-        Scalar, units of loss²/parameter²; its gradient is (2/B) Σ_i H_i (g_i − c).
-
-    Raises:
-        RecordingError: G was made without ``create_graph=True``: the penalty would silently do nothing.
-
-    Source: arXiv 2512.07676, eq. 11.
-    """
-    _check_differentiable(G, "reg1")
-    return G.covariance_trace() if center is None else G.deviation_sq_norms(center).mean()
-
-
-def reg2(G: PerSampleGradients, center: Direction) -> Tensor:
-    """Squared distance of the mini-batch gradient from a center, without its strength λ₂.
-
-        Reg2 = ‖ḡ − c‖²
-
-    Args:
-        G: made with ``create_graph=True``.
-        center: {name: tensor} or flat (P,), constant.
-
-    Returns:
-        Scalar, units of loss²/parameter²; its gradient is 2 H̄ (ḡ − c).
-
-    Raises:
-        ArgumentError: no center; about the batch mean Reg2 is identically zero.
-        RecordingError: as `reg1`.
-
-    Source: arXiv 2512.07676, eq. 12.
-    """
-    _check_differentiable(G, "reg2")
-    if center is None:
-        raise ArgumentError("reg2 needs a center: about the batch mean it is identically zero")
-    c = as_parameter_dict(center, dict(G.parameters), "center")
-    return total(sq_norm(g - c[name]) for name, g in G.mean().items())
-
-
-def _check_differentiable(G: PerSampleGradients, name: str) -> None:
-    if not isinstance(G, PerSampleGradients):
-        raise ArgumentTypeError(f"{name} takes per-sample gradients of record(model); got {type(G).__name__}")
-    if not G.differentiable:
-        raise RecordingError(
-            f"{name} of per-sample gradients made without create_graph=True has no gradient and would silently do nothing: "
-            "make them with rec.per_sample_gradients(losses, create_graph=True)"
-        )
-
-
 _FIRST_STEP = {
     "reg1": "reg1 was taken about the batch mean: its center knows nothing before the first step",
     "reg2": "reg2 was left out: its center knows nothing before the first step",
 }
-
-
-def _total_sq_norm(tensors) -> Tensor:
-    """Σ ‖t‖² over tensors, in float64."""
-    return total(torch.linalg.vector_norm(t, dtype=accumulation_dtype(t.dtype)).double().square() for t in tensors)
-
-
-@dataclass(frozen=True)
-class Report(CheckedOnRead):
-    """What one step of a `GradientRegularizer` saw; detached, and about the loss gradient, never the penalized one.
-
-    Attributes:
-        loss: mean loss without penalty, ().
-        reg1: Reg1 without λ₁, ().
-        reg2: Reg2 without λ₂, (), or None where there is no center to measure it from.
-        covariance_trace: Γ of the batch, ().
-        mean_sq_norm: (1/B) Σ ‖g_i‖², ().
-        sq_mean_norm: ‖ḡ‖², ().
-        batch_size: B.
-        method: how the penalty's gradient was made.
-        notes: what was done otherwise than asked, and why.
-
-    On an accelerator, the first read raises if the losses were not finite; ``.grad`` and the centers were then left alone.
-    """
-
-    loss: Tensor
-    reg1: Tensor
-    reg2: Tensor | None
-    covariance_trace: Tensor
-    mean_sq_norm: Tensor
-    sq_mean_norm: Tensor
-    batch_size: int
-    method: str
-    notes: tuple[str, ...] = ()
-    unchecked: Tensor | None = None
-
-    @property
-    def minibatch_covariance_trace(self) -> Tensor:
-        """Γ / B."""
-        return self.covariance_trace / self.batch_size
-
-    @property
-    def noise_scale(self) -> Tensor:
-        """Γ / ‖ḡ‖², the biased plug-in ratio; feed reports to `NoiseScale` for the unbiased one."""
-        return self.covariance_trace / self.sq_mean_norm
 
 
 class GradientRegularizer:
@@ -144,18 +46,41 @@ class GradientRegularizer:
         report = reg.backward(lambda x, y: F.cross_entropy(model(x), y, reduction="none"), x, y)
         optimizer.step()
 
-    The model's class, forward, hooks and ``state_dict`` stay as they are.
+    The model's class, forward, hooks and ``state_dict`` stay as they are. Where a method runs the model a second time, dropout
+    draws the same numbers again, and random number generators and buffers are left as one pass leaves them.
+
+    ==========================  ======================================  ================================================
+    method                      price, 3 being a plain step             bias and variance
+    ==========================  ======================================  ================================================
+    ``"exact"``                 6 to 9                                  none
+    ``"finite_difference"``     6 for Reg2                              O(ε); another estimate where it is not smooth
+    ``"random_signs"``          3 + 8 probes, or 3 + 5 probes by        none, or O(ε); the variance of the signs over probes
+                                finite differences
+    ==========================  ======================================  ================================================
+
+    With ``fraction=m/B`` a price u becomes 3 + (m/B)(u − 3), and with ``every=k`` 3 + (u − 3)/k on average. Both are unbiased:
+    the plain gradient is that of the whole batch always. A fraction has the variance (1 − m/B) S²/m in the penalties' gradient,
+    S² that of the samples' own parts of it. Steps between penalties leave those of one step k times as large on every k-th.
 
     Args:
         model: the module to regularize; frozen parameters are left out.
-        reg1: λ₁ ≥ 0, a number or a function of the step.
+        reg1: λ₁ ≥ 0, a number or a function of the step; all steps count, with penalty or without, and it is asked at each.
         reg2: λ₂ ≥ 0, likewise.
         center: ``"batch_mean"``, ``"zero"``, ``"ema"``, ``"window"``, a mapping {parameter name: tensor}, an object of
             `bootgrad.centers`, or {"reg1": …, "reg2": …}. Centers move after each successful backward. As long as a moving
             center knows nothing, on the first step, Reg1 is about the batch mean and Reg2 is left out.
-        method: ``"exact"``.
-        fraction: share of the batch that the penalty is taken on; 1.
-        every: steps between penalties; 1.
+        method: ``"exact"``; ``"finite_difference"``, from another first-order pass at displaced parameters;
+            ``"random_signs"``, for any architecture, with nothing recorded and hence no check for coupled samples; ``"auto"``,
+            the cheapest exact one. `Report.method` says what ran.
+        fraction: m/B in (0, 1], the share of the batch that the penalty is taken on, at least one sample, chosen at random in
+            each step. Every tensor in the batch with as many rows as the first is indexed in dimension 0.
+        every: k, the penalty is taken on steps 0, k, 2k, …, with k times λ.
+        probes: vectors of signs that ``"random_signs"`` averages over.
+        derivative: of ``"random_signs"``: ``"exact"``, by double backward, or ``"finite_difference"``, by first-order passes
+            alone, which run compiled models, fused attention and reentrant checkpointing, too. (Parameters that a reentrantly
+            checkpointed part has from outside of the model receive the passes' gradients: leave them out of such parts.)
+        epsilon: length of a finite step relative to ‖θ‖; 0.001. Parameters must be float32 or wider; under autocast to half
+            precision, steps that are shorter than its rounding are lost in it.
 
     Raises:
         ArgumentError: an option out of range; Reg2 about the batch mean, which is identically zero.
@@ -172,20 +97,25 @@ class GradientRegularizer:
         method: str = "exact",
         fraction: float = 1.0,
         every: int = 1,
+        probes: int = 1,
+        derivative: str = "exact",
+        epsilon: float | None = None,
     ):
         """Check the options; nothing is computed yet."""
         if not isinstance(model, nn.Module):
             raise ArgumentTypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
         if not named_parameters(model):
             raise RecordingError("the model has no parameter that requires grad: the penalties would do nothing")
-        if method not in METHODS:
-            raise ArgumentError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-        for name, value in (("fraction", fraction), ("every", every)):
-            if isinstance(value, bool) or value != 1:
-                raise ArgumentError(f"{name} must be 1, the penalty on all samples of every step; got {value!r}")
+        self._method = choose(method, probes, derivative, epsilon)
+        if not is_number(fraction) or not 0 < fraction <= 1:
+            raise ArgumentError(f"fraction must be a number in (0, 1], a share of the batch; got {fraction!r}")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ArgumentError(
+                f"every must be a whole number of at least 1, steps from one penalty to the next; got {every!r}"
+            )
         self.model = model
         self.strengths = {"reg1": reg1, "reg2": reg2}
-        self.method = method
+        self.fraction, self.every = fraction, every
         self.step = 0
         for name, strength in self.strengths.items():
             self._strength(name, strength if not callable(strength) else 0.0)
@@ -199,47 +129,48 @@ class GradientRegularizer:
                 'reg2 about "batch_mean" is identically zero: give it a center of its own, for example '
                 'center={"reg1": "batch_mean", "reg2": "ema"}'
             )
+        if isinstance(self._method, FiniteDifference) and (callable(reg1) or reg1 != 0):
+            raise ArgumentError(
+                'method="finite_difference" takes reg2 alone: for reg1 take method="random_signs" with '
+                'derivative="finite_difference", or method="exact"'
+            )
         if not callable(reg1) and not callable(reg2) and reg1 == 0 and reg2 == 0:
             warnings.warn("reg1 and reg2 are both 0: gradients will be the plain ones", BootgradWarning, stacklevel=2)
+        # What is drawn in a step follows from this and the step, so that one that fails and is taken again draws the same.
+        draws = isinstance(self._method, RandomSigns) or fraction < 1
+        self._seed = int(torch.randint(2**62, (), device="cpu")) if draws else None
         self._recording: Record | None = None
+        self._awaits_losses = False
 
-    def record(self) -> Record:
+    @property
+    def method(self) -> str:
+        """The method that runs; "auto" is the one that was chosen."""
+        return self._method.name
+
+    def record(self) -> AbstractContextManager:
         """The context for the forward pass, where `backward` is given losses."""
-        self._recording = Record(self.model)
-        return self._recording
+        self._recording = Record(self.model) if self._method.records else None
+        self._awaits_losses = True
+        return self._recording or nullcontext()
 
     def backward(self, losses: Tensor | Callable[..., Tensor], *batch: Any) -> Report:
         """Accumulate the gradient of ``losses.mean() + λ₁ Reg1 + λ₂ Reg2`` into ``.grad``, move the centers, and report.
 
         Args:
             losses: a function of ``batch`` that gives losses (B,), or the losses themselves, computed in ``with reg.record()``.
+                Finite differences and fractions need the function, which they call twice or more.
             batch: what the function is called with.
 
         Raises:
             As `record.backward`; exceptions of the user's function pass as they are. On any error ``.grad``, the centers and
             the step are as before, but for one of a hook that waits for ``.grad``: the step is then done.
         """
-        if callable(losses):
-            recording = Record(self.model)
-            with recording:
-                losses = losses(*batch)
-        else:
-            if batch:
-                raise ArgumentTypeError(
-                    "a batch was given along with losses: pass the function that computes the losses instead"
-                )
-            if self._recording is None:
-                raise RecordingError(
-                    "nothing was recorded: compute the losses inside `with reg.record():`, or pass a function"
-                )
-            recording, self._recording = self._recording, None
-        strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
-        parameters = recording.parameters
-        distinct = list({id(c): c for c in self.centers.values()}.values())
-        values = {id(c): c.value(parameters) for c in distinct}
-        centers = {name: values[id(c)] for name, c in self.centers.items()}
-        report, leaves, grads, mean, sq_mean = self._gradients(recording, losses, strengths, centers)
-        accumulate(leaves, grads)
+        with ExitStack() as kept:
+            report, values, outcome = self._gradients(losses, batch, kept)
+        grads = gated(outcome.grads, outcome.finite)
+        accumulate(outcome.leaves, grads)
+        distinct = {id(c): c for c in self.centers.values()}.values()
+        sq_mean, mean = outcome.distances.sq_mean, outcome.mean
         finite = torch.isfinite(sq_mean)
         if not answers_at_once(sq_mean):  # what is not finite is replaced by what the center holds already
             for center in distinct:
@@ -251,82 +182,119 @@ class GradientRegularizer:
         else:
             report = replace(report, notes=(*report.notes, "the centers were left alone: the gradient is not finite"))
         self.step += 1
-        call_hooks(leaves, grads)
+        call_hooks(outcome.leaves, grads)
         return report
 
-    def _gradients(self, recording: Record, losses: Tensor, strengths, centers):
-        """The report, the leaves, their gradients, and ḡ; nothing of the user's is changed."""
-        G = recording.per_sample_gradients(losses, create_graph=True)
-        parameters = recording.parameters  # all: a center may depend on what this batch does not reach
-        assert recording.last_reach is not None
-        leaves = [*parameters.values(), *recording.last_reach.other_leaves]
-        notes = []
-        objective = losses.mean()
-        penalties: dict[str, Tensor] = {}
-        for name, function in (("reg1", reg1), ("reg2", reg2)):
-            strength, c, center = strengths[name], centers[name], self.centers[name]
-            if strength and c is None and not isinstance(center, BatchMean):
-                notes.append(_FIRST_STEP[name])
-            if strength and (name == "reg1" or c is not None):
-                penalties[name] = function(G, c)
-                objective = objective + strength * penalties[name]
-        finite = recording.last_reach.finite
-        report, mean, sq_mean = self._report(G, losses, centers, penalties, notes, finite is not None)
-        try:
-            grads = list(torch.autograd.grad(objective, leaves, allow_unused=True))
-        except RuntimeError as error:
-            if "is not implemented" in str(error):
+    def _gradients(self, losses: Any, batch: tuple, kept: ExitStack) -> tuple[Report, dict[int, Any], Gradients]:
+        """The report, the centers' values by id, and the gradients; nothing of the user's is changed."""
+        takes_penalty = self.step % self.every == 0
+        generator = torch.Generator()
+        if self._seed is not None:
+            generator.manual_seed((self._seed + self.step) % 2**63)
+            if takes_penalty and graph.is_capturing():
                 raise UnsupportedError(
-                    f"an operation of the model has no second derivative in torch ({error}): use an implementation that has"
-                ) from error
-            raise
-        recording.release()
-        for name in penalties:
+                    "signs and samples are drawn anew in every step, and a captured graph of kernels would repeat the first: "
+                    'take method="exact" and fraction=1 there'
+                )
+        rest, notes, expected = None, [], None
+        if not callable(losses):
+            forward = self._take(losses, batch)
+        else:
+            if takes_penalty and self.fraction < 1:
+                chosen, others = draw(batch, self.fraction, generator)
+                before, expected = Snapshot(self.model), chosen.numel()
+                if others.numel():
+                    rest = self._method.plain(self._run(losses, rows(batch, others), others.numel(), False))
+                    kept.enter_context(same_buffers(self.model, before))
+                    notes.append(f"the penalties were taken on {expected} of {expected + others.numel()} samples")
+                    batch = rows(batch, chosen)
+            forward = self._run(losses, batch, expected, takes_penalty)
+        strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
+        distinct = {id(c): c for c in self.centers.values()}
+        values = {key: c.value(forward.parameters) for key, c in distinct.items()}
+        centers = {name: values[id(c)] for name, c in self.centers.items()}
+        if not takes_penalty:
+            plain = self._method.plain(forward)
+            outcome = Gradients(**vars(plain), distances=Distances(plain.mean, centers))
+            return self._report(outcome, "plain", notes), values, outcome
+        taken = {}
+        for name, strength in strengths.items():
+            if strength and centers[name] is None and not isinstance(self.centers[name], BatchMean):
+                notes.append(_FIRST_STEP[name])
+            if strength and (name == "reg1" or centers[name] is not None):
+                taken[name] = self.every * strength
+        outcome = self._method.penalized(forward, Penalties(taken, centers, generator), rest)
+        for name, strength in taken.items():
             if centers[name] is not None:
-                self._add_center_derivative(parameters, grads, mean, centers[name], self.centers[name], strengths[name])
-        return report, leaves, gated(grads, finite), mean, sq_mean
+                self._add_center_derivative(forward.parameters, outcome, centers[name], self.centers[name], strength)
+        return self._report(outcome, self.method, notes), values, outcome
 
-    @torch.no_grad()
-    def _report(
-        self, G: PerSampleGradients, losses: Tensor, centers, penalties, notes, unchecked: bool
-    ) -> tuple[Report, dict[str, Tensor], Tensor]:
-        """The report, ḡ and ‖ḡ‖². A penalty that was not taken follows from (1/B) Σ ‖g_i − c‖² = Γ + ‖ḡ − c‖²."""
-        mean = G.mean()
-        sq_mean = _total_sq_norm(mean.values())
-        distance = {
-            name: None if c is None else _total_sq_norm(g - c[n] for n, g in mean.items())
-            for name, c in centers.items()
-        }
-        values = {name: value.detach() for name, value in penalties.items()}
-        about = sq_mean.new_zeros(()) if distance["reg1"] is None else distance["reg1"]
-        covariance = (values["reg1"].double() - about).clamp(min=0) if "reg1" in values else None
-        # About a far center Γ is lost in ‖ḡ − c‖²: then it is worth another visit, where to ask does not stop a device.
-        if covariance is None or (answers_at_once(about) and about > torch.maximum(sq_mean, 100 * covariance)):
-            covariance = difference(G.sq_norms().double(), sq_mean)
-            values.setdefault("reg1", covariance + about)
-        values.setdefault("reg2", distance["reg2"])
+    def _run(self, function: Callable[..., Tensor], batch: Sequence, expected: int | None, penalized: bool) -> Forward:
+        """One pass of the user's function, over ``expected`` samples if it is not the whole batch."""
+        call = partial(function, *batch)
+        replay = Replay(self.model, call) if penalized and self._method.repeats else None
+        recording = Record(self.model) if self._method.records else None
+        with recording or nullcontext():
+            losses = call()
+        if expected is not None and isinstance(losses, Tensor) and losses.shape != (expected,):
+            raise ArgumentError(
+                f"the losses of {expected} samples must have shape ({expected},); got {tuple(losses.shape)}: fraction takes "
+                "rows of every tensor of the batch that has as many as the first; pass all that belongs to samples in such "
+                "tensors, or take fraction=1"
+            )
+        return Forward(losses, named_parameters(self.model), recording, replay)
+
+    def _take(self, losses: Tensor, batch: tuple) -> Forward:
+        """The losses that were computed in ``with reg.record()``."""
+        if batch:
+            raise ArgumentTypeError(
+                "a batch was given along with losses: pass the function that computes the losses instead"
+            )
+        if self._method.repeats or self.fraction < 1:
+            raise ArgumentError(
+                f'backward must be given the function that computes the losses, which method="{self.method}" with '
+                f"fraction={self.fraction} runs more than once; got {type(losses).__name__}"
+            )
+        if not self._awaits_losses:
+            raise RecordingError(
+                "nothing was recorded: compute the losses inside `with reg.record():`, or pass a function"
+            )
+        recording, self._recording, self._awaits_losses = self._recording, None, False
+        return Forward(losses, named_parameters(self.model), recording, None)
+
+    def _report(self, outcome: Gradients, method: str, notes: list[str]) -> Report:
+        """What the step saw. A penalty that was not taken follows from (1/B) Σ ‖g_i − c‖² = Γ + ‖ḡ − c‖²."""
+        covariance, distances, losses = outcome.covariance, outcome.distances, outcome.losses
+        reg1 = outcome.values.get("reg1", covariance + distances.about)
+        reg2 = outcome.values.get("reg2", distances.from_center["reg2"])
         dtype = losses.dtype
-        report = Report(
-            loss=losses.detach().mean(),
-            reg1=values["reg1"].to(dtype),
-            reg2=None if values["reg2"] is None else values["reg2"].to(dtype),
+        return Report(
+            loss=losses.mean(),
+            reg1=reg1.to(dtype),
+            reg2=None if reg2 is None else reg2.to(dtype),
             covariance_trace=covariance.to(dtype),
-            mean_sq_norm=(covariance + sq_mean).to(dtype),
-            sq_mean_norm=sq_mean.to(dtype),
-            batch_size=G.batch_size,
-            method=self.method,
-            notes=tuple(notes),
-            unchecked=losses.detach() if unchecked else None,
+            mean_sq_norm=(covariance + distances.sq_mean).to(dtype),
+            sq_mean_norm=distances.sq_mean.to(dtype),
+            batch_size=losses.numel(),
+            method=method,
+            notes=(*notes, *outcome.notes),
+            unchecked=losses if outcome.finite is not None else None,
         )
-        return report, mean, sq_mean
 
-    def _add_center_derivative(self, parameters, grads, mean, c, center: Center, strength: float) -> None:
+    def _add_center_derivative(self, parameters, outcome: Gradients, c, center: Center, strength: float) -> None:
         """A penalty's derivative by c is −2 λ (ḡ − c); a differentiable center takes it on to θ."""
-        extra = center.derivative(parameters, {n: mean[n] - c[n] for n in mean})
-        for k, (name, p) in enumerate(parameters.items()):
-            if extra is not None and name in extra:
-                step = -2 * strength * extra[name]
-                grads[k] = (step if grads[k] is None else grads[k] + step).to(p.dtype)
+        extra = center.derivative(parameters, {n: g - c[n] for n, g in outcome.mean.items()})
+        places = {id(leaf): k for k, leaf in enumerate(outcome.leaves)}
+        for name, derivative in (extra or {}).items():
+            p = parameters[name]
+            step = -2 * strength * derivative
+            if id(p) not in places:
+                outcome.leaves.append(p)
+                outcome.grads.append(step.to(p.dtype))
+                continue
+            k = places[id(p)]
+            grad = outcome.grads[k]
+            outcome.grads[k] = (step if grad is None else grad + step).to(p.dtype)
 
     def _strength(self, name: str, strength: Strength) -> float:
         value = strength(self.step) if callable(strength) else strength
@@ -340,14 +308,16 @@ class GradientRegularizer:
         return float(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The step and the centers' states."""
-        return {"step": self.step, "centers": {name: c.state_dict() for name, c in self.centers.items()}}
+        """The step, the centers' states, and what random samples and signs follow from, where there are any."""
+        state = {"step": self.step, "centers": {name: c.state_dict() for name, c in self.centers.items()}}
+        return state if self._seed is None else state | {"seed": self._seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict` of a regularizer with the same centers; on an error, all is as before."""
+        """Go on from a `state_dict` of a regularizer with the same centers and options; on an error, all is as before."""
         before = {name: center.state_dict() for name, center in self.centers.items()}
         try:
             step = state["step"]
+            seed = None if self._seed is None else int(state["seed"])
             for name, center in self.centers.items():
                 center.load_state_dict(state["centers"][name])
         except Exception as error:
@@ -356,4 +326,4 @@ class GradientRegularizer:
             if not isinstance(error, KeyError | TypeError | ValueError | AttributeError):
                 raise
             raise ArgumentError(f"not a state_dict of a GradientRegularizer with these centers: {error!r}") from None
-        self.step = step
+        self.step, self._seed = step, seed

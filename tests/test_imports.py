@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top down. A package stands for all its modules that have no line of their own.
 LAYERS = (
     ("cli", "experiments", "monitoring", "integrations", "training"),
-    ("regularizers", "statistics", "verification", "normalization"),
+    ("regularizers", "verification", "normalization"),
+    ("methods", "second_pass"),
+    ("penalties", "statistics"),
     ("per_sample", "centers"),
     ("recording", "derived", "graph", "accumulation"),
     ("rules",),

@@ -261,8 +261,20 @@ def test_the_model_is_left_alone(setting):
         ({"reg1": 0.1, "center": "mean"}, "center must be one of batch_mean, zero, ema, window"),
         ({"reg1": 0.1, "center": 3}, "center must be a name"),
         ({"reg1": 0.1, "method": "guess"}, "method must be one of exact"),
-        ({"reg1": 0.1, "fraction": 0.5}, "fraction must be 1"),
-        ({"reg1": 0.1, "every": 2}, "every must be 1"),
+        *(({"reg1": 0.1, "fraction": f}, "fraction must be a number in") for f in (0, 1.5, math.nan, True, "half")),
+        *(({"reg1": 0.1, "every": k}, "every must be a whole number") for k in (0, 1.5, True)),
+        ({"reg1": 0.1, "probes": 2}, 'options of method="random_signs"'),
+        ({"reg1": 0.1, "derivative": "finite_difference"}, 'options of method="random_signs"'),
+        ({"reg1": 0.1, "method": "random_signs", "probes": 0}, "probes must be a whole number"),
+        ({"reg1": 0.1, "method": "random_signs", "derivative": "none"}, "derivative must be one of exact, finite"),
+        ({"reg1": 0.1, "epsilon": 0.1}, "takes none: leave it out"),
+        *(
+            (
+                {"reg2": 0.1, "center": "zero", "method": "finite_difference", "epsilon": e},
+                "epsilon must be a number in",
+            )
+            for e in (0, 1, -0.1, math.nan, True, "small")
+        ),
     ],
 )
 def test_bad_options(setting, options, message):

@@ -1,0 +1,167 @@
+"""What a second pass over a model needs so that it leaves no trace: moved parameters, random numbers, buffers.
+
+    with displaced(parameters, directions, step):      # θ + step · d, in place; afterwards θ, bit for bit
+        with replay.again() as losses:                 # with the random numbers and buffers of the first pass
+            grads = torch.autograd.grad(losses.sum(), parameters)
+
+Gradients belong inside of both: checkpointed parts of a model run once more in the backward pass.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError
+from .graph import check_finite, check_losses
+from .penalties import total_sq_norm
+
+
+@contextmanager
+def displaced(
+    parameters: Mapping[str, Tensor], directions: Mapping[str, Tensor], step: float | Tensor
+) -> Iterator[None]:
+    """Move parameters by ``step`` times ``directions``, in place, and put saved copies back, after an exception, too.
+
+    What comes back is equal bit for bit, which θ + ε d − ε d would not be; version counters rise. Autocast's cached copies of
+    the parameters are dropped on both ways: in a surrounding ``torch.autocast`` they would be used in place of what moved.
+
+    Args:
+        parameters: by name, each once.
+        directions: by the same names, of the parameters' shapes.
+        step: a number, or () on the parameters' device, for which nobody waits.
+    """
+    saved = {name: p.detach().clone() for name, p in parameters.items()}
+    try:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.add_((step * directions[name]).to(p))
+        torch.clear_autocast_cache()
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(saved[name])
+        torch.clear_autocast_cache()
+
+
+class Snapshot:
+    """The buffers of a model and the states of torch's random number generators, as they are now.
+
+    The generators are those of the CPU and of the devices of the model's tensors; Python's, numpy's and those that a model
+    makes for itself are not among them.
+    """
+
+    def __init__(self, model: nn.Module):
+        """Copy them."""
+        self._buffers = [
+            (module._buffers, name, buffer, buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type not in ("cpu", "meta")}
+        self._cpu = torch.get_rng_state()
+        self._devices = [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices]
+
+    def restore_buffers(self) -> None:
+        """The same tensors as then, in the same places, with the same contents."""
+        with torch.no_grad():
+            for owner, name, buffer, contents in self._buffers:
+                owner[name] = buffer
+                buffer.copy_(contents)
+
+    def restore(self) -> None:
+        """Buffers and generators."""
+        self.restore_buffers()
+        torch.set_rng_state(self._cpu)
+        for device, state in self._devices:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def traceless(model: nn.Module) -> Iterator[None]:
+    """What the block does to buffers and random number generators is undone after it, and after an exception."""
+    before = Snapshot(model)
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+@contextmanager
+def same_buffers(model: nn.Module, before: Snapshot) -> Iterator[None]:
+    """Run the block with the buffers of ``before``, as other samples of the same batch; afterwards they are those of now."""
+    now = Snapshot(model)
+    before.restore_buffers()
+    try:
+        yield
+    finally:
+        now.restore_buffers()
+
+
+class Replay:
+    """A function of a model that makes losses, run several times as if once.
+
+    Args:
+        model: whose buffers are kept.
+        function: makes losses (m,), without arguments.
+    """
+
+    def __init__(self, model: nn.Module, function: Callable[[], Tensor]):
+        """Remember where the generators and buffers stand now, just before the first pass."""
+        self.model, self.function = model, function
+        self._before = Snapshot(model)
+
+    @contextmanager
+    def again(self) -> Iterator[Tensor]:
+        """The losses of one more pass, with the random numbers and buffers of the first."""
+        with traceless(self.model):
+            self._before.restore()
+            losses = self.function()
+            check_losses(losses)
+            yield losses
+
+
+def finite_step(spread: Tensor, parameters: Sequence[Tensor], epsilon: float) -> Tensor:
+    """ε, () in float64, such that ε · spread = epsilon · ‖θ‖; without any spread or parameters other than zero, epsilon.
+
+    Args:
+        spread: the length of the direction, root mean square over samples where each has its own, () in float64.
+        parameters: θ.
+        epsilon: the length of the step, relative to θ.
+    """
+    with torch.no_grad():
+        size = total_sq_norm(parameters).sqrt()
+        ratio = torch.where(size > 0, size, 1) / torch.where(spread > 0, spread, 1)
+        return epsilon * torch.where(spread > 0, ratio, 1)
+
+
+def quotient(moved: Sequence[Tensor | None], grads: Sequence[Tensor | None], step: Tensor) -> list[Tensor | None]:
+    """(∇(θ + ε d) − ∇(θ)) / ε by leaf; None where neither reaches it."""
+    out: list[Tensor | None] = []
+    for there, here in zip(moved, grads, strict=True):
+        difference = there if here is None else -here if there is None else there - here
+        out.append(None if difference is None else difference / step)
+    return out
+
+
+def check_parameters(parameters: Mapping[str, Tensor]) -> None:
+    """Raise where a parameter is too coarse to be moved a little."""
+    for name, p in parameters.items():
+        if p.dtype not in (torch.float32, torch.float64):
+            raise ArgumentError(
+                f"finite differences need parameters in float32 or float64; got {p.dtype} for {name}, which rounds small steps "
+                "away: keep the parameters in float32 (torch.autocast for the rest), or take an exact derivative"
+            )
+
+
+def check_second(losses: Tensor, batch_size: int) -> Tensor | None:
+    """As `check_finite`, of a second pass; raise where it gave another number of losses."""
+    if losses.numel() != batch_size:
+        raise ArgumentError(
+            f"the function gave {losses.numel()} losses when it was run again; expected {batch_size}, as at first: it must "
+            "depend on its arguments and the model alone"
+        )
+    return check_finite(losses)
