@@ -17,7 +17,7 @@ INSTALL := $(PIP) install --no-build-isolation --constraint $(VENV)/constraints.
 CXX_FILES = $(shell find csrc tests \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 BUILD_INPUTS = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo test test-all lint format bench gpu-report wheel clean
+.PHONY: help demo test test-all lint format bench bench-peers gpu-report wheel clean
 
 help:
 	@echo 'make demo      train on digits, plain and regularized side by side; writes demo/comparison.png'
@@ -25,6 +25,7 @@ help:
 	@echo 'make test-all  second tier: sanitizers, long fuzzing, every kernel configuration, the wheel'
 	@echo 'make lint      ruff, clang-format, mypy          make format  rewrite the sources in form'
 	@echo 'make bench     benchmarks/ into benchmarks/results/'
+	@echo 'make bench-peers  other libraries beside this one, in an environment of their own; 20 minutes'
 	@echo 'make gpu-report  this GPU, into benchmarks/results/gpu/; DEVICE=cpu tries the report out'
 	@echo 'make wheel     sdist and wheel in dist/, tried in an empty environment'
 	@echo 'make clean     remove all that these make, the environment too'
@@ -58,6 +59,11 @@ bench: $(VENV)/.dev
 	$(BIN)/pytest benchmarks --benchmark-only
 	for model in reference mixed; do $(BIN)/python -m benchmarks.training_step --model $$model; done
 
+# PEERS: options, as --quick or --data cifar.npz; --help names them.
+bench-peers:
+	$(MAKE) VENV=$(VENV)-peers $(VENV)-peers/.peers
+	$(VENV)-peers/bin/python -m benchmarks.peers $(PEERS)
+
 # On a GPU: with the python that is there, without a network. REPORT: options, as --sections ops; --help names them.
 gpu-report: $(if $(filter cpu,$(DEVICE)),$(VENV)/.dev)
 	$(if $(filter cpu,$(DEVICE)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_report --device $(DEVICE) $(REPORT)
@@ -74,7 +80,7 @@ wheel: $(VENV)/.dev
 		cp tests/wheel_smoke.py "$$empty" && cd "$$empty" && env/bin/python wheel_smoke.py && env/bin/bootgrad info
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-peers build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find bootgrad kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f bootgrad/*.so
 
@@ -94,4 +100,11 @@ $(VENV)/.demo: $(VENV)/constraints.txt $(BUILD_INPUTS)
 
 $(VENV)/.dev: $(VENV)/constraints.txt $(BUILD_INPUTS)
 	BOOTGRAD_REQUIRE_EXT=1 $(INSTALL) --editable '.[dev,cli,triton]'
+	touch $@
+
+# BackPACK asks for torchvision, which would bring another torch: it comes alone, with the rest of what it asks for.
+$(VENV)/.peers: $(VENV)/constraints.txt $(BUILD_INPUTS)
+	BOOTGRAD_REQUIRE_EXT=1 BOOTGRAD_CUDA=0 $(INSTALL) --editable '.[cli]'
+	$(INSTALL) opacus==1.6.0 torchjd==0.18.0 einops==0.8.2 unfoldNd==0.2.3
+	$(INSTALL) --no-deps backpack-for-pytorch==1.7.1
 	touch $@

@@ -214,6 +214,23 @@ def _resnet18(small_images: bool, classes: int):
     return lambda: resnet((2, 2, 2, 2), False, small_images, classes)
 
 
+def vgg() -> nn.Module:
+    """VGG-like: twice 64, 128 and 256 channels of 3×3 on 32×32, each two pooled, then 256 and 10 units."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in (64, 128, 256):
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        channels = width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256 * 16, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+def mlp() -> nn.Module:
+    """784 – 1024 – 1024 – 10."""
+    hidden = [nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(1024, 10))
+
+
 def _transformer(fused: bool):
     return lambda: Transformer(12, 768, 12, 50257, 1024, fused)
 
@@ -230,4 +247,11 @@ TINY_TASKS = {
     "resnet50-tiny": Task(lambda: resnet((1, 1), True, False, 10, width=4), (3, 16, 16), 4, 10),
     "transformer-tiny": Task(lambda: Transformer(1, 16, 2, 31, 8), (8,), 4, 31),
     "transformer-tiny-fused": Task(lambda: Transformer(1, 16, 2, 31, 8, True), (8,), 4, 31),
+}
+# What other libraries are measured on beside this one, on a CPU.
+PEER_TASKS = {
+    "mlp": Task(mlp, (1, 28, 28), 128, 10),
+    "reference": Task(lambda: reference()[0], (1, 28, 28), 128, 10),
+    "vgg": Task(vgg, (3, 32, 32), 64, 10),
+    "resnet18-gn": Task(_resnet18(True, 10), (3, 32, 32), 64, 10),
 }

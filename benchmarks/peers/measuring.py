@@ -1,0 +1,158 @@
+"""Time and memory of each way on a whole network, in processes that nothing else shares.
+
+    python -m benchmarks.peers.measuring TASK memory WAY     bytes by which three steps raise VmHWM
+    python -m benchmarks.peers.measuring TASK time WAY …     what each way is, right or wrong; milliseconds by round
+
+One process times all ways, which take turns with the plain step; another each tells a way's memory. They print JSON, and are
+bounded in memory and time, so that one library's hunger is its own entry's.
+"""
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bootgrad.training.data import load
+
+from ..gpu_report.timing import interleave
+from ..models import PEER_TASKS
+from ..training_step import high_water_mark
+from .oracle import Outcome, examine, expect, first_line
+from .ways import WAYS, Way, plain
+
+PLAIN = Way("plain", (), plain)
+BY_NAME = {way.name: way for way in (PLAIN, *WAYS)}
+SAMPLES = 3  # that a way is checked on
+SHARE = 0.7  # of the memory that is free
+PATIENCE = 900  # seconds that a process may take
+
+
+class GuardedStep:
+    """A step of a model's copy; its first exception is kept, and it does nothing from then on."""
+
+    def __init__(self, way: Way, model: nn.Module, x: Tensor, y: Tensor):
+        """Make the step."""
+        self.model, self.failure = model, ""
+        self.step = way.make(model, x, y)
+
+    def __call__(self) -> None:
+        """Take a step from no gradients."""
+        if self.failure:
+            return
+        self.model.zero_grad()
+        try:
+            self.step()
+        except Exception as error:  # as in `examine`
+            self.failure = first_line(error)
+
+
+def prepare(task: str, data: str | None) -> tuple[nn.Module, Tensor, Tensor]:
+    """The network and its batch: the first training images of ``data`` where they fit the network, else normal numbers."""
+    torch.manual_seed(0)
+    chosen = PEER_TASKS[task]
+    model = chosen.build()
+    if data is not None:
+        images = load(data)
+        if images.image_shape == chosen.shape and images.classes <= chosen.classes:
+            return model, images.x_train[: chosen.batch_size], images.y_train[: chosen.batch_size]
+    return model, *chosen.batch()
+
+
+def time_ways(task: str, names: list[str], rounds: int, data: str | None = None) -> dict[str, Any]:
+    """Check ways on a few samples, and time those that are right on the batch.
+
+    Returns:
+        {way: {"outcomes": {quantity: …}, "milliseconds": [by round], "failure": why there are none}}.
+    """
+    model, x, y = prepare(task, data)
+    expected = expect(model, x[:SAMPLES], y[:SAMPLES])
+    found: dict[str, dict[str, Any]] = {}
+    steps: dict[str, GuardedStep] = {}
+    for name in [PLAIN.name, *names]:
+        outcomes = examine(BY_NAME[name], model, x[:SAMPLES], y[:SAMPLES], expected)
+        found[name] = {"outcomes": {q: asdict(outcome) for q, outcome in outcomes.items()}}
+        if all(outcome.status == "right" for outcome in outcomes.values()):
+            steps[name] = GuardedStep(BY_NAME[name], _copy(task, model), x, y)
+    del expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        times = interleave(steps, "cpu", PATIENCE, rounds, warmup=1)
+    for name, step in steps.items():
+        found[name] |= {"milliseconds": [] if step.failure else times[name], "failure": step.failure}
+    return found
+
+
+def memory_of(task: str, name: str, data: str | None = None) -> int:
+    """Bytes by which three steps raise this process's high-water mark."""
+    model, x, y = prepare(task, data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step = BY_NAME[name].make(model, x, y)
+        before = high_water_mark()
+        for _ in range(3):
+            model.zero_grad()
+            step()
+    return high_water_mark() - before
+
+
+def ask(task: str, what: str, names: list[str], options: argparse.Namespace) -> Any:
+    """The answer of a process of its own, or an `Outcome` that says why there is none."""
+    command = [sys.executable, "-m", "benchmarks.peers.measuring", task, what, *names]
+    command += ["--rounds", str(options.rounds), "--threads", str(options.threads)]
+    command += ["--data", options.data] if options.data else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return Outcome("refuses", why=f"took longer than {PATIENCE} s")
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if done.returncode < 0:
+        return Outcome("refuses", why=f"killed by signal {-done.returncode}")
+    lines = [line for line in done.stderr.splitlines() if line and not line.startswith(" ")]
+    return Outcome("refuses", why=lines[-1] if lines else f"exit code {done.returncode}")
+
+
+def _copy(task: str, model: nn.Module) -> nn.Module:
+    copy = PEER_TASKS[task].build()
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def _bound_memory() -> None:
+    """Let torch say that there is no memory before the system ends the process."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = math.floor(SHARE * free)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
+
+
+def main() -> None:
+    """The other end of `ask`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=PEER_TASKS)
+    parser.add_argument("what", choices=("memory", "time"))
+    parser.add_argument("ways", nargs="+", choices=BY_NAME)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--data")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    _bound_memory()
+    if options.what == "memory":
+        print(json.dumps(memory_of(options.task, options.ways[0], options.data)))
+    else:
+        print(json.dumps(time_ways(options.task, options.ways, options.rounds, options.data)))
+
+
+if __name__ == "__main__":
+    main()

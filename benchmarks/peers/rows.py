@@ -1,0 +1,106 @@
+"""Rows of the two tables, and the CSV files that keep them: of every network, and of every layer case, the latest run's."""
+
+import csv
+import statistics
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bootgrad.errors
+
+from ..results import setting
+from .oracle import Outcome
+from .ways import PACKAGES
+
+Row = dict[str, str]
+
+
+def peer_version(peer: str) -> str:
+    """The library's version: torch's for what torch does, empty where the library is not installed."""
+    if peer == "bootgrad":
+        return bootgrad.__version__
+    if peer not in PACKAGES:
+        return torch.__version__
+    try:
+        return version(PACKAGES[peer])
+    except PackageNotFoundError:
+        return ""
+
+
+def timed(
+    place: dict[str, str],
+    peer: str,
+    quantity: str,
+    outcome: Outcome,
+    times: list[float] | None = None,
+    plain: list[float] | None = None,
+    memory: tuple[int, int] | None = None,
+) -> Row:
+    """One peer's quantity on one network.
+
+    Args:
+        place: columns that say where and on what.
+        peer: the library.
+        quantity: of `ways.QUANTITIES`; "plain" for the plain step.
+        outcome: right, wrong or refuses.
+        times: milliseconds by round.
+        plain: the plain step's.
+        memory: bytes of the step and of the plain step.
+    """
+    row = setting() | place | _columns(peer, quantity, outcome)
+    figures = dict.fromkeys(
+        ("rounds", "milliseconds", "ratio", "ratio_low", "ratio_high", "memory_mib", "memory_ratio"), ""
+    )
+    if times and plain:
+        ratios = sorted(t / p for t, p in zip(times, plain, strict=True))
+        figures |= {
+            "rounds": str(len(times)),
+            "milliseconds": f"{statistics.median(times):.1f}",
+            "ratio": f"{statistics.median(ratios):.2f}",
+            "ratio_low": f"{ratios[len(ratios) // 10]:.2f}",
+            "ratio_high": f"{ratios[-1 - len(ratios) // 10]:.2f}",
+        }
+    if memory:
+        figures |= {"memory_mib": f"{memory[0] / 2**20:.0f}", "memory_ratio": f"{memory[0] / memory[1]:.2f}"}
+    return row | figures
+
+
+def judged(case: str, peer: str, quantity: str, outcome: Outcome) -> Row:
+    """One peer's quantity on one layer case."""
+    return setting() | {"case": case} | _columns(peer, quantity, outcome)
+
+
+def is_fault(row: Row) -> bool:
+    """Whether a row is a fault of this library: a wrong number, or a failure that is no error of its own."""
+    own = row["why"].partition(":")[0] in vars(bootgrad.errors)
+    return row["peer"] == "bootgrad" and row["status"] != "right" and not (row["status"] == "refuses" and own)
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of an earlier run; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """The file anew."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _columns(peer: str, quantity: str, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "peer": peer,
+        "version": peer_version(peer),
+        "quantity": quantity,
+        "status": outcome.status,
+        "error": "" if outcome.error is None else f"{outcome.error:.1e}",
+        "why": outcome.why,
+    }
