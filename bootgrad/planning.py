@@ -7,8 +7,8 @@
 
 Counts are multiply-adds per sample, with symmetric products counted half. Purposes: ``norms``, ‖G_i − c‖² alone;
 ``grad``, with the derivatives by x and gy; ``statistics``, with the weight gradient Σ_i G_i, which the direct path's
-tiles add up to anyway. ``centered`` says that c is not zero: a subtraction on the direct path, else the product c ∗ x,
-and cᵀ ∗ gy for the derivative.
+tiles add up to anyway; ``applied``, G_i times another input instead of a norm. ``centered`` says that c is not zero: a
+subtraction on the direct path, else the product c ∗ x, and cᵀ ∗ gy for the derivative.
 
 Letters: ``B`` samples, ``T`` positions, ``N`` pixels, ``I`` in, ``O`` out, ``C`` channels in, ``K`` kernel positions,
 ``S`` space, c a center. No torch here: shapes in, numbers out.
@@ -19,7 +19,7 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-PURPOSES = ("norms", "grad", "statistics")
+PURPOSES = ("norms", "grad", "statistics", "applied")
 
 # Seconds per multiply-add of a path, relative to the direct path's tiles.
 RELATIVE_TIME = {
@@ -180,7 +180,7 @@ def cost(
     Args:
         layer: the layer's shape.
         path: ``"rank1"`` (a linear layer with T = 1), ``"direct"`` or ``"gram"``.
-        purpose: ``"norms"``, ``"grad"`` or ``"statistics"``.
+        purpose: ``"norms"``, ``"grad"``, ``"statistics"`` or ``"applied"``.
         centered: norms of G_i − c rather than of G_i.
         summed: the weight gradient Σ_i G_i is wanted, too; ``"statistics"`` always does.
         itemsize: bytes of a number of the accumulation dtype.
@@ -266,12 +266,14 @@ def format_table(rows: Iterable[tuple[str, Layer]], purpose: str = "norms", cent
 def _cost(layer: Layer, path: str, purpose: str, centered: bool, summed: bool, itemsize: int = 4) -> Cost:
     grad, unit = purpose == "grad", float(layer.forward_operations)
     if path == "direct":
-        operations, entries, products = (1 + 2 * grad) * unit, float(layer.weight_entries), 0.0
+        operations = (1 + 2 * grad + (purpose == "applied")) * unit
+        entries, products = float(layer.weight_entries), 0.0
     else:
-        if isinstance(layer, LinearLayer) and path == "rank1":
-            operations, entries = layer.rank1(grad)
-        else:
-            operations, entries = layer.gram(grad)
+        count = layer.rank1 if isinstance(layer, LinearLayer) and path == "rank1" else layer.gram
+        operations, entries = count(grad)
+        if purpose == "applied":  # a Gram matrix of x with another input has no symmetry: as the derivatives alone
+            operations, entries = count(True)[0] - operations, count(True)[1]
+            path = "direct"  # every operation is made once
         # The weight gradient, c ∗ x and cᵀ ∗ gy are whole forward-sized products here.
         products = unit * ((summed or purpose == "statistics") + centered * (1 + grad))
     return Cost(operations + products, itemsize * entries, _time(path, operations, entries) + products)

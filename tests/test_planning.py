@@ -133,7 +133,7 @@ def test_layers_are_hashable_and_compare_by_value():
 
 
 def test_errors_say_what_was_expected():
-    with pytest.raises(ValueError, match="purpose must be one of norms, grad, statistics; got 'norm'"):
+    with pytest.raises(ValueError, match="purpose must be one of norms, grad, statistics, applied; got 'norm'"):
         choose_path(LinearLayer(1, 2, 3, 4), "norm")
     with pytest.raises(ValueError, match="purpose must be one of"):
         cost(LinearLayer(1, 2, 3, 4), "direct", "norm")
