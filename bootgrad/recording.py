@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from .derived import Derived, derive, is_batch_free, may_be_batch_free, pull_back
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .graph import Uses, check_finite, check_losses, filled, gradients, is_capturing, powers_of_two, walk
+from .ops.product import Product
 from .planning import ConvLayer, LinearLayer
 from .rules.base import PLAIN_RULES, RULES, Operation, Phase, ProductOperation, is_in_place
 from .rules.elementwise import expand_row
@@ -137,6 +138,10 @@ class Recording(TorchFunctionMode):
         if not self._holds_data((args, kwargs)) and not (is_in_place(func) and self._is_constant(args[:1])):
             return self._derive(func, args, kwargs, func(*args, **kwargs))
         _refuse_second_runs(func)
+        return self._operate(func, args, kwargs)
+
+    def _operate(self, func, args, kwargs):
+        """Run a call of tracked tensors and data: an operation."""
         rule = RULES.get(func)
         if rule is not None:
             out = rule(self, func, args, kwargs)
@@ -163,7 +168,7 @@ class Recording(TorchFunctionMode):
         sizes = {t.size(0) for t in others if t.dim()}
         repeated = [t for t in tracked if t.dim() and t.size(0) in sizes and self._repeats_a_row(t)]
         if repeated:
-            rows = {id(t): expand_row(self, self.run(_getitem, t, slice(0, 1)), t.size(0)) for t in repeated}
+            rows = {id(t): self._expand(self.run(_getitem, t, slice(0, 1)), t.size(0)) for t in repeated}
             args, kwargs = pytree.tree_map(lambda t: rows.get(id(t), t), (args, kwargs))
             return self.run(func, *args, **kwargs)
         if may_be_batch_free(func, others):
@@ -172,6 +177,14 @@ class Recording(TorchFunctionMode):
                 return self._derive(func, args, kwargs, result)
             if not any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(result)):
                 return result
+        return self._fall_back(func, args, kwargs, tracked)
+
+    def _expand(self, row: Tensor, rows: int) -> Tensor:
+        """A tracked ``row`` (1, *shape) for each of ``rows`` samples."""
+        return expand_row(self, row, rows)
+
+    def _fall_back(self, func, args, kwargs, tracked: Sequence[Tensor]) -> Any:
+        """Run an operation that no rule knows."""
         operation = FallbackOperation(self, func, args, kwargs, tracked)
         names = " and ".join(map(self.name_of, tracked))
         result = operation(names)
@@ -180,7 +193,7 @@ class Recording(TorchFunctionMode):
             warnings.warn(
                 f"{operation.name} on {names} has no rule: its per-sample gradients are made one by one, which is slow",
                 BootgradWarning,
-                stacklevel=4,
+                stacklevel=6,
             )
         return result
 
@@ -258,6 +271,10 @@ class Recording(TorchFunctionMode):
         """What was kept for the operation, once, if it was made from this ``gy``; else None."""
         made_from, value = self._by_products.pop(id(operation), (None, None))
         return value if made_from is gy else None
+
+    def product_of(self, product: Product, weight: Tensor | None, bias: Tensor | None) -> Product:
+        """The product that a layer with these tracked tensors computes: as it was written."""
+        return product
 
     def name_of(self, tracked: Tensor) -> str:
         """The parameter's name, or those that a derived tensor is made of."""

@@ -16,7 +16,7 @@ LAYERS = (
     ("regularizers", "verification", "normalization"),
     ("methods", "second_pass"),
     ("penalties", "statistics"),
-    ("per_sample", "centers"),
+    ("per_sample", "centers", "per_sample_pass"),
     ("recording", "derived", "graph", "accumulation"),
     ("rules",),
     ("ops",),

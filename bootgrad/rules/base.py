@@ -90,6 +90,9 @@ class Recorder(Protocol):
     def by_product(self, operation: "Operation", gy: Tensor) -> Any:
         """What was kept for the operation, once, if it was made from this ``gy``; else None."""
 
+    def product_of(self, product: Product, weight: Tensor | None, bias: Tensor | None) -> Product:
+        """The product that a layer with these tracked tensors computes."""
+
 
 RULES: dict[Callable, Callable] = {}
 
@@ -214,7 +217,7 @@ class ProductOperation(Operation):
     def __init__(self, recorder, name, product: Product, weight: Tensor | None, bias: Tensor | None):
         """Describe the layer; ``weight`` and ``bias`` are None where they are not tracked."""
         super().__init__(recorder, name, [t for t in (weight, bias) if t is not None])
-        self.product = product
+        self.product = recorder.product_of(product, weight, bias)
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,309 @@
+"""A second forward and backward pass in which sample i sees the parameters θ + f g_i, g_i its own gradient of the first pass.
+
+    G = rec.per_sample_gradients(losses)
+    with PerSamplePass(G, f) as second:
+        losses = loss_fn(*batch)                              # the model, run again
+    torch.autograd.grad(losses.sum(), parameters)             # Σ_i ∇ℓ_i at θ + f g_i
+
+The displacements f g_i are constants, and B of them are never stored. A linear layer or convolution W, whose G_i is held
+as (x, gy), adds f G_i ∗ x'_i to its output and f G_iᵀ ∗ gy'_i to its input's gradient; its weight gradient is the ordinary
+one. Any other operation on parameters is run by ``vmap`` with θ + f g_i, in chunks of samples that are made again in the
+backward pass.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.utils import _pytree as pytree
+
+from .derived import Derived, ViewTerm
+from .errors import ArgumentError, BootgradError, UnsupportedError
+from .ops.applied import applied, applied_transposed
+from .ops.linear import LinearProduct
+from .ops.product import Product
+from .per_sample import PerSampleGradients
+from .recording import Recording, _states
+from .rules import convolution, linear
+from .rules.base import RULES, Operation, autocast_now, is_in_place
+from .rules.terms import CHUNK_BYTES, DenseTerm, FactoredTerm, recomputed, vmap
+
+_PRODUCTS = {f for f, rule in RULES.items() if rule.__module__ in (linear.__name__, convolution.__name__)}
+
+
+class _NoFactors(Exception):
+    """The displacement of a layer's weight is not held as (x, gy) of that layer."""
+
+
+class PerSamplePass(Recording):
+    """A context in which operations on parameters are run at θ + f g_i for sample i.
+
+    Args:
+        G: per-sample gradients of the first pass, for the samples that this pass is run on.
+        factor: f, in units of parameter/gradient.
+        modules: the modules that were recorded. Without them, those are taken that were recorded with these parameters.
+
+    Made before the parameters are changed in place: what G would make from them anew is then lost.
+
+    Raises:
+        ArgumentError: the modules, or those that were found, lack a parameter of G.
+        UnsupportedError: in the context, an operation that cannot be run one sample at a time, by name.
+        RecordingError: as `Recording`; or a tensor that G is made from was changed in place.
+    """
+
+    def __init__(self, G: PerSampleGradients, factor: float, *modules: nn.Module):
+        """Take the terms of G, without their graph."""
+        super().__init__(*(modules or _modules_with(G)), check="never")
+        missing = [name for name, p in G.parameters.items() if id(p) not in self._known]
+        if missing:
+            raise ArgumentError(f"the modules must have every parameter of G; got none that has {', '.join(missing)}")
+        self.batch_size, self.factor = G.batch_size, factor
+        storages = {p.untyped_storage().data_ptr() for p in G.parameters.values()}
+
+        def keep(t: Tensor) -> Tensor:
+            t = t.detach()
+            return t.clone() if t.untyped_storage().data_ptr() in storages else t
+
+        self._terms = {id(p): G._terms[name].map(keep) for name, p in G.parameters.items() if name in G._terms}
+
+    # What rules ask of a recorder
+
+    def alias(self, tracked: Tensor) -> Tensor:
+        """``tracked`` itself: nothing is looked for in the graph afterwards."""
+        derived = self._known[id(tracked)]
+        if derived is not None:
+            derived.check_unchanged()
+        return tracked
+
+    def add(self, operation: Operation, edge: GradientEdge) -> None:
+        """Keep nothing; the only operations that come here are products."""
+        edge.node.register_prehook(_refuse_graph)
+
+    def product_of(self, product: Product, weight: Tensor | None, bias: Tensor | None) -> Product:
+        """The product with W + f G_i and b + f g_i."""
+        term = None if weight is None else self._factored(weight)
+        rows = None if bias is None else self._rows(bias)
+        return cast(Product, _Displaced(product, self.batch_size, self.factor, term, rows))
+
+    def _factored(self, weight: Tensor) -> FactoredTerm | None:
+        """The weight's displacement in the order of its entries; None where there is none."""
+        derived = self._known[id(weight)]
+        leaves = self._displaced([weight])
+        if not leaves:
+            return None
+        term = self._terms[id(leaves[0])]
+        if derived is not None:
+            if not isinstance(term, ViewTerm) or not _same_order(derived, term):
+                raise _NoFactors
+            term = term.term
+        if not isinstance(term, FactoredTerm):
+            raise _NoFactors
+        return term
+
+    def _rows(self, bias: Tensor) -> Tensor | None:
+        """The bias's displacements over f, (B, O)."""
+        derived = self._known[id(bias)]
+        leaves = self._displaced([bias])
+        if not leaves:
+            return None
+        if derived is not None:
+            raise _NoFactors
+        return self._terms[id(leaves[0])].rows(0, self.batch_size)
+
+    # Running operations
+
+    def _operate(self, func, args, kwargs):
+        if func in _PRODUCTS:
+            try:
+                return super()._operate(func, args, kwargs)
+            except _NoFactors:
+                pass
+        return self._run_without_rule(func, args, kwargs)
+
+    def _expand(self, row: Tensor, rows: int) -> Tensor:
+        self._check_rows(f"repeating {self.name_of(row)}", rows)
+
+        def run(current, _):
+            return self._substituted(row, current).expand(rows // self.batch_size, *row.shape[1:])
+
+        return self._by_sample("expand", run, self._displaced([row]), [], [])
+
+    def _fall_back(self, func, args, kwargs, tracked: Sequence[Tensor]) -> Any:
+        leaves = self._displaced(tracked)
+        if not leaves:
+            return func(*args, **kwargs)
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        name, target = getattr(func, "__name__", str(func)), flat[0] if is_in_place(func) else None
+        if target is not None:
+            flat[0] = target.clone()  # what the backward pass needs is not what the call writes to
+        mine = [k for k, t in enumerate(flat) if isinstance(t, Tensor) and id(t) in self._known]
+        others = [k for k, t in enumerate(flat) if isinstance(t, Tensor) and id(t) not in self._known]
+        autocast = autocast_now(leaves[0].device)
+
+        def run(current, data):
+            filled = list(flat)
+            for k, t in zip(others, data, strict=True):
+                filled[k] = t
+            for k in mine:
+                filled[k] = self._substituted(flat[k], current)
+            if target is not None:
+                filled[0] = filled[0].clone()
+            args, kwargs = pytree.tree_unflatten(filled, spec)
+            with autocast():
+                return func(*args, **kwargs)
+
+        data = [flat[k] for k in others]
+        rows = self._rows_of(f"{name} on {' and '.join(map(self.name_of, tracked))}", data, lambda: run({}, data))
+        cut = [t.dim() > 0 and t.size(0) == rows and id(t) not in self._constants for t in data]
+        y = self._by_sample(name, run, leaves, data, cut)
+        if sum(cut) > 1:
+            self._check_cuts(name, run, leaves, data, cut)
+        return y if target is None else target.copy_(y)
+
+    def _by_sample(
+        self, name: str, run: Callable[..., Tensor], leaves, data, cut, factor: float | None = None
+    ) -> Tensor:
+        """``run(current, data)`` under ``vmap``: the displaced parameters by id, and of what is cut each sample's rows."""
+        factor, n, B = self.factor if factor is None else factor, len(leaves), self.batch_size
+        terms = [self._terms[id(p)] for p in leaves]
+        step = max(1, CHUNK_BYTES // (8 * sum(p.numel() for p in leaves) or 1))
+        kept = step >= B and all(isinstance(term, DenseTerm) for term in terms)
+
+        def of_chunk(start, stop, *parts):
+            values, terms, data = parts[:n], parts[n : 2 * n], parts[2 * n :]
+            displaced = [v + factor * t.rows(start, stop).to(v.dtype) for v, t in zip(values, terms, strict=True)]
+
+            def one(*batched):
+                samples = iter(batched[n:])
+                current = {id(p): v for p, v in zip(leaves, batched, strict=False)}
+                return run(current, [next(samples) if c else t for t, c in zip(data, cut, strict=True)])
+
+            return vmap(one, *displaced, *(t for t, c in zip(data, cut, strict=True) if c))
+
+        data = [t.reshape(B, -1, *t.shape[1:]) if c else t for t, c in zip(data, cut, strict=True)]
+        rows, out = {t.size(1) for t, c in zip(data, cut, strict=True) if c}, []
+        try:
+            for start in range(0, B, step):
+                stop = min(start + step, B)
+                chunk = partial(of_chunk, start, stop)
+                some = [t[start:stop] if c else t for t, c in zip(data, cut, strict=True)]
+                run_chunk = chunk if kept else partial(recomputed, chunk)
+                out.append(run_chunk(*leaves, *terms, *some))
+            y = torch.cat(out)
+            if y.dim() < 2 or rows - {y.size(1)}:
+                raise ValueError(f"it puts out {tuple(y.shape[1:])} for one sample")
+            return y.flatten(0, 1)
+        except BootgradError:
+            raise
+        except Exception as error:
+            raise UnsupportedError(
+                f"{name} on {' and '.join(self._names[id(p)] for p in leaves)} cannot be run one sample at a time with "
+                f"parameters of its own ({error}): freeze these parameters, or write the operation with plain ones"
+            ) from error
+
+    def _rows_of(self, what: str, data: Sequence[Tensor], run: Callable[[], Tensor]) -> int:
+        """The rows of the output's dimension 0, by running the call only where the inputs leave a doubt."""
+        sizes = {t.size(0) for t in data if t.dim() and id(t) not in self._constants}
+        if len(sizes) > 1:
+            with torch.no_grad():
+                y = run()
+            sizes = {y.size(0)} if isinstance(y, Tensor) and y.dim() else set()
+        rows = sizes.pop() if sizes else 1
+        self._check_rows(what, rows)
+        return rows
+
+    def _check_rows(self, what: str, rows: int) -> None:
+        if rows % self.batch_size or not rows:
+            raise UnsupportedError(
+                f"{what} puts out {rows} rows in dimension 0 for {self.batch_size} samples: "
+                "samples must be dimension 0 of every operation on a parameter"
+            )
+
+    @torch.no_grad()
+    def _check_cuts(self, name: str, run, leaves, data, cut) -> None:
+        """Raise where several tensors have the samples' number of rows and to cut them all changes the result."""
+        expected, ours = run({}, data), self._by_sample(name, run, leaves, data, cut, factor=0.0)
+        tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
+        if ours.shape != expected.shape or not (ours - expected).norm() <= tolerance * expected.norm():
+            raise UnsupportedError(
+                f"{name} on {' and '.join(self._names[id(p)] for p in leaves)} does something else on one sample at a time "
+                "than on the batch: write the operation with plain ones, with samples in dimension 0"
+            )
+
+    def _displaced(self, tracked: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters with a displacement that tracked tensors are made of."""
+        leaves = {id(p): p for t in tracked for p in self.leaves(t)}
+        return [p for key, p in leaves.items() if key in self._terms]
+
+    def _substituted(self, tracked: Tensor, current: dict[int, Tensor]) -> Tensor:
+        """The tracked tensor, were the parameters the ``current`` ones."""
+        derived = self._known[id(tracked)]
+        return current.get(id(tracked), tracked) if derived is None else derived.replay(current)
+
+
+def _refuse_graph(_) -> None:
+    """Before a displaced product's backward pass: its derivatives by W would be displaced, too."""
+    if torch.is_grad_enabled():
+        raise UnsupportedError(
+            "a pass at per-sample parameters has first derivatives only; got create_graph=True: leave it out"
+        )
+
+
+class _Displaced:
+    """A product with W + f G_i and b + f g_i in the place of W and b; its weight gradient and the rest are the product's."""
+
+    def __init__(
+        self, product: Product, batch_size: int, factor: float, term: FactoredTerm | None, rows: Tensor | None
+    ):
+        """Displace ``product`` by f times the term and the bias's rows (B, O), where there are."""
+        self.product, self.batch_size, self.factor, self.term, self.rows = product, batch_size, factor, term, rows
+
+    def __getattr__(self, name: str) -> Any:
+        """The product's own."""
+        return getattr(self.product, name)
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(W + f G_i) ∗ x_i + b + f g_i."""
+        if not x.dim() or x.size(0) % self.batch_size:
+            raise _NoFactors
+        y = self._own(self.product.output(x, weight, bias))
+        product, h, out, _ = self.product.factor(x, y, weight.shape, self.batch_size)
+        if self.term is not None:
+            x, gy = self.term.pair()
+            channels = 2 if isinstance(product, LinearProduct) else 1
+            if product != self.term.product or h.size(channels) != x.size(channels):
+                raise _NoFactors
+            out.add_(applied(product, x, gy, h), alpha=self.factor)
+        if self.rows is not None and bias is not None:
+            shape = (1, -1) if isinstance(product, LinearProduct) else (-1, *[1] * (out.dim() - 2))
+            out.add_(self.rows.view(self.batch_size, *shape), alpha=self.factor)
+        return y
+
+    def input_grad(self, gy: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        """(W + f G_i)ᵀ ∗ gy_i."""
+        gx = self._own(self.product.input_grad(gy, weight, x))
+        if self.term is not None:
+            product, out, g, _ = self.product.factor(gx, gy, weight.shape, self.batch_size)
+            out.add_(applied_transposed(product, *self.term.pair(), g, out), alpha=self.factor)
+        return gx
+
+    def _own(self, result: Tensor) -> Tensor:
+        """A result laid out so that its samples are a view of it."""
+        return result.contiguous() if isinstance(self.product, LinearProduct) else result
+
+
+def _same_order(derived: Derived, term: ViewTerm) -> bool:
+    """Whether a derived weight holds its parameter's entries in the order of the term's."""
+    if not derived.isometric:
+        return False
+    order = torch.arange(term.leaf.numel(), device=term.leaf.device).view(term.leaf.shape)
+    return torch.equal(*(d.replay({id(term.leaf): order}) for d in (derived, term.derived)))
+
+
+def _modules_with(G: PerSampleGradients) -> list[nn.Module]:
+    """The modules that were recorded with parameters of G."""
+    wanted = set(map(id, G.parameters.values()))
+    return [module for module in list(_states) if wanted & set(map(id, module.parameters()))]
