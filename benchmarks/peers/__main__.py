@@ -41,6 +41,8 @@ def measure(network: str, options: argparse.Namespace) -> list[rows.Row]:
                 answers.append(answer)
         if answers:
             memory[way.name] = statistics.median_low(answers)
+    if PLAIN.name in failed:
+        sys.exit(f"{network}: the plain step itself failed: {failed[PLAIN.name].why}")
     able = [way.name for way in WAYS if way.name not in failed]
     times = ask(network, "time", able, options)
     if isinstance(times, Outcome):
@@ -57,10 +59,10 @@ def measure(network: str, options: argparse.Namespace) -> list[rows.Row]:
             failed[way.name] = Outcome("refuses", why=answer["failure"])
         for quantity in way.quantities:
             outcome = failed.get(way.name) or Outcome(**answer["outcomes"][quantity])
-            figures = (answer["milliseconds"], plain, (memory[way.name], memory[PLAIN.name]))
-            found.append(
-                rows.timed(place, way.peer, quantity, outcome, *(figures if outcome.status == "right" else ()))
-            )
+            figures = ()
+            if outcome.status == "right":
+                figures = (answer.get("milliseconds"), plain, (memory[way.name], memory[PLAIN.name]))
+            found.append(rows.timed(place, way.peer, quantity, outcome, *figures))
     return found
 
 

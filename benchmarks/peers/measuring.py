@@ -1,6 +1,6 @@
 """Time and memory of each way on a whole network, in processes that nothing else shares.
 
-    python -m benchmarks.peers.measuring TASK memory WAY     bytes by which three steps raise VmHWM
+    python -m benchmarks.peers.measuring TASK memory WAY     bytes by which up to three steps raise VmHWM
     python -m benchmarks.peers.measuring TASK time WAY …     what each way is, right or wrong; milliseconds by round
 
 One process times all ways, which take turns with the plain step; another each tells a way's memory. They print JSON, and are
@@ -8,12 +8,15 @@ bounded in memory and time, so that one library's hunger is its own entry's.
 """
 
 import argparse
+import copy
 import json
 import math
 import resource
 import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,6 @@ from torch import Tensor, nn
 
 from bootgrad.training.data import load
 
-from ..gpu_report.timing import interleave
 from ..models import PEER_TASKS
 from ..training_step import high_water_mark
 from .oracle import Outcome, examine, expect, first_line
@@ -33,26 +35,8 @@ PLAIN = Way("plain", (), plain)
 BY_NAME = {way.name: way for way in (PLAIN, *WAYS)}
 SAMPLES = 3  # that a way is checked on
 SHARE = 0.7  # of the memory that is free
-PATIENCE = 900  # seconds that a process may take
-
-
-class GuardedStep:
-    """A step of a model's copy; its first exception is kept, and it does nothing from then on."""
-
-    def __init__(self, way: Way, model: nn.Module, x: Tensor, y: Tensor):
-        """Make the step."""
-        self.model, self.failure = model, ""
-        self.step = way.make(model, x, y)
-
-    def __call__(self) -> None:
-        """Take a step from no gradients."""
-        if self.failure:
-            return
-        self.model.zero_grad()
-        try:
-            self.step()
-        except Exception as error:  # as in `examine`
-            self.failure = first_line(error)
+SECONDS = 60  # that a way's steps may take
+PATIENCE = 1200  # seconds that a process may take
 
 
 def prepare(task: str, data: str | None) -> tuple[nn.Module, Tensor, Tensor]:
@@ -71,34 +55,78 @@ def time_ways(task: str, names: list[str], rounds: int, data: str | None = None)
     """Check ways on a few samples, and time those that are right on the batch.
 
     Returns:
-        {way: {"outcomes": {quantity: …}, "milliseconds": [by round], "failure": why there are none}}.
+        {way: {"outcomes": {quantity: …}}}, with "milliseconds", {round: time}, or "failure", why there are none.
     """
     model, x, y = prepare(task, data)
     expected = expect(model, x[:SAMPLES], y[:SAMPLES])
     found: dict[str, dict[str, Any]] = {}
-    steps: dict[str, GuardedStep] = {}
+    steps: dict[str, Callable[[], float]] = {}
     for name in [PLAIN.name, *names]:
         outcomes = examine(BY_NAME[name], model, x[:SAMPLES], y[:SAMPLES], expected)
         found[name] = {"outcomes": {q: asdict(outcome) for q, outcome in outcomes.items()}}
         if all(outcome.status == "right" for outcome in outcomes.values()):
-            steps[name] = GuardedStep(BY_NAME[name], _copy(task, model), x, y)
-    del expected
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        times = interleave(steps, "cpu", PATIENCE, rounds, warmup=1)
-    for name, step in steps.items():
-        found[name] |= {"milliseconds": [] if step.failure else times[name], "failure": step.failure}
+            steps[name] = _clocked(BY_NAME[name], copy.deepcopy(model), x, y)
+    times, failures = take_turns(steps, rounds)
+    for name in steps:
+        found[name] |= {"failure": failures[name]} if name in failures else {"milliseconds": times[name]}
     return found
 
 
+def take_turns(
+    steps: dict[str, Callable[[], float]], rounds: int, seconds: float = SECONDS
+) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
+    """Take every step once a round, after a round that does not count.
+
+    Args:
+        steps: each returns the seconds that it took.
+        rounds: how many are wanted.
+        seconds: after which a step, if it has had three rounds, has had its share.
+
+    Returns:
+        {step: {round: milliseconds}}, and {step: why} of those that raised; they are left out from then on.
+    """
+    times: dict[str, dict[int, float]] = {name: {} for name in steps}
+    spent, failures = dict.fromkeys(steps, 0.0), {}
+    for k in range(-1, rounds):
+        for name, step in steps.items():
+            if name in failures or (k >= 3 and spent[name] > seconds):
+                continue
+            try:
+                elapsed = step()
+            except Exception as error:  # as in `examine`
+                failures[name] = first_line(error)
+                continue
+            spent[name] += elapsed
+            if k >= 0:
+                times[name][k] = 1e3 * elapsed
+    return times, failures
+
+
+def _clocked(way: Way, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], float]:
+    """The way's step from no gradients; returns its seconds."""
+    step = way.make(model, x, y)
+
+    def clocked():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.zero_grad()
+            start = time.perf_counter()
+            step()
+            return time.perf_counter() - start
+
+    return clocked
+
+
 def memory_of(task: str, name: str, data: str | None = None) -> int:
-    """Bytes by which three steps raise this process's high-water mark."""
+    """Bytes by which three steps, of slow ones fewer, raise this process's high-water mark."""
     model, x, y = prepare(task, data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         step = BY_NAME[name].make(model, x, y)
-        before = high_water_mark()
-        for _ in range(3):
+        before, start = high_water_mark(), time.perf_counter()
+        for k in range(3):
+            if k and time.perf_counter() - start > SECONDS / 3:
+                break
             model.zero_grad()
             step()
     return high_water_mark() - before
@@ -119,12 +147,6 @@ def ask(task: str, what: str, names: list[str], options: argparse.Namespace) -> 
         return Outcome("refuses", why=f"killed by signal {-done.returncode}")
     lines = [line for line in done.stderr.splitlines() if line and not line.startswith(" ")]
     return Outcome("refuses", why=lines[-1] if lines else f"exit code {done.returncode}")
-
-
-def _copy(task: str, model: nn.Module) -> nn.Module:
-    copy = PEER_TASKS[task].build()
-    copy.load_state_dict(model.state_dict())
-    return copy
 
 
 def _bound_memory() -> None:

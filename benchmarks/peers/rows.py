@@ -34,8 +34,8 @@ def timed(
     peer: str,
     quantity: str,
     outcome: Outcome,
-    times: list[float] | None = None,
-    plain: list[float] | None = None,
+    times: dict[str, float] | None = None,
+    plain: dict[str, float] | None = None,
     memory: tuple[int, int] | None = None,
 ) -> Row:
     """One peer's quantity on one network.
@@ -45,8 +45,8 @@ def timed(
         peer: the library.
         quantity: of `ways.QUANTITIES`; "plain" for the plain step.
         outcome: right, wrong or refuses.
-        times: milliseconds by round.
-        plain: the plain step's.
+        times: {round: milliseconds}.
+        plain: the plain step's, of these rounds and perhaps others.
         memory: bytes of the step and of the plain step.
     """
     row = setting() | place | _columns(peer, quantity, outcome)
@@ -54,10 +54,10 @@ def timed(
         ("rounds", "milliseconds", "ratio", "ratio_low", "ratio_high", "memory_mib", "memory_ratio"), ""
     )
     if times and plain:
-        ratios = sorted(t / p for t, p in zip(times, plain, strict=True))
+        ratios = sorted(t / plain[k] for k, t in times.items())
         figures |= {
             "rounds": str(len(times)),
-            "milliseconds": f"{statistics.median(times):.1f}",
+            "milliseconds": f"{statistics.median(times.values()):.1f}",
             "ratio": f"{statistics.median(ratios):.2f}",
             "ratio_low": f"{ratios[len(ratios) // 10]:.2f}",
             "ratio_high": f"{ratios[-1 - len(ratios) // 10]:.2f}",

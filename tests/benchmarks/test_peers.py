@@ -124,13 +124,30 @@ def test_a_missing_library_has_an_entry_that_says_so(peers, softmax_regression, 
             assert not rows.is_fault(row)
 
 
+def test_a_failing_step_costs_itself_and_a_slow_one_has_its_share(peers):
+    left = [0.5, 0.5]
+
+    def failing():
+        if not left:
+            raise MemoryError("can't allocate\nmemory")
+        return left.pop()
+
+    steps = {"quick": lambda: 0.001, "slow": lambda: 30.0, "failing": failing}
+    times, failures = peers("measuring").take_turns(steps, rounds=9, seconds=60)
+    assert times["quick"] == dict.fromkeys(range(9), 1.0)
+    assert times["slow"] == dict.fromkeys(range(3), 30_000.0)
+    assert failures == {"failing": "MemoryError: can't allocate"}
+
+
 def test_rows_tables_and_picture(peers, tmp_path):
     rows, page, chart, outcome = peers("rows"), peers("page"), peers("chart"), peers("oracle").Outcome
     place = {"network": "mlp", "data": "random", "batch": "8"}
-    plain, memory = [10.0, 20.0, 10.0], (3 * 2**20, 2 * 2**20)
+    plain, memory = {"0": 10.0, "1": 20.0, "2": 10.0, "3": 9.0}, (3 * 2**20, 2 * 2**20)
     timings = [
         rows.timed(place, "plain", "plain", outcome("right"), plain, plain, (memory[1],) * 2),
-        rows.timed(place, "bootgrad", "norms", outcome("right", 1e-7), [11.0, 24.0, 12.0], plain, memory),
+        rows.timed(
+            place, "bootgrad", "norms", outcome("right", 1e-7), {"0": 11.0, "1": 24.0, "2": 12.0}, plain, memory
+        ),
         rows.timed(place, "backpack", "norms", outcome("wrong", 0.25)),
         rows.timed(place, "torchjd", "norms", outcome("refuses", why="ValueError: a | b")),
     ]
