@@ -87,7 +87,7 @@ def direct(
         layer: the geometry.
         workspace_bytes: what may be stored of the gradients at a time where samples have more than SEGMENT positions.
         center: (O, R) float32, contiguous; asks for deviations.
-        w: (B,) float32, the weights of the sum; ones when absent.
+        w: (B,) float32, contiguous, the weights of the sum; ones when absent.
         norms: ask for ‖G_i‖².
         total: ask for Σ_i w_i G_i.
     """
@@ -198,8 +198,8 @@ def launch_rows(
         x: canonical.
         gy: canonical.
         layer: the geometry.
-        center: (O, R) float32, subtracted from what ``deviation`` and ``rows`` get.
-        w: (B,) float32, weights of the total.
+        center: (O, R) float32, contiguous, subtracted from what ``deviation`` and ``rows`` get.
+        w: (B,) float32, contiguous, weights of the total.
         norms: (B, tiles) float32, written; one segment only.
         deviation: likewise.
         rows: (B, segments, O, R), written: each unit's G_i − center.

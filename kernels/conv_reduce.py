@@ -79,8 +79,8 @@ def combine(
 
     Args:
         parts: float32, contiguous, B ≥ 1.
-        center: (O, R), subtracted from what ``deviation`` and ``rows`` get.
-        w: (B,), weights of the total.
+        center: (O, R), contiguous, subtracted from what ``deviation`` and ``rows`` get.
+        w: (B,), contiguous, weights of the total.
         norms: (B, tiles), written.
         deviation: (B, tiles), written.
         rows: (B, O, R), written.

@@ -13,6 +13,7 @@ from ..ops.cases import (
     CONV_OPS,
     DTYPES,
     LINEAR_OPS,
+    WEIGHT_LAYOUTS,
     arguments,
     check,
     conv_case,
@@ -102,6 +103,18 @@ def test_segments_and_a_workspace_that_holds_few_samples(tmp_path, workspace):
     names = [n for n in CONV_OPS if n != "conv_jvp"] if workspace == 1 else ["conv_sq_norms_with_grad"]
     cases = [c for size in sizes for c in calls(names, conv_case(*size, torch.float32))]
     interpret_and_check(cases, tmp_path, conv_reduce__SEGMENT=16, planning__GPU_WORKSPACE_BYTES=workspace)
+
+
+def test_layouts_of_weights(tmp_path):
+    """Tiles and lanes read w each in their own kernel."""
+    conv = [conv_case(*SIZES[size], torch.float32) for size in ("rows of several taps", "depthwise")]
+    linear = linear_case(3, 35, 5, 4, torch.float32)
+    cases = [
+        (name, case.but(w=layout(case.w)))
+        for layout in WEIGHT_LAYOUTS.values()
+        for name, case in (*(("conv_weighted_sum", c) for c in conv), ("linear_weighted_sum", linear))
+    ]
+    interpret_and_check(cases, tmp_path)
 
 
 def test_deviations_of_samples_that_nearly_agree(tmp_path):

@@ -93,6 +93,14 @@ def conv_shapes(draw) -> tuple:
     return draw(st.integers(0, 4)), C, S, O, K, stride, padding, dilation, groups
 
 
+# Weights w that a caller may have and that do not lie side by side.
+WEIGHT_LAYOUTS = {
+    "expanded": lambda w: w[:1].expand(w.shape),
+    "every other": lambda w: w.repeat_interleave(2)[::2],
+    "a matrix's column": lambda w: torch.stack((w, 1 - w), 1)[:, 0],
+}
+
+
 def takes(name: str, argument: str) -> bool:
     """Whether an op has an argument of this name."""
     return argument in _argument_names(name)

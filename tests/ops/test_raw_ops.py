@@ -20,6 +20,7 @@ from .cases import (
     CONV_OPS,
     DTYPES,
     LINEAR_OPS,
+    WEIGHT_LAYOUTS,
     arguments,
     check,
     conv_case,
@@ -163,6 +164,13 @@ def test_expanded_inputs(backend, name, path):
     case = laid_out(name, torch.float32, lambda t: t)
     run(backend, name, case.but(gy=torch.tensor(0.7).expand(case.gy.shape)), path)
     run(backend, name, case.but(x=case.x[:, :1, :1].expand(case.x.shape)), path)
+
+
+@pytest.mark.parametrize("name", [n for n in schema.SCHEMAS if takes(n, "w")])
+@pytest.mark.parametrize("layout", WEIGHT_LAYOUTS.values(), ids=WEIGHT_LAYOUTS)
+def test_layouts_of_weights(backend, name, layout):
+    case = laid_out(name, torch.float32, lambda t: t)
+    run(backend, name, case.but(w=layout(case.w)), "direct")
 
 
 @pytest.mark.parametrize("name", [n for n in schema.SCHEMAS if takes(n, "center")])

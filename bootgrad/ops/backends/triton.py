@@ -210,6 +210,7 @@ def _jvp(call: Call, v: Tensor) -> Tensor:
 
 
 def _weighted_sum(call: Call, w: Tensor | None) -> Tensor:
+    w = None if w is None else w.contiguous()  # an expanded one, or a matrix's column
     return call.layer.weight(_direct(call, w=w, total=True).total, call.weight_shape)
 
 
