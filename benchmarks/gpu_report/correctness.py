@@ -124,7 +124,7 @@ def compare(op: str, layer: Layer, backend: str, dtype: torch.dtype, options: Op
         exact = results(getattr(eager, op)(*examples.widened(given)))
         scale = inner_scale(op, given)
         for path in paths:
-            moved = [a.to(options.device) if isinstance(a, Tensor) else path if a == "direct" else a for a in given]
+            moved = examples.moved([path if a == "direct" else a for a in given], options.device)
             first, second = (results(run(*moved)) for _ in range(2))
             if options.spoil == op:
                 first = second = tuple(1.1 * t for t in first)
@@ -151,8 +151,10 @@ def compare(op: str, layer: Layer, backend: str, dtype: torch.dtype, options: Op
 
 
 def variants(op: str, layer: Layer, tiny: bool) -> list[dict[str, Any]]:
-    """With all optional tensors and without each, every result alone, and with channels last."""
+    """With all optional tensors and without each, strided ones, every result alone, and with channels last."""
     found: list[dict[str, Any]] = [{}, *({"absent": (name,)} for name in examples.optional(op))]
+    if any(examples.takes(op, name) for name in ("center", "v", "w", "mean")):
+        found.append({"apart": True})
     if tiny:
         return found
     if examples.takes(op, "mask"):

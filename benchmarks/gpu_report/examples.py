@@ -14,6 +14,7 @@ from bootgrad.planning import ConvLayer, LinearLayer
 from ..traffic import Layer, NormLayer
 
 EPSILON = 1e-5
+_LAYERS_OWN = ("x", "gy", "u")  # tensors with space
 
 
 def layers_for(op: str, layers: Collection[Layer]) -> list[Layer]:
@@ -44,6 +45,7 @@ def arguments(
     absent: Collection[str] = (),
     mask: tuple[bool, bool, bool] = (True, True, True),
     channels_last: bool = False,
+    apart: bool = False,
     seed: int = 0,
 ) -> list[Any]:
     """The op's arguments.
@@ -57,6 +59,7 @@ def arguments(
         absent: optional tensors that are None.
         mask: the results that are wanted, of ops that ask.
         channels_last: whether x and gy are laid out with channels last.
+        apart: whether the numbers of all other tensors lie two apart, with NaN between.
         seed: of the random numbers.
 
     Raises:
@@ -72,12 +75,22 @@ def arguments(
     make = {LinearLayer: _linear, ConvLayer: _conv, NormLayer: _norm}[type(layer)]
     values = make(op, layer, random, dtype) | {"path": path, "mask": list(mask), "input_grad": True}
     if channels_last:
-        values |= {name: _channels_last(values[name]) for name in ("x", "gy", "u") if name in values}
+        values |= {name: _channels_last(values[name]) for name in _LAYERS_OWN if name in values}
+    if apart:
+        values |= {name: _apart(t) for name, t in values.items() if isinstance(t, Tensor) and name not in _LAYERS_OWN}
     values |= dict.fromkeys(absent)
     missing = [name for name in _names(op) if name not in values]
     if missing:
         raise KeyError(f"no example for {', '.join(missing)} of {op}: add it to {__name__}")
     return [values[name] for name in _names(op)]
+
+
+def moved(arguments: list[Any], device: str) -> list[Any]:
+    """The same numbers on a device, with the same strides, which `Tensor.to` keeps of dense tensors only."""
+    return [
+        torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=device).copy_(a) if isinstance(a, Tensor) else a
+        for a in arguments
+    ]
 
 
 def widened(arguments: list[Any]) -> list[Any]:
@@ -120,6 +133,11 @@ def _norm(op: str, layer: NormLayer, random, dtype) -> dict[str, Any]:
 def _channels_last(t: Tensor) -> Tensor:
     """The same numbers with stride 1 along dimension 1."""
     return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _apart(t: Tensor) -> Tensor:
+    """The same numbers with stride 2 along the last dimension."""
+    return torch.stack((t, torch.full_like(t, torch.nan)), -1)[..., 0]
 
 
 def _names(op: str) -> list[str]:
