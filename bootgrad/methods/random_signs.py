@@ -80,7 +80,8 @@ class RandomSigns(Method):
         distances = Distances(mean, penalties.centers)
         c1, c2 = penalties.centers["reg1"], penalties.centers["reg2"]
         centered = c1 is None and rest is None
-        signs = [_weights(forward.losses, penalties.generator, centered) for _ in range(probes)]
+        signs = [draw_signs(m, penalties.generator).to(forward.losses) for _ in range(probes)]
+        signs = [v - v.mean() if centered else v for v in signs]
         about = None if centered else c1 or mean
         toward = {name: g - c2[name] for name, g in mean.items()} if "reg2" in penalties.strengths and c2 else None
         losses, finite = whole_losses(forward.losses, run.finite, rest)
@@ -154,10 +155,9 @@ class RandomSigns(Method):
         return sums, out, second
 
 
-def _weights(losses: Tensor, generator: torch.Generator, centered: bool) -> Tensor:
-    """Signs v_i = ±1, (m,), or v_i − v̄."""
-    v = torch.randint(0, 2, losses.shape, generator=generator).mul_(2).sub_(1).to(losses)
-    return v - v.mean() if centered else v
+def draw_signs(m: int, generator: torch.Generator) -> Tensor:
+    """Signs v_i = ±1, (m,) int64."""
+    return torch.randint(0, 2, (m,), generator=generator).mul_(2).sub_(1)
 
 
 def _deviation(D: Directions, w: Tensor, center: Directions | None) -> Directions:
