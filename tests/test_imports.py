@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top down. A package stands for all its modules that have no line of their own.
 LAYERS = (
     ("cli", "experiments", "monitoring", "integrations", "training"),
-    ("regularizers", "verification", "normalization"),
+    ("regularizers", "verification", "normalization", "plans", "plan_timing"),
     ("methods", "second_pass"),
     ("penalties", "statistics"),
     ("per_sample", "centers", "per_sample_pass"),
@@ -22,7 +22,7 @@ LAYERS = (
     ("ops",),
     ("ops.backends", "ops.library"),
     ("kernels",),
-    ("planning",),
+    ("planning", "costs", "plan_tables"),
     ("ops.schema", "errors", "reference"),
 )
 ABOVE_ALL = {"bootgrad", "bootgrad.__main__"}
@@ -33,6 +33,8 @@ FORBIDDEN = {"tests", "benchmarks"}
 THIRD_PARTY = (
     ("kernels", {"torch", "triton"}),
     ("planning", set()),
+    ("costs", set()),
+    ("plan_tables", set()),
     ("cli", {"torch", "numpy", "tqdm", "matplotlib"}),
     ("experiments", {"torch", "numpy", "tqdm", "matplotlib"}),
     ("training", {"torch", "numpy", "tqdm", "matplotlib", "sklearn", "torchvision"}),
