@@ -4,6 +4,7 @@ from . import centers, ops, planning
 from .errors import BootgradError, BootgradWarning
 from .normalization import replace_batchnorm
 from .per_sample import PerSampleGradients
+from .plans import plan
 from .regularizers import GradientRegularizer, Report, reg1, reg2
 from .statistics import NoiseScale, Statistics, record
 from .verification import verify
@@ -19,6 +20,7 @@ __all__ = [
     "Statistics",
     "centers",
     "ops",
+    "plan",
     "planning",
     "record",
     "reg1",
