@@ -39,6 +39,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def allows_tf32(dtype: torch.dtype) -> bool:
+    """Whether torch may round factors of matrix products of ``dtype`` to TF32: never but for float32.
+
+    Of torch's own two settings, ``allow_tf32`` raises once the newer ``fp32_precision`` has been set, which reads what
+    either of them, or `torch.set_float32_matmul_precision`, has said.
+    """
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def start_triton() -> None:
     """Raise what goes wrong where Triton cannot be imported, or cannot build its launcher for want of a C compiler."""
     import triton

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import allows_tf32
+
 
 class DirectConfig(NamedTuple):
     """A tile of a gradient."""
@@ -133,7 +135,7 @@ def direct_kind(dtype: torch.dtype) -> str:
     """The kind of the product of gy and patches of ``dtype``: exact for float32, unless torch's products may use TF32."""
     if dtype != torch.float32:
         return "half"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if allows_tf32(dtype) else "ieee"
 
 
 def product_kind(dtype: torch.dtype) -> str:

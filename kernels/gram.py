@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import accumulation_dtype
+from . import accumulation_dtype, allows_tf32
 from .gram_kernels import (
     gram_apply_kernel,
     gram_apply_patches_kernel,
@@ -201,7 +201,7 @@ class _Call:
         self.by_pixels = not self.plain and (pixels_first(x, gy, layer) if by_pixels is None else by_pixels)
         self.wide = accumulation_dtype(x.dtype)
         self.stored = x.dtype if x.dtype == torch.bfloat16 else self.wide
-        self.tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        self.tf32 = allows_tf32(x.dtype)
         self.product_tf32 = self.tf32 or x.dtype == torch.float16
         vectors = whole_vectors(x, self.flat_x and (self.plain or self.by_pixels)) and whole_vectors(gy, self.flat_gy)
         self.tiles = TILES[_kind(x.dtype, self.tf32), vectors]
