@@ -89,11 +89,22 @@ def _parser() -> argparse.ArgumentParser:
     either.add_argument("--resume", action="store_true", help="go on with the runs that --out holds")
     either.add_argument("--overwrite", action="store_true", help="replace the runs that --out holds")
 
-    plan = _command(commands, "plan", _plan, "show per layer how its norms are computed, and what that costs")
+    plan = _command(commands, "plan", _plan, "predict what each layer's norms and each kind of step cost, and why")
     plan.add_argument("model", metavar="FILE.py:FUNCTION", help="a function without arguments that returns the model")
     plan.add_argument("--batch", type=int, default=128, metavar="N", help="samples in a batch")
     plan.add_argument("--input", required=True, metavar="1x28x28", help="shape of one sample")
     plan.add_argument("--dtype", choices=_DTYPES, default="float32", help="type of the samples; default: float32")
+    plan.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda adds what would run each op on a GPU"
+    )
+    plan.add_argument(
+        "--precision",
+        choices=_DTYPES[:4],
+        help="type of the layers' inputs on the GPU, as under autocast; default: --dtype, where that is one",
+    )
+    plan.add_argument(
+        "--measure", action="store_true", help="put measured times beside the predicted ones, in seconds to minutes"
+    )
 
     _command(commands, "info", _info, "show versions, and what is built, loaded and used")
     return parser
@@ -158,16 +169,22 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     import torch
 
-    from . import planning, record
+    from . import plan
 
     if not 1 <= arguments.batch <= 1 << 20:
         raise ArgumentError(f"--batch must be a whole number in 1…2²⁰; got {arguments.batch}")
     shape = _shape(arguments.input)
     model = _load_model(arguments.model)
-    recording = record(model)
+    precision = arguments.precision or (arguments.dtype if arguments.dtype in _DTYPES[:4] else "float32")
+    # Shapes are all that a plan needs; times are those of numbers that are not all alike.
+    kind = getattr(torch, arguments.dtype)
+    example = torch.zeros(arguments.batch, *shape, dtype=kind)
+    if arguments.measure and kind.is_floating_point:
+        example.uniform_()
+    if arguments.device == "cuda" and torch.cuda.is_available():
+        model, example = model.cuda(), example.cuda()
     try:
-        with recording:
-            model(torch.zeros(arguments.batch, *shape, dtype=getattr(torch, arguments.dtype)))
+        result = plan(model, example, device=arguments.device, precision=precision, measure=arguments.measure)
     except BootgradError:
         raise
     except Exception as error:  # the user's own code may raise anything
@@ -175,8 +192,8 @@ def _plan(arguments: argparse.Namespace) -> int:
             f"the model of {arguments.model} fails on an input {(arguments.batch, *shape)} of {arguments.dtype} "
             f"({type(error).__name__}: {error}): give --input the shape of one sample, and --dtype its type"
         ) from error
-    print(f"{arguments.model}: batch {arguments.batch}, input {'×'.join(map(str, shape))}; counts are per sample\n")
-    print(planning.format_table(recording.plan(arguments.batch)))
+    print(f"{arguments.model}: batch {arguments.batch}, input {'×'.join(map(str, shape))}\n")
+    print(result)
     return 0
 
 

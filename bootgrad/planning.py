@@ -16,7 +16,7 @@ Letters: ``B`` samples, ``T`` positions, ``N`` pixels, ``I`` in, ``O`` out, ``C`
 
 import functools
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 PURPOSES = ("norms", "grad", "statistics", "applied")
@@ -234,35 +234,6 @@ def gpu_workspace(layer: Layer, purpose: str = "grad", dtype: str = "float32") -
     return min(layer.B, max(1, GPU_WORKSPACE_BYTES // sample)) * sample if sample else 0
 
 
-def format_table(rows: Iterable[tuple[str, Layer]], purpose: str = "norms", centered: bool = False) -> str:
-    """A table of layers for people: shape, path, and what it costs per sample.
-
-    Args:
-        rows: (name, layer) each.
-        purpose: as in `cost`.
-        centered: as in `cost`.
-
-    Returns:
-        Lines of text; ``units`` are the operations over those of the layer's forward pass.
-    """
-    table = [("layer", "shape", "path", "multiply-adds", "units", "memory")]
-    total = forward = 0.0
-    for name, layer in rows:
-        path = choose_path(layer, purpose, centered)
-        c = cost(layer, path, purpose, centered)
-        total, forward = total + c.operations, forward + layer.forward_operations
-        units = _ratio(c.operations, layer.forward_operations)
-        table.append((name, str(layer), path, _scaled(c.operations, 1000), units, _scaled(c.bytes, 1024, "B")))
-    table.append(("all", "", "", _scaled(total, 1000), _ratio(total, forward), ""))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    # Text to the left, numbers to the right.
-    lines = (
-        "  ".join(f"{v:{'<' if i < 3 else '>'}{w}}" for i, (v, w) in enumerate(zip(r, widths, strict=True)))
-        for r in table
-    )
-    return "\n".join(line.rstrip() for line in lines)
-
-
 def _cost(layer: Layer, path: str, purpose: str, centered: bool, summed: bool, itemsize: int = 4) -> Cost:
     grad, unit = purpose == "grad", float(layer.forward_operations)
     if path == "direct":
@@ -281,13 +252,3 @@ def _cost(layer: Layer, path: str, purpose: str, centered: bool, summed: bool, i
 
 def _time(path: str, operations: float, entries: float) -> float:
     return RELATIVE_TIME[path] * operations + ENTRY_TIME * entries
-
-
-def _ratio(operations: float, forward: float) -> str:
-    return f"{operations / forward:.2f}" if forward else "-"
-
-
-def _scaled(value: float, step: int, unit: str = "") -> str:
-    prefixes = ["", "k", "M", "G", "T"] if step == 1000 else ["", "Ki", "Mi", "Gi", "Ti"]
-    power = min(int(math.log(value, step)), len(prefixes) - 1) if value >= 1 else 0
-    return f"{value / step**power:.3g} {prefixes[power]}{unit}".rstrip()

@@ -347,6 +347,8 @@ MISTAKES = {
     "plan model.py:double --input 1x6x6": "give --input the shape of one sample, and --dtype its type",
     "plan model.py:make_model --input 3 --dtype complex": "argument --dtype: invalid choice: 'complex'",
     "plan model.py:make_model --input 1x6x6 --batch 0": "--batch must be a whole number",
+    "plan model.py:make_model --input 1x6x6 --device tpu": "argument --device: invalid choice: 'tpu'",
+    "plan model.py:make_model --input 1x6x6 --precision int64": "argument --precision: invalid choice: 'int64'",
     "info --x": "unrecognized arguments: --x",
 }
 
@@ -422,9 +424,11 @@ def test_plan_shows_each_layer(tmp_path, monkeypatch, capsys):
     assert main(["plan", "model.py:make_model", "--batch", "16", "--input", "1x6x6"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "batch 16, input 1×6×6" in lines[0]
-    layers = {line.split()[0]: line for line in lines[2:]}
+    end = lines.index("", 2)
+    layers = {line.split()[0]: line for line in lines[2:end]}
     assert "conv 3×3, 1→8, 6×6, T = 16" in layers["0.weight"] and "linear 128→5, T = 1" in layers["3.weight"]
-    assert "rank1" in layers["3.weight"] and "133" in layers["3.weight"]  # I + O
+    assert "rank1" in layers["3.weight"] and " 773 " in layers["3.weight"]  # I + O, and I O for the weight gradient
+    assert "reg1 batch_mean" in "\n".join(lines[end:]) and "measured" not in "\n".join(lines)
 
 
 @pytest.mark.parametrize(("function", "shape", "dtype"), [("words", "3", "int64"), ("double", "1x6x6", "float64")])
@@ -538,3 +542,41 @@ def test_the_digits_are_learned(tmp_path, penalty):
     assert main(["train", "--center", "ema", "--epochs", "12", "--out", str(tmp_path / "run"), *options]) == 0
     final = json.loads((tmp_path / "run" / "run.json").read_text())["epochs"][-1]
     assert final["test_accuracy"] > 0.95 and final["train_loss"] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"), [("", "float32"), ("--precision bfloat16", "bfloat16"), ("--dtype float32", "float32")]
+)
+def test_plan_says_what_a_gpu_would_run(tmp_path, monkeypatch, capsys, options, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("BOOTGRAD_BACKEND", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "model.py").write_text(MODEL)
+    command = ["plan", f"{tmp_path}/model.py:make_model", "--input", "1x6x6", "--device", "cuda", *options.split()]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"0\.weight .* (direct|gram) +triton ", out) and re.search(r"3\.weight .* rank1 +cuda ", out)
+    assert f"backends of a machine with every one of them, {dtype}: torch sees no GPU here" in out
+
+
+def test_plan_takes_the_type_of_the_samples_for_that_of_the_layers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("BOOTGRAD_BACKEND", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "model.py").write_text(MODEL)
+    command = ["plan", f"{tmp_path}/model.py:double", "--input", "1x6x6", "--device", "cuda", "--dtype", "float64"]
+    assert main(command) == 0
+    assert "every one of them, float64:" in capsys.readouterr().out
+
+
+def test_plan_measures_on_request(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bootgrad.plan_timing.ROUNDS", 1)
+    monkeypatch.setattr("bootgrad.plan_timing.WARMUP", 0)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "model.py").write_text(MODEL)
+    command = ["plan", f"{tmp_path}/model.py:make_model", "--input", "1x6x6", "--batch", "8", "--measure"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^plain +[\d.]+ +1\.00 +1\.00 +1\.00$", out, re.MULTILINE)
+    assert re.search(r"^reg1 batch_mean +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", out, re.MULTILINE)
+    assert "measured: median of 1 rounds in turns, on cpu" in out

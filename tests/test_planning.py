@@ -10,7 +10,7 @@ import timeit
 import pytest
 
 from bootgrad import planning
-from bootgrad.planning import ConvLayer, LinearLayer, choose_path, cost, format_table
+from bootgrad.planning import ConvLayer, LinearLayer, choose_path, cost
 
 
 def conv(C, O, S, K=3, stride=1, padding=None, dilation=1, groups=1, n=2):  # noqa: E741
@@ -139,20 +139,6 @@ def test_errors_say_what_was_expected():
         cost(LinearLayer(1, 2, 3, 4), "direct", "norm")
     with pytest.raises(ValueError, match="path of linear 3→4, T = 2 must be one of direct, gram; got 'rank1'"):
         cost(LinearLayer(1, 2, 3, 4), "rank1")
-
-
-def test_table():
-    layers = [("features.0", conv(3, 8, 6)), ("head", LinearLayer(4, 1, 50, 10))]
-    header, first, second, total = format_table(layers, "grad").splitlines()
-    assert header.split() == ["layer", "shape", "path", "multiply-adds", "units", "memory"]
-    path = choose_path(layers[0][1], "grad")
-    operations = cost(layers[0][1], path, "grad").operations
-    assert first.startswith("features.0  conv 3×3, 3→8, 6×6, T = 36")
-    assert path in first and f"{operations / 1000:.3g} k" in first
-    assert f"{operations / (36 * 8 * 27):.2f}" in first
-    assert second.split() == ["head", "linear", "50→10,", "T", "=", "1", "rank1", "120", "0.24", "0", "B"]
-    assert f"{(operations + 120) / (36 * 8 * 27 + 500):.2f}" in total
-    assert format_table([]).splitlines()[1].split() == ["all", "0", "-"]
 
 
 def test_gpu_backends_follow_the_table_and_what_is_usable():

@@ -113,6 +113,7 @@ def test_the_table_says_it_all():
 
 
 def test_what_a_gpu_would_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("BOOTGRAD_BACKEND", raising=False)
     result = bootgrad.plan(cnn(), X, device="cuda", precision="bfloat16")
     backends = [(r.path, r.backend) for r in result.layers]
@@ -141,7 +142,8 @@ def test_a_gpu_that_is_there_is_asked(monkeypatch):
     assert asked[0] == ("conv_statistics", torch.float32, result.layers[0].path, "auto", torch.device("cuda", 0))
 
 
-def test_gram_matrices_on_a_gpu_fit_the_workspace():
+def test_gram_matrices_on_a_gpu_fit_the_workspace(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = nn.Sequential(nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 3, padding=1))
     result = bootgrad.plan(model, torch.zeros(64, 64, 4, 4), device="cuda")
     row = next(r for r in result.layers if r.path == "gram" and r.purpose == "grad")
