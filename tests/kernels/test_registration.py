@@ -35,12 +35,15 @@ def registered(monkeypatch):
 @pytest.fixture
 def machine(monkeypatch):
     """A machine with a card of Hopper's, both libraries, and no call yet: a namespace to change."""
-    has = SimpleNamespace(cuda=OPS, triton=OPS, reason="")
+    has = SimpleNamespace(cuda=OPS, triton=OPS, reason="", capability=(9, 0))
     monkeypatch.setattr(
         gpu, "has_cuda_kernel", lambda namespace, name: namespace == "bootgrad_cuda" and name in has.cuda
     )
     monkeypatch.setattr(gpu, "_has_launcher", lambda name, path: name in has.triton)
-    monkeypatch.setattr(gpu, "triton_reason", lambda device: has.reason)
+    monkeypatch.setattr(gpu, "triton_reason", lambda: has.reason)
+    monkeypatch.setattr(gpu, "card_reason", gpu.card_reason.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: has.capability)
     monkeypatch.setattr(gpu, "_warned", set())
     gpu._function.cache_clear()
     yield has
@@ -96,23 +99,43 @@ def test_what_is_not_there_is_passed_over(machine):
 
 
 def test_a_triton_that_cannot_be_used_is_warned_of_once(machine):
-    machine.reason = "Old Card has compute capability 7.5, and they need 8.0 (Ampere) or newer"
+    machine.reason = "Triton does not start"
     machine.cuda = ("conv_sq_norms",)
-    with pytest.warns(BootgradWarning, match="run on the compiled CUDA library: Old Card has compute capability 7.5"):
+    with pytest.warns(BootgradWarning, match="run on the compiled CUDA library: Triton does not start") as caught:
         assert chosen() == "cuda"
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert chosen("conv_jvp") == "eager"
         assert chosen("linear_jvp", torch.float64) == "eager"
 
 
-def test_reasons_name_the_card_and_the_import(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert gpu.triton_reason.__wrapped__(CARD).startswith("Old Card has compute capability 7.5")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+def test_a_card_that_is_too_old_runs_plain_torch(machine):
+    """The compiled library has no kernel for it either."""
+    machine.capability = (7, 5)
+    with pytest.warns(BootgradWarning, match="s kernels are not used, .* plain torch, .*: Old Card has .* 7.5, .* 8.0"):
+        assert chosen() == "eager"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert {chosen(name, dtype) for name in OPS for dtype in (torch.float32, torch.float64)} == {"eager"}
+        assert chosen(asked="triton") == "eager"
+    with pytest.raises(ArgumentError, match="BOOTGRAD_BACKEND=cuda cannot run conv_sq_norms: Old Card has"):
+        chosen(asked="cuda")
+
+
+def test_reasons_name_the_import_and_the_version(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.5.1+cu13"))
+    assert gpu.triton_reason.__wrapped__().startswith("they need Triton 3.6 or newer, and 3.5.1+cu13 is installed")
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert "Triton cannot be imported" in gpu.triton_reason.__wrapped__(CARD)
+    assert "Triton cannot be imported" in gpu.triton_reason.__wrapped__()
+
+
+def test_triton_may_be_of_version_3_10(monkeypatch):
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0))
+    double = SimpleNamespace(__version__="3.10.0", runtime=SimpleNamespace(driver=driver))
+    load_kernels()
+    monkeypatch.setitem(sys.modules, "triton", double)
+    assert gpu.triton_reason.__wrapped__() == ""
 
 
 def test_the_chosen_function_gets_the_arguments(machine, monkeypatch):
@@ -190,12 +213,12 @@ x, gy = torch.arange(6.).view(2, 3), torch.arange(8.).view(2, 4)
 torch.cuda.get_device_capability = lambda device: (9, 0)
 del sys.modules["triton"]
 load_kernels()
-gpu.triton_reason = lambda device: "a reason"
+gpu.triton_reason = lambda: "a reason"
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     print(op.redispatch(cuda, x, gy).tolist(), [str(w.message).partition(": ")[2] for w in caught])
 gpu._function.cache_clear()
-gpu.triton_reason = lambda device: ""
+gpu.triton_reason = lambda: ""
 print(gpu.choose("linear_rank1_sq_norms", x.dtype, "", "auto", x.device), op.redispatch(cuda, x, gy).tolist())
 """
 

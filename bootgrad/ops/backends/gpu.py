@@ -9,11 +9,13 @@ has, and hands its arguments on:
 
 ``BOOTGRAD_BACKEND=auto`` (default) takes the first that there is in the order of `planning`, ``triton`` and ``cuda`` take
 one kind where it has the op and plain torch elsewhere, ``eager`` leaves GPUs to plain torch and registers nothing. A Triton
-that cannot be used is warned of once, by the first call that would have taken it.
+that cannot be used, or a card too old for either, is warned of once, by the first call that would have taken it.
 """
 
 import functools
 import importlib.util
+import re
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +29,7 @@ from .. import schema
 from . import eager, triton
 
 OLDEST_CAPABILITY = (8, 0)  # Ampere: bfloat16 and TF32 on tensor cores, asynchronous copies
+OLDEST_TRITON = (3, 6)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _warned: set[str] = set()
 
@@ -75,25 +78,31 @@ def implementation(name: str, backend: str) -> Callable[..., Any]:
 
 
 def choose(name: str, dtype: torch.dtype, path: str, backend: str, device: torch.device) -> str:
-    """The backend that runs an op: "cuda", "triton" or "eager"; warns where Triton would be next but cannot be used."""
+    """The backend that runs an op: "cuda", "triton" or "eager"; warns where another would be next but cannot be used.
+
+    Raises:
+        ArgumentError: the compiled CUDA library is forced on a card that is too old for it.
+    """
     dtype_name = str(dtype).removeprefix("torch.")
     usable = ["cuda"] if has_cuda_kernel(schema.CUDA_NAMESPACE, name) else []
     if _has_launcher(name, path):
         usable.append("triton")
-    chosen = planning.gpu_backend(name, dtype_name, backend, usable)
-    if chosen != "triton":
-        return chosen
-    reason = triton_reason(device)
-    if not reason:
-        return chosen
-    chosen = planning.gpu_backend(name, dtype_name, backend, [other for other in usable if other != "triton"])
-    if reason not in _warned:
+    reason, chosen = "", planning.gpu_backend(name, dtype_name, backend, usable)
+    while chosen != "eager" and (problem := card_reason(device) or (triton_reason() if chosen == "triton" else "")):
+        if backend == "cuda":
+            raise ArgumentError(f"BOOTGRAD_BACKEND=cuda cannot run {name}: {problem}; unset it to run on plain torch")
+        reason = reason or problem
+        usable.remove(chosen)
+        chosen = planning.gpu_backend(name, dtype_name, backend, usable)
+    if reason and reason not in _warned:
         _warned.add(reason)
-        runs = "plain torch, slower" if chosen == "eager" else "the compiled CUDA library"
+        unused, runs = ("Triton kernels", "the compiled CUDA library")
+        if chosen == "eager":
+            unused, runs = ("kernels", "plain torch, slower")
         warnings.warn(
-            f"bootgrad's Triton kernels are not used, so {name} and its like run on {runs}: {reason}",
+            f"bootgrad's {unused} are not used, so {name} and its like run on {runs}: {reason}",
             BootgradWarning,
-            stacklevel=2,
+            stacklevel=_callers_level(),
         )
     return chosen
 
@@ -122,13 +131,24 @@ def describe(path: str = "direct") -> dict[str, dict[str, str]]:
 
 
 @functools.cache
-def triton_reason(device: torch.device) -> str:
-    """Why Triton's kernels cannot be used on a CUDA device; empty if they can."""
+def card_reason(device: torch.device) -> str:
+    """Why no kernel of ours runs on a CUDA device; empty if it is new enough."""
     capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        return f"{name} has compute capability {capability[0]}.{capability[1]}, and they need 8.0 (Ampere) or newer"
+    if capability >= OLDEST_CAPABILITY:
+        return ""
+    name = torch.cuda.get_device_name(device)
+    return f"{name} has compute capability {capability[0]}.{capability[1]}, and they need 8.0 (Ampere) or newer"
+
+
+@functools.cache
+def triton_reason() -> str:
+    """Why Triton's kernels cannot be used, on whichever card; empty if they can."""
+    oldest = ".".join(map(str, OLDEST_TRITON))
     try:
+        import triton
+
+        if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < OLDEST_TRITON:
+            return f"they need Triton {oldest} or newer, and {triton.__version__} is installed: pip install -U triton"
         from ...kernels import start_triton
 
         start_triton()
@@ -137,6 +157,14 @@ def triton_reason(device: torch.device) -> str:
     except Exception as error:  # whatever its driver's compiler says
         return f"Triton does not start ({type(error).__name__}: {error})"
     return ""
+
+
+def _callers_level() -> int:
+    """The ``stacklevel``, for our caller's warning, of the first frame that is neither bootgrad's nor torch's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("bootgrad", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @functools.lru_cache(maxsize=1024)
