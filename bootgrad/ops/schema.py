@@ -134,12 +134,21 @@ def check_shape(name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
 
 
 def check_layer(name: str, tensor: Tensor | None, shape: Sequence[int], x: Tensor) -> None:
-    """Raise unless ``tensor`` (or None) has ``shape`` and the accumulation dtype of ``x``."""
+    """Raise unless ``tensor`` (or None) has ``shape``, the accumulation dtype of ``x``, and its device."""
     check_shape(name, tensor, shape)
     if tensor is None:
         return
     dtype = accumulation_dtype(x.dtype)
     torch._check(tensor.dtype == dtype, lambda: f"{name} must have dtype {dtype}; got {tensor.dtype}")
+    check_device(name, tensor, x)
+
+
+def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raise unless ``tensor`` is where ``x`` is."""
+    torch._check(
+        tensor.device == x.device,
+        lambda: f"{name} must be on {x.device}, where x is; got {tensor.device}: move it there by .to()",
+    )
 
 
 def check_linear(x: Tensor, gy: Tensor) -> None:
@@ -317,6 +326,7 @@ def check_group_norm(x: Tensor, others: dict[str, Tensor], weight: Tensor | None
                 f"{name} must be {x.dtype} of shape {tuple(x.shape)}; got {t.dtype}, {tuple(t.shape)}"
             ),
         )
+        check_device(name, t, x)
     torch._check(
         mean.dim() == 2
         and mean.shape == rstd.shape

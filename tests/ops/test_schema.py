@@ -77,6 +77,17 @@ def test_fakes_refuse_what_eager_refuses(name):
         assert str(real.value) == str(fake.value)
 
 
+@EVERY_OP
+def test_every_tensor_must_be_where_x_is(name):
+    """A pointer to the CPU's memory, handed to a kernel on a GPU, is a fault or nonsense."""
+    right = small(name)
+    others = [a for a, value in right.items() if isinstance(value, torch.Tensor) and a != "x"]
+    for a in others:
+        with pytest.raises(RuntimeError, match=f"{a} must be on |x and {a} must be on one device") as error:
+            getattr(eager, name)(*(right | {a: right[a].to("meta")}).values())
+        assert "meta" in str(error.value) and "cpu" in str(error.value)
+
+
 def test_output_size_is_torch_s():
     for S, K, stride, padding, dilation in ((9, 3, 2, 1, 1), (7, 2, 3, 0, 4), (5, 5, 1, 2, 1), (1, 1, 1, 0, 1)):
         y = torch.nn.functional.conv1d(torch.zeros(1, 1, S), torch.zeros(1, 1, K), None, stride, padding, dilation)
