@@ -17,7 +17,7 @@ from ..models import PEER_TASKS
 from ..results import FOLDER
 from . import chart, page, rows
 from .cases import CASES, outcomes
-from .measuring import PLAIN, ask
+from .measuring import IMAGES, PLAIN, ask
 from .oracle import Outcome
 from .ways import WAYS
 
@@ -49,7 +49,7 @@ def measure(network: str, options: argparse.Namespace) -> list[rows.Row]:
         failed |= dict.fromkeys(able, times)
         times = {}
     task = PEER_TASKS[network]
-    images = options.data and task.shape == (3, 32, 32)
+    images = options.data and task.shape == IMAGES
     place = {"network": network, "data": Path(options.data).name if images else "random", "batch": str(task.batch_size)}
     plain = times.get(PLAIN.name, {}).get("milliseconds")
     found = [rows.timed(place, "plain", "plain", Outcome("right"), plain, plain, (memory[PLAIN.name],) * 2)]
@@ -69,20 +69,22 @@ def measure(network: str, options: argparse.Namespace) -> list[rows.Row]:
 def main() -> None:
     """Run what is asked for, and put it in the place of what earlier runs found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three rounds; to see that everything runs")
+    parser.add_argument("--quick", action="store_true", help="one round; to see that everything runs")
     parser.add_argument("--networks", default=",".join(PEER_TASKS), help="of %(default)s")
     parser.add_argument(
         "--data", help="NPZ file of 32×32 colour images, as `bootgrad train` takes it; random numbers without"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=60, help="a library's share per network, after three rounds")
     parser.add_argument("--memory-runs", type=int, default=1, help="processes per memory figure, of which the median")
     parser.add_argument(
         "--out", type=Path, default=FOLDER, help="folder of peers.csv, peers_correctness.csv, peers.png"
     )
     parser.add_argument("--page", type=Path, default=FOLDER.parents[1] / "docs/peers.md")
     options = parser.parse_args()
-    options.rounds = min(options.rounds, 3) if options.quick else options.rounds
+    if options.quick:
+        options.rounds, options.seconds, options.memory_runs = 1, 3, 1
     networks = [name for name in options.networks.split(",") if name]
     if unknown := set(networks) - set(PEER_TASKS):
         parser.error(f"--networks takes {', '.join(PEER_TASKS)}; got {', '.join(sorted(unknown))}")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bootgrad.errors import DataError
 from bootgrad.training.data import load
 
 from ..models import PEER_TASKS
@@ -33,25 +34,32 @@ from .ways import WAYS, Way, plain
 
 PLAIN = Way("plain", (), plain)
 BY_NAME = {way.name: way for way in (PLAIN, *WAYS)}
+IMAGES = (3, 32, 32)  # that --data gives
 SAMPLES = 3  # that a way is checked on
 SHARE = 0.7  # of the memory that is free
-SECONDS = 60  # that a way's steps may take
 PATIENCE = 1200  # seconds that a process may take
 
 
 def prepare(task: str, data: str | None) -> tuple[nn.Module, Tensor, Tensor]:
-    """The network and its batch: the first training images of ``data`` where they fit the network, else normal numbers."""
+    """The network and its batch: the first images of ``data`` where it takes such, else normal numbers."""
     torch.manual_seed(0)
     chosen = PEER_TASKS[task]
     model = chosen.build()
-    if data is not None:
-        images = load(data)
-        if images.image_shape == chosen.shape and images.classes <= chosen.classes:
-            return model, images.x_train[: chosen.batch_size], images.y_train[: chosen.batch_size]
-    return model, *chosen.batch()
+    if data is None or chosen.shape != IMAGES:
+        return model, *chosen.batch()
+    images = load(data)
+    size, classes = chosen.batch_size, chosen.classes
+    if images.image_shape != IMAGES or images.classes > classes or len(images.x_train) < size:
+        raise DataError(
+            f"--data takes at least {size} training images of shape {IMAGES} in at most {classes} classes; {data} has "
+            f"{len(images.x_train)} of shape {images.image_shape} in {images.classes}: give it CIFAR-10, or leave it out"
+        )
+    return model, images.x_train[:size], images.y_train[:size]
 
 
-def time_ways(task: str, names: list[str], rounds: int, data: str | None = None) -> dict[str, Any]:
+def time_ways(
+    task: str, names: list[str], rounds: int = 9, seconds: float = 60, data: str | None = None
+) -> dict[str, Any]:
     """Check ways on a few samples, and time those that are right on the batch.
 
     Returns:
@@ -66,14 +74,14 @@ def time_ways(task: str, names: list[str], rounds: int, data: str | None = None)
         found[name] = {"outcomes": {q: asdict(outcome) for q, outcome in outcomes.items()}}
         if all(outcome.status == "right" for outcome in outcomes.values()):
             steps[name] = _clocked(BY_NAME[name], copy.deepcopy(model), x, y)
-    times, failures = take_turns(steps, rounds)
+    times, failures = take_turns(steps, rounds, seconds)
     for name in steps:
         found[name] |= {"failure": failures[name]} if name in failures else {"milliseconds": times[name]}
     return found
 
 
 def take_turns(
-    steps: dict[str, Callable[[], float]], rounds: int, seconds: float = SECONDS
+    steps: dict[str, Callable[[], float]], rounds: int, seconds: float
 ) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
     """Take every step once a round, after a round that does not count.
 
@@ -117,7 +125,7 @@ def _clocked(way: Way, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], f
     return clocked
 
 
-def memory_of(task: str, name: str, data: str | None = None) -> int:
+def memory_of(task: str, name: str, seconds: float = 60, data: str | None = None) -> int:
     """Bytes by which three steps, of slow ones fewer, raise this process's high-water mark."""
     model, x, y = prepare(task, data)
     with warnings.catch_warnings():
@@ -125,7 +133,7 @@ def memory_of(task: str, name: str, data: str | None = None) -> int:
         step = BY_NAME[name].make(model, x, y)
         before, start = high_water_mark(), time.perf_counter()
         for k in range(3):
-            if k and time.perf_counter() - start > SECONDS / 3:
+            if k and time.perf_counter() - start > seconds / 3:
                 break
             model.zero_grad()
             step()
@@ -136,6 +144,7 @@ def ask(task: str, what: str, names: list[str], options: argparse.Namespace) -> 
     """The answer of a process of its own, or an `Outcome` that says why there is none."""
     command = [sys.executable, "-m", "benchmarks.peers.measuring", task, what, *names]
     command += ["--rounds", str(options.rounds), "--threads", str(options.threads)]
+    command += ["--seconds", str(options.seconds)]
     command += ["--data", options.data] if options.data else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
@@ -165,15 +174,16 @@ def main() -> None:
     parser.add_argument("what", choices=("memory", "time"))
     parser.add_argument("ways", nargs="+", choices=BY_NAME)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     _bound_memory()
     if options.what == "memory":
-        print(json.dumps(memory_of(options.task, options.ways[0], options.data)))
+        print(json.dumps(memory_of(options.task, options.ways[0], options.seconds, options.data)))
     else:
-        print(json.dumps(time_ways(options.task, options.ways, options.rounds, options.data)))
+        print(json.dumps(time_ways(options.task, options.ways, options.rounds, options.seconds, options.data)))
 
 
 if __name__ == "__main__":
