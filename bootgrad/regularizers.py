@@ -21,7 +21,6 @@ from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, Recording
 from .graph import answers_at_once
 from .methods.base import Forward, Gradients, Penalties
 from .methods.choice import choose, is_number
-from .methods.finite_difference import FiniteDifference
 from .methods.random_signs import RandomSigns
 from .methods.subsets import draw, rows
 from .penalties import Distances, Report, reg1, reg2
@@ -53,7 +52,7 @@ class GradientRegularizer:
     method                      price, 3 being a plain step             bias and variance
     ==========================  ======================================  ================================================
     ``"exact"``                 6 to 9                                  none
-    ``"finite_difference"``     6 for Reg2                              O(ε); another estimate where it is not smooth
+    ``"finite_difference"``     6 for Reg2, 6 to 8 with Reg1            O(ε); another estimate where it is not smooth
     ``"random_signs"``          3 + 8 probes, or 3 + 5 probes by        none, or O(ε); the variance of the signs over probes
                                 finite differences
     ==========================  ======================================  ================================================
@@ -79,7 +78,7 @@ class GradientRegularizer:
         derivative: of ``"random_signs"``: ``"exact"``, by double backward, or ``"finite_difference"``, by first-order passes
             alone, which run compiled models, fused attention and reentrant checkpointing, too. (Parameters that a reentrantly
             checkpointed part has from outside of the model receive the passes' gradients: leave them out of such parts.)
-        epsilon: length of a finite step relative to ‖θ‖; 0.001. Parameters must be float32 or wider; under autocast to half
+        epsilon: length of a finite step relative to ‖θ‖; 0.0001. Parameters must be float32 or wider; under autocast to half
             precision, steps that are shorter than its rounding are lost in it.
 
     Raises:
@@ -128,11 +127,6 @@ class GradientRegularizer:
             raise ArgumentError(
                 'reg2 about "batch_mean" is identically zero: give it a center of its own, for example '
                 'center={"reg1": "batch_mean", "reg2": "ema"}'
-            )
-        if isinstance(self._method, FiniteDifference) and (callable(reg1) or reg1 != 0):
-            raise ArgumentError(
-                'method="finite_difference" takes reg2 alone: for reg1 take method="random_signs" with '
-                'derivative="finite_difference", or method="exact"'
             )
         if not callable(reg1) and not callable(reg2) and reg1 == 0 and reg2 == 0:
             warnings.warn("reg1 and reg2 are both 0: gradients will be the plain ones", BootgradWarning, stacklevel=2)

@@ -8,7 +8,7 @@ Gradients belong inside of both: checkpointed parts of a model run once more in 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +67,9 @@ class Snapshot:
 
     def restore_buffers(self) -> None:
         """The same tensors as then, in the same places, with the same contents."""
-        with torch.no_grad():
-            for owner, name, buffer, contents in self._buffers:
-                owner[name] = buffer
-                buffer.copy_(contents)
+        for owner, name, buffer, contents in self._buffers:
+            owner[name] = buffer
+            buffer.data.copy_(contents)  # no new version: what a graph has saved of it is there again
 
     def restore(self) -> None:
         """Buffers and generators."""
@@ -115,11 +114,12 @@ class Replay:
         self._before = Snapshot(model)
 
     @contextmanager
-    def again(self) -> Iterator[Tensor]:
-        """The losses of one more pass, with the random numbers and buffers of the first."""
+    def again(self, context: AbstractContextManager | None = None) -> Iterator[Tensor]:
+        """The losses of one more pass, in a context of its own, with the random numbers and buffers of the first."""
         with traceless(self.model):
             self._before.restore()
-            losses = self.function()
+            with context or nullcontext():
+                losses = self.function()
             check_losses(losses)
             yield losses
 

@@ -160,6 +160,7 @@ def test_what_cannot_be_a_second_pass_is_refused():
     [
         {"method": "random_signs"},
         {"method": "random_signs", "derivative": "finite_difference", "probes": 2},
+        {"method": "finite_difference"},
         {"method": "finite_difference", "reg1": 0.0},
         {"fraction": 0.5},
         {"fraction": 0.5, "method": "random_signs", "derivative": "finite_difference"},

@@ -10,7 +10,7 @@ from .random_signs import RandomSigns
 
 METHODS = ("exact", "finite_difference", "random_signs", "auto")
 DERIVATIVES = ("exact", "finite_difference")
-EPSILON = 1e-3
+EPSILON = 1e-4
 
 
 def choose(name: str, probes: int, derivative: str, epsilon: float | None) -> Method:
