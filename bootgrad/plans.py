@@ -107,18 +107,19 @@ def plan(
 
 def _batch_size(example: Sequence[Any]) -> int:
     for t in example:
-        if isinstance(t, Tensor) and t.dim():
+        if isinstance(t, Tensor) and t.dim() and t.size(0):
             return t.size(0)
+    got = [f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__ for t in example]
     raise ArgumentError(
-        "plan needs an example of the model's input, a tensor with samples in dimension 0; got "
-        f"{', '.join(type(t).__name__ for t in example) or 'nothing'}: pass one, for example torch.zeros(128, 3, 32, 32)"
+        "plan needs an example of the model's input, a tensor with one sample or more in dimension 0; got "
+        f"{', '.join(got) or 'nothing'}: pass one, for example torch.zeros(128, 3, 32, 32)"
     )
 
 
 def _products(recording: record, batch_size: int) -> list[tuple[str, ProductOperation, Use]]:
     products: list[tuple[str, ProductOperation, Use]] = []
     for operation in recording.operations:
-        if batch_size == 0 or operation.output_rows % batch_size:
+        if operation.output_rows % batch_size:
             raise UnsupportedError(
                 f"{operation.name} ({_names(recording, operation)}) puts out {operation.output_rows} rows in dimension 0 for "
                 f"{batch_size} samples: samples must be dimension 0 of every operation on a parameter"

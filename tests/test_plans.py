@@ -98,6 +98,63 @@ def test_steps_make_the_products_that_are_predicted_and_no_more(monkeypatch):
     assert compared >= 12
 
 
+def counting(conv_layer):
+    """Flops of the library's convolution ops: forward-sized products, and norms as the model prices their path."""
+
+    def product(x, gy, *rest, out_shape=None, **kwargs):
+        return 2 * x[0] * conv_layer(x).forward_operations
+
+    def norms(purpose):
+        def flops(x, gy, center, *rest, out_shape=None, **kwargs):
+            path, summed = next(a for a in rest if isinstance(a, str)), purpose == "grad" and rest[-1][2]
+            layer = conv_layer(x)
+            own = planning.cost(layer, path, purpose, center is not None, summed).time
+            unmade = layer.forward_operations if purpose == "grad" and not rest[-1][0] else 0  # by x, of the data
+            return 2 * x[0] * (own - unmade)
+
+        return flops
+
+    ops = torch.ops.bootgrad
+    return {
+        ops.conv_weighted_sum: product,
+        ops.conv_statistics: norms("statistics"),
+        ops.conv_sq_norms_with_grad: norms("grad"),
+    }
+
+
+def test_steps_of_convolutions_make_the_products_that_are_predicted(monkeypatch):
+    monkeypatch.setattr(costs, "TENSOR_TIME", 0)
+    monkeypatch.setattr(costs, "CALL_TIME", 0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Tanh(), nn.Conv2d(32, 16, 3), nn.Tanh(), nn.Conv2d(16, 64, 3))
+    x = torch.randn(8, 3, 12, 12)
+    result = bootgrad.plan(model, x)
+    layers = {row.layer.C: row.layer for row in result.layers}
+    assert {row.path for row in result.layers if row.purpose == "grad"} == {"direct", "gram"}
+    runs, _ = plan_timing.step_runs(model, [x], model(x), 8)
+    forward = sum(8 * layer.forward_operations for layer in layers.values())
+    names = (
+        "plain",
+        "rec.backward",
+        "rec.backward, center",
+        "reg1 batch_mean",
+        "reg1 ema",
+        "reg2 ema",
+        "reg1 + reg2, ema",
+    )
+    predicted = {step.name: step.units for step in result.steps}
+    for name in names:
+        for _ in range(3):
+            runs[name]()
+        counted = []
+        for _ in range(2):
+            mapping = counting(lambda shape: layers[shape[1]])
+            with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+                runs[name]()
+            counted.append(counter.get_total_flops() / 2 / forward)
+        assert min(counted) == pytest.approx(predicted[name], rel=0.01), name
+
+
 def test_the_table_says_it_all():
     result = bootgrad.plan(cnn(), X)
     text = str(result)
@@ -178,7 +235,8 @@ def test_positions_merged_into_the_batch_and_reused_layers():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: bootgrad.plan(cnn()), ArgumentError, "a tensor with samples in dimension 0; got nothing: pass one"),
+        (lambda: bootgrad.plan(cnn()), ArgumentError, "one sample or more in dimension 0; got nothing: pass one"),
+        (lambda: bootgrad.plan(cnn(), X[:0]), ArgumentError, r"got shape \(0, 3, 9, 9\): pass one"),
         (lambda: bootgrad.plan(cnn(), 3), ArgumentError, "got int: pass one"),
         (lambda: bootgrad.plan(cnn(), X, device="tpu"), ArgumentError, "device must be one of cpu, cuda; got 'tpu'"),
         (lambda: bootgrad.plan(cnn(), X, precision="int8"), ArgumentError, "precision must be one of float32"),
