@@ -18,11 +18,13 @@ def draw(rows: list[Row], path: Path) -> None:
     networks = list(dict.fromkeys(row["network"] for row in rows))
     by_quantity = {q: [row for row in rows if row["quantity"] == q] for q in QUANTITIES}
     peers = {q: list(dict.fromkeys(row["peer"] for row in own)) for q, own in by_quantity.items()}
-    figure = Figure(figsize=(3.1 * len(networks) + 1, 9), dpi=90, layout="constrained")
+    figure = Figure(figsize=(max(9, 3.1 * len(networks) + 1), 9), dpi=90, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(
         len(QUANTITIES), len(networks), squeeze=False, height_ratios=[max(2, len(peers[q])) for q in QUANTITIES]
     )
+    for ax, network in zip(axes[0], networks, strict=True):
+        ax.set_title(NAMES.get(network, network), fontsize="medium")
     for line, quantity in zip(axes, QUANTITIES, strict=True):
         for ax, network in zip(line, networks, strict=True):
             found = {row["peer"]: row for row in by_quantity[quantity] if row["network"] == network}
@@ -31,8 +33,6 @@ def draw(rows: list[Row], path: Path) -> None:
                 ax.set_ylabel(HEADERS[quantity], fontsize="large")
             else:
                 ax.set_yticklabels([])
-            if line is axes[0]:
-                ax.set_title(NAMES.get(network, network), fontsize="medium")
     figure.suptitle("Time of a training step, as a ratio to the plain step (dashed); in brackets peak memory, likewise")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
@@ -50,10 +50,10 @@ def _panel(ax, peers: list[str], found: dict[str, Row]) -> None:
     for k, peer in enumerate(peers):
         row = found.get(peer)
         if peer in ratios:
-            label = f"{ratios[peer]:.3g}× ({row['memory_ratio'] or '?'})"
+            label = f"{ratios[peer]:.3g}× ({float(row['memory_ratio']):.3g}×)"
         else:
             label = row["status"] if row else "not measured"
-        ax.text(ratios.get(peer, 1) + 0.03 * longest, k, label, va="center", fontsize=8, color=TEXT)
+        ax.text(max(1, ratios.get(peer, 1)) + 0.03 * longest, k, label, va="center", fontsize=8, color=TEXT)
     ax.set_yticks(range(len(peers)), peers, fontsize=9)
     ax.set_xlim(0, 1.65 * longest)
     ax.tick_params(axis="x", labelsize=8)

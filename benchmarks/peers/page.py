@@ -48,9 +48,13 @@ def network_table(rows: list[Row]) -> list[str]:
     first = rows[0]
     found = {(row["peer"], row["quantity"]): row for row in rows}
     rounds = sorted({int(row["rounds"]) for row in rows if row["rounds"]})
-    where = f"{first['data']}, batch {first['batch']}, {first['threads']} threads of {first['device']}, torch {first['torch']},"
-    how = f"{first['backend']}; {first['date']}, {' to '.join(map(str, rounds[:1] + rounds[1:][-1:]))} rounds."
-    lines = [f"### {TITLES.get(first['network'], first['network'])}", "", f"{where} {how}", ""]
+    lines = [
+        f"### {TITLES.get(first['network'], first['network'])}",
+        "",
+        f"Data: {first['data']}; batch {first['batch']}, {first['threads']} threads of {first['device']}, "
+        f"torch {first['torch']}, {first['backend']}; {first['date']}, rounds: {' to '.join(dict.fromkeys(map(str, rounds[:1] + rounds[-1:])))}.",
+        "",
+    ]
     body, notes = [], []
     for peer in PEERS:
         cells = []
@@ -72,7 +76,7 @@ def cell(row: Row | None) -> str:
         return f"**wrong** ({row['error']})"
     if not row["ratio"]:
         return "refuses" if row["status"] == "refuses" else "not measured"
-    return f"{row['ratio']} ({row['memory_ratio'] or '?'})"
+    return f"{row['ratio']} ({row['memory_ratio']})"
 
 
 def table(header: list[str], body: list[list[str]]) -> list[str]:
