@@ -47,12 +47,13 @@ def network_table(rows: list[Row]) -> list[str]:
     """One network's peers × quantities, and why some cells have no figures."""
     first = rows[0]
     found = {(row["peer"], row["quantity"]): row for row in rows}
-    rounds = sorted({int(row["rounds"]) for row in rows if row["rounds"]})
+    counts = sorted({int(row["rounds"]) for row in rows if row["rounds"]})
+    rounds = " to ".join(dict.fromkeys(map(str, counts[:1] + counts[-1:])))
     lines = [
         f"### {TITLES.get(first['network'], first['network'])}",
         "",
         f"Data: {first['data']}; batch {first['batch']}, {first['threads']} threads of {first['device']}, "
-        f"torch {first['torch']}, {first['backend']}; {first['date']}, rounds: {' to '.join(dict.fromkeys(map(str, rounds[:1] + rounds[-1:])))}.",
+        f"torch {first['torch']}, {first['backend']}; {first['date']}, rounds: {rounds}.",
         "",
     ]
     body, notes = [], []
