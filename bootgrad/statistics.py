@@ -15,6 +15,7 @@ from . import graph
 from .accumulation import accumulate, call_hooks, gated
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .graph import filled, gradients
+from .heap import keep_freed_memory
 from .ops.schema import accumulation_dtype
 from .per_sample import Direction, PerSampleGradients, as_parameter_dict
 from .recording import Reach, Recording
@@ -249,6 +250,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             As `backward`.
         """
         self.last_reach = reach = self.reach(losses)
+        if create_graph and losses.device.type == "cpu":
+            keep_freed_memory()
         # With weights that require grad, a function that can be differentiated once leaves a mark in whatever passes it.
         weights = torch.ones_like(losses, requires_grad=create_graph)
         if self.batch_size == 1:

@@ -23,7 +23,7 @@ LAYERS = (
     ("ops.backends", "ops.library"),
     ("kernels",),
     ("planning", "costs", "plan_tables"),
-    ("ops.schema", "errors", "reference"),
+    ("ops.schema", "errors", "reference", "heap"),
 )
 ABOVE_ALL = {"bootgrad", "bootgrad.__main__"}
 USERS = set(LAYERS[0])  # of the public names: only they, too, import from bootgrad itself
