@@ -78,6 +78,10 @@ def _check_differentiable(G: PerSampleGradients, name: str) -> None:
 class Report(CheckedOnRead):
     """What one step of a `GradientRegularizer` saw; detached, and about the loss gradient, never the penalized one.
 
+    All is of the whole batch, where the penalties are taken on a fraction of it, too. By random signs ``reg1``,
+    ``covariance_trace`` and what follows from them are unbiased estimates, from the samples of the fraction; on steps without
+    signs, where Reg1 is not taken, they are nan.
+
     Attributes:
         loss: mean loss without penalty, ().
         reg1: Reg1 without λ₁, ().
@@ -86,8 +90,8 @@ class Report(CheckedOnRead):
         mean_sq_norm: (1/B) Σ ‖g_i‖², ().
         sq_mean_norm: ‖ḡ‖², ().
         batch_size: B.
-        method: how the penalty's gradient was made.
-        notes: what was done otherwise than asked, and why.
+        method: how the penalty's gradient was made; ``"plain"`` on the steps between penalties.
+        notes: what was done otherwise than asked, or on a part of the batch, or is an estimate.
 
     On an accelerator, the first read raises if the losses were not finite; ``.grad`` and the centers were then left alone.
     """
