@@ -184,6 +184,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.device == "cuda" and torch.cuda.is_available():
         model, example = model.cuda(), example.cuda()
     try:
+        with torch.no_grad():
+            model(example[:2])  # whether types fit is not seen from shapes, by which a plan is made
         result = plan(model, example, device=arguments.device, precision=precision, measure=arguments.measure)
     except BootgradError:
         raise

@@ -1,13 +1,14 @@
-"""What a model's steps will cost, predicted from one recorded forward pass of it.
+"""What a model's steps will cost, predicted from the shapes in one recorded forward pass of it.
 
 The numbers are those of `planning` and `costs`; here they meet a model, and the backends that a GPU would take.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import planning
 from .costs import STEPS, Use, extra_bytes, moved_entries, op_time, sizes, step_time
@@ -17,6 +18,7 @@ from .ops.backends import gpu
 from .plan_tables import PURPOSES, LayerPlan, OtherPlan, Plan, StepPlan
 from .plan_timing import measured
 from .planning import Layer
+from .recording import named_parameters
 from .rules.base import Operation, ProductOperation
 from .statistics import record
 
@@ -32,11 +34,12 @@ def plan(
     precision: str = "float32",
     measure: bool = False,
 ) -> Plan:
-    """Predict what per-sample norms and penalties cost on a model, from one forward pass of it.
+    """Predict what per-sample norms and penalties cost on a model, from the shapes in one forward pass of it.
 
     Args:
         model: the module; parameters that do not require grad are left out.
-        example: what the model is called with, samples in dimension 0 of the first tensor.
+        example: what the model is called with, samples in dimension 0 of the first tensor. Its values are not looked at, and
+            nothing is computed, unless the model asks for values or times are measured.
         device: ``"cpu"``, or ``"cuda"`` for what would run each op on a GPU: this machine's, or one with every backend.
         precision: the dtype of the layers' inputs on that GPU, ``"bfloat16"`` under autocast.
         measure: also time each op and step, for some seconds to minutes, on a copy of the model where the example is. The
@@ -55,23 +58,11 @@ def plan(
         if value not in allowed:
             raise ArgumentError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
     batch_size = _batch_size(example)
-    recording = record(model)
-    if measure and any(p.device.type != device for p in recording.parameters.values()):
+    if measure and any(p.device.type != device for p in named_parameters(model).values()):
         raise ArgumentError(
             f"measure times the model where it is, which must be {device}: move model and example there"
         )
-    saved: dict[int, int] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        saved.setdefault(storage.data_ptr(), storage.nbytes())
-        return t
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), recording:
-        output = model(*example)
-    for t in (*model.parameters(), *example):  # there before the step
-        if isinstance(t, Tensor):
-            saved.pop(t.untyped_storage().data_ptr(), None)
+    recording, output, saved_bytes = _recorded(model, example, measure)
     products = _products(recording, batch_size)
     if not products:
         raise RecordingError(
@@ -96,7 +87,7 @@ def plan(
         for purpose in PURPOSES
         for k, (name, _, use) in enumerate(products)
     ]
-    plain_bytes = sum(saved.values()) + itemsize * (parameters + max(sum(sizes(use.layer)) for use in uses))
+    plain_bytes = saved_bytes + itemsize * (parameters + max(sum(sizes(use.layer)) for use in uses))
     steps = []
     for step in STEPS:
         time, memory = step_time(step, uses), 1 + extra_bytes(step, uses, parameters, itemsize) / plain_bytes
@@ -114,6 +105,40 @@ def _batch_size(example: Sequence[Any]) -> int:
         "plan needs an example of the model's input, a tensor with one sample or more in dimension 0; got "
         f"{', '.join(got) or 'nothing'}: pass one, for example torch.zeros(128, 3, 32, 32)"
     )
+
+
+def _recorded(model: nn.Module, example: Sequence[Any], really: bool) -> tuple[record, Any, int]:
+    """The record of a forward pass, its output, and the bytes that it saved beside what was there before.
+
+    Shapes are all that is needed, so that nothing is computed, but where a model asks for values, or the output is wanted.
+    """
+    if not really:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        try:
+            with mode:
+                return _run(model, example, mode.from_tensor)
+        except Exception:  # whatever cannot be done with shapes alone: what is wrong with the model itself shows again
+            pass
+    return _run(model, example, lambda t: t)
+
+
+def _run(model: nn.Module, example: Sequence[Any], as_seen: Callable[[Tensor], Tensor]) -> tuple[record, Any, int]:
+    recording, saved = record(model), {}
+    example = [as_seen(t) if isinstance(t, Tensor) else t for t in example]
+    before = [*model.parameters(), *model.buffers()]
+    # Saved for gradients are weights as they are seen, or, where they are frozen, as they are.
+    there = [*before, *map(as_seen, before), *(t for t in example if isinstance(t, Tensor))]
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        saved[storage._cdata] = storage
+        return t
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), recording:
+        output = model(*example)
+    for t in there:
+        saved.pop(t.untyped_storage()._cdata, None)
+    return recording, output, sum(storage.nbytes() for storage in saved.values())
 
 
 def _products(recording: record, batch_size: int) -> list[tuple[str, ProductOperation, Use]]:

@@ -8,8 +8,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import bootgrad
-from bootgrad import costs, plan_timing, planning
+from bootgrad import costs, plan_timing, planning, plans
 from bootgrad.errors import ArgumentError, RecordingError, UnsupportedError
+
+from . import models
 
 B = 6
 
@@ -215,6 +217,37 @@ def test_the_model_is_left_as_it_was():
     before = {name: p.clone() for name, p in model.named_parameters()}
     bootgrad.plan(model, X)
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in models.SHAPES if kind is not models.Unknown])
+@pytest.mark.filterwarnings("ignore::bootgrad.BootgradWarning")
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_shapes_alone_give_the_plan_of_a_forward_pass(kind, monkeypatch):
+    model, x, _ = models.make(kind)
+    from_shapes = bootgrad.plan(model, x)
+    recorded, runs = plans._recorded, []
+    monkeypatch.setattr(
+        plans, "_recorded", lambda model, example, really: runs.append(1) or recorded(model, example, True)
+    )
+    assert bootgrad.plan(model, x) == from_shapes and runs == [1]
+
+
+def test_nothing_is_computed_and_a_model_that_asks_for_values_is_run():
+    huge = bootgrad.plan(cnn(), torch.zeros(1, 3, 200, 200).expand(1 << 20, 3, 200, 200))
+    assert huge.batch_size == 1 << 20 and huge.layers[0].bytes > 10**12
+
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.seen = nn.ModuleList([nn.Linear(9, 9), nn.Linear(9, 4)]), []
+
+        def forward(self, x):
+            self.seen.append(float(x.sum()))
+            return self.layers[x[0, 0].item() > 0](x)
+
+    model = Asking()
+    result = bootgrad.plan(model, torch.ones(6, 9))
+    assert [row.name for row in result.layers] == ["layers.1.weight"] * 2 and model.seen[-1] == 54
 
 
 def test_positions_merged_into_the_batch_and_reused_layers():
