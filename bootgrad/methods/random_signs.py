@@ -13,11 +13,14 @@ number of probes, that of its gradient falls likewise: it is small where the dev
 Letters: ``v`` signs, ``w`` the weights made of them, ``D`` = Σ_i w_i g_i.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..penalties import Distances, total_sq_norm
-from ..per_sample import sq_norm
 from ..rules.terms import total
 from ..second_pass import check_parameters, check_second, displaced, finite_step, quotient
 from .base import (
@@ -34,6 +37,23 @@ from .base import (
     whole_mean,
 )
 from .weighted import WeightedPass, second_derivatives
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A penalty's gradient, 2 s Σ_i w_i H_i d with d held constant.
+
+    Attributes:
+        strength: s.
+        weights: w, (m,).
+        direction: makes d of D = Σ_i w_i g_i, both by parameter name.
+        grads: ∇L_w by leaf, where it is there already.
+    """
+
+    strength: float
+    weights: Tensor
+    direction: Callable[[Directions], Directions]
+    grads: list[Tensor | None] | None = None
 
 
 class RandomSigns(Method):
@@ -71,88 +91,73 @@ class RandomSigns(Method):
         """The mean gradient, and one or two more passes for each penalty and probe."""
         if not self.exact:
             check_parameters(forward.parameters)
-        m = forward.losses.numel()
-        run = WeightedPass(forward)
+        m, run = forward.losses.numel(), WeightedPass(forward)
         uniform = torch.full_like(forward.losses, 1 / m, requires_grad=False)
         probes = self.probes if "reg1" in penalties.strengths else 0
         own = run.gradient(uniform, last=not (self.exact or probes))
         mean = whole_mean(mean_by_name(forward.parameters, run.leaves, own), m, rest)
-        distances = Distances(mean, penalties.centers)
         c1, c2 = penalties.centers["reg1"], penalties.centers["reg2"]
         centered = c1 is None and rest is None
+        about = None if centered else c1 or mean
         signs = [draw_signs(m, penalties.generator).to(forward.losses) for _ in range(probes)]
         signs = [v - v.mean() if centered else v for v in signs]
-        about = None if centered else c1 or mean
-        toward = {name: g - c2[name] for name, g in mean.items()} if "reg2" in penalties.strengths and c2 else None
-        losses, finite = whole_losses(forward.losses, run.finite, rest)
-        parts = [(m / losses.numel(), run.leaves, own)]
+        terms = [
+            _Term(penalties.strengths["reg1"] / (m * probes), w, partial(_deviation, w=w, center=about)) for w in signs
+        ]
+        if "reg2" in penalties.strengths and c2 is not None:
+            toward = {name: g - c2[name] for name, g in mean.items()}
+            terms.append(_Term(penalties.strengths["reg2"], uniform, lambda D: toward, own))
+        with run.traceless():
+            sums, parts, second = _double_backward(run, terms) if self.exact else self._quotients(run, forward, terms)
+        losses, finite = after_second(*whole_losses(forward.losses, run.finite, rest), second)
+        parts.insert(0, (m / losses.numel(), run.leaves, own))
         if rest is not None:
             parts.append((rest.losses.numel() / losses.numel(), rest.leaves, rest.grads))
-        with run.traceless():
-            if self.exact:
-                sums, grads = self._double_backward(run, forward, penalties, signs, uniform, about, toward)
-                parts.append((1.0, run.leaves, grads))
-            else:
-                sums, quotients, second = self._quotients(run, forward, penalties, signs, uniform, own, about, toward)
-                parts += [(weight, run.leaves, grads) for weight, grads in quotients]
-                losses, finite = after_second(losses, finite, second)
-        notes, values = [], {}
-        covariance = torch.full_like(distances.sq_mean, torch.nan)
-        if signs:
-            estimates = [
-                [total_sq_norm(_deviation(D, w, c).values()) / m for c in (about, mean)]
-                for D, w in zip(sums, signs, strict=True)
-            ]
-            values["reg1"], covariance = (torch.stack(each).mean() for each in zip(*estimates, strict=True))
-            notes.append(f"reg1 and the covariance trace are estimates from {self.probes} random sign vectors")
-        leaves, total_grads = combined(*parts)
-        return Gradients(losses, leaves, total_grads, mean, covariance, finite, distances, values, tuple(notes))
+        leaves, grads = combined(*parts)
+        distances = Distances(mean, penalties.centers)
+        if not signs:
+            unknown = torch.full_like(distances.sq_mean, torch.nan)
+            return Gradients(losses, leaves, grads, mean, unknown, finite, distances)
+        reg1, covariance = (
+            torch.stack([total_sq_norm(_deviation(D, w, c).values()) for D, w in zip(sums, signs, strict=False)]).mean()
+            / m
+            for c in (about, mean)
+        )
+        notes = (f"reg1 and the covariance trace are estimates from {probes} random sign vectors",)
+        return Gradients(losses, leaves, grads, mean, covariance, finite, distances, {"reg1": reg1}, notes)
 
-    def _double_backward(
-        self, run: WeightedPass, forward: Forward, penalties: Penalties, signs, uniform, about, toward
-    ):
-        """D of each vector of signs, detached, and the gradient of λ₁ Σ ‖d‖²/(m probes) + 2 λ₂ ⟨ḡ_S, ḡ − c₂⟩ by leaf."""
-        sums, objective = [], forward.losses.new_zeros((), requires_grad=False)
-        for w in signs:
-            D = run.differentiable_gradient(w)
-            sums.append({name: g.detach() for name, g in D.items()})
-            d = _deviation(D, w, about)
-            objective = objective + penalties.strength("reg1") / (w.numel() * len(signs)) * total(
-                map(sq_norm, d.values())
-            )
-        if toward is not None:
-            own = run.differentiable_gradient(uniform)
-            inner = total((g * toward[name]).sum() for name, g in own.items())
-            objective = objective + 2 * penalties.strength("reg2") * inner
-        if not objective.requires_grad:  # no penalty, or gradients that are constant in everything
-            return sums, [None] * len(run.leaves)
-        with second_derivatives():
-            return sums, list(torch.autograd.grad(objective, run.leaves, allow_unused=True))
-
-    def _quotients(self, run: WeightedPass, forward: Forward, penalties: Penalties, signs, uniform, own, about, toward):
-        """D of each vector of signs, and the penalties' gradients with their weights; and whether all passes were finite.
-
-        The first graph is done with before the parameters move.
-        """
-        firsts = [run.gradient(w, last=k == len(signs) - 1) for k, w in enumerate(signs)]
-        sums = [mean_by_name(forward.parameters, run.leaves, grads) for grads in firsts]
-        tasks = []
-        for D, w, grads in zip(sums, signs, firsts, strict=True):
-            weight = 2 * penalties.strength("reg1") / (w.numel() * len(signs))
-            tasks.append((weight, w, grads, _deviation(D, w, about)))
-        if toward is not None:
-            tasks.append((2 * penalties.strength("reg2"), uniform, own, toward))
-        out, second = [], None
-        for weight, w, grads, direction in tasks:
-            step = finite_step(
-                total_sq_norm(direction.values()).sqrt(), list(forward.parameters.values()), self.epsilon
-            )
+    def _quotients(self, run: WeightedPass, forward: Forward, terms: Sequence[_Term]):
+        """As `_double_backward`, by finite differences; and whether the losses of all passes are finite."""
+        asked = [term.weights for term in terms if term.grads is None]
+        firsts = [run.gradient(w, last=w is asked[-1]) for w in asked]  # before the parameters move
+        firsts += [term.grads for term in terms if term.grads is not None]
+        sums, parts, second = [], [], None
+        for term, grads in zip(terms, firsts, strict=True):
+            sums.append(mean_by_name(forward.parameters, run.leaves, grads))
+            direction = term.direction(sums[-1])
+            length = total_sq_norm(direction.values()).sqrt()
+            step = finite_step(length, list(forward.parameters.values()), self.epsilon)
             assert forward.replay is not None
             with displaced(forward.parameters, direction, step), forward.replay.again() as losses:
-                finite = check_second(losses, w.numel())
+                finite = check_second(losses, term.weights.numel())
                 second = finite if second is None or finite is None else second & finite
-                out.append((weight, quotient(run.of(losses, w), grads, step)))
-        return sums, out, second
+                parts.append((2 * term.strength, run.leaves, quotient(run.of(losses, term.weights), grads, step)))
+        return sums, parts, second
+
+
+def _double_backward(run: WeightedPass, terms: Sequence[_Term]):
+    """D of each term, the gradient of all as a part for `combined`, and None, for there is no second pass."""
+    graphs = [run.differentiable_gradient(term.weights) for term in terms]
+    sums = [{name: g.detach() for name, g in D.items()} for D in graphs]
+    inner = []
+    for term, D, values in zip(terms, graphs, sums, strict=True):
+        direction = term.direction(values)
+        inner.append(2 * term.strength * total((g * direction[name]).sum() for name, g in D.items()))
+    objective = total(inner) if inner else run.losses.new_zeros((), requires_grad=False)
+    if not objective.requires_grad:  # no penalty, or gradients that are constant in everything
+        return sums, [], None
+    with second_derivatives():
+        return sums, [(1.0, run.leaves, torch.autograd.grad(objective, run.leaves, allow_unused=True))], None
 
 
 def draw_signs(m: int, generator: torch.Generator) -> Tensor:
