@@ -75,6 +75,14 @@ SCHEMAS = {
     ),
 }
 
+# Ops that GPUs run in plain torch: another input h, as x, or g, as gy, times the G_i.
+# (B, O, *S')  G_i ∗ h_i, as the convolution puts out, in the dtype of h
+# (B, C, *S)  G_iᵀ ∗ g_i, as the gradient of its input
+APPLIED_SCHEMAS = {
+    "conv_applied": f"(Tensor x, Tensor gy, Tensor h, int[] kernel_size, {_GEOMETRY}, str path) -> Tensor",
+    "conv_applied_transposed": f"(Tensor x, Tensor gy, Tensor g, int[] kernel_size, {_GEOMETRY}, str path) -> Tensor",
+}
+
 library = torch.library.Library(NAMESPACE, "DEF")
 # The same ops as the compiled library for GPUs implements them, which may be some: `backends.gpu` calls them. They are no
 # part of a graph, so they have no fakes.
@@ -82,6 +90,8 @@ cuda_library = torch.library.Library(CUDA_NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     cuda_library.define(_name + _schema)
+for _name, _schema in APPLIED_SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -314,6 +324,28 @@ def _(x, gy, center, kernel_size, stride, padding, dilation, groups, path, mask)
     shape = weight_shape(x, gy, kernel_size, groups)
     check_layer("center", center, shape, x)
     return _with_grad(x, gy, shape, mask)
+
+
+def check_applied(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raise unless another input has the shape and the dtype of x, or of gy."""
+    check_shape(name, tensor, like.shape)
+    torch._check(tensor.dtype == like.dtype, lambda: f"{name} must have the dtype of x and gy")
+
+
+@_fake("conv_applied")
+def _(x, gy, h, kernel_size, stride, padding, dilation, groups, path):
+    check_paths(path)
+    check_conv(x, gy, kernel_size, stride, padding, dilation, groups)
+    check_applied("h", h, x)
+    return h.new_empty(gy.shape)
+
+
+@_fake("conv_applied_transposed")
+def _(x, gy, g, kernel_size, stride, padding, dilation, groups, path):
+    check_paths(path)
+    check_conv(x, gy, kernel_size, stride, padding, dilation, groups)
+    check_applied("g", g, gy)
+    return g.new_empty(x.shape)
 
 
 def check_group_norm(x: Tensor, others: dict[str, Tensor], weight: Tensor | None, mean: Tensor, rstd: Tensor) -> None:

@@ -82,6 +82,16 @@ FourTensors conv_statistics(const Tensor& x, const Tensor& gy, std::optional<Ten
   return statistics(checked(x, gy, kernel, {stride, padding, dilation, groups}), center, path);
 }
 
+Tensor conv_applied(const Tensor& x, const Tensor& gy, const Tensor& h, Sizes kernel, Sizes stride, Sizes padding,
+                    Sizes dilation, int64_t groups, std::string path) {
+  return applied(checked(x, gy, kernel, {stride, padding, dilation, groups}), h, path, false);
+}
+
+Tensor conv_applied_transposed(const Tensor& x, const Tensor& gy, const Tensor& g, Sizes kernel, Sizes stride,
+                               Sizes padding, Sizes dilation, int64_t groups, std::string path) {
+  return applied(checked(x, gy, kernel, {stride, padding, dilation, groups}), g, path, true);
+}
+
 FourTensors conv_sq_norms_with_grad(const Tensor& x, const Tensor& gy, std::optional<Tensor> center, Sizes kernel,
                                     Sizes stride, Sizes padding, Sizes dilation, int64_t groups, std::string path,
                                     std::vector<bool> mask) {
@@ -96,6 +106,8 @@ STABLE_TORCH_LIBRARY_IMPL(bootgrad, CPU, m) {
   m.impl("conv_jvp", TORCH_BOX(&conv_jvp));
   m.impl("conv_weighted_sum", TORCH_BOX(&conv_weighted_sum));
   m.impl("conv_statistics", TORCH_BOX(&conv_statistics));
+  m.impl("conv_applied", TORCH_BOX(&conv_applied));
+  m.impl("conv_applied_transposed", TORCH_BOX(&conv_applied_transposed));
   m.impl("conv_sq_norms_with_grad", TORCH_BOX(&conv_sq_norms_with_grad));
 }
 

@@ -97,6 +97,22 @@ FourTensors statistics(const Layer& layer, const std::optional<Tensor>& center, 
   return {sum, sq_norms, deviation, bias};
 }
 
+Tensor applied(const Layer& layer, const Tensor& h, const std::string& path, bool transposed) {
+  const char* name = transposed ? "g" : "h";
+  const Sizes shape = sizes_of(transposed ? layer.gy : layer.x);
+  require(sizes_of(h) == shape, name, " must have shape ", shown(shape), "; got ", shown(sizes_of(h)));
+  require(h.scalar_type() == layer.x.scalar_type(), name, " must have the dtype of x and gy");
+  Call call(layer);
+  const Tensor input = packed(h);
+  call.gram = is_gram(path);
+  Tensor out = allocate(h, sizes_of(transposed ? layer.x : layer.gy), h.scalar_type());
+  if (layer.x.numel() == 0 || layer.gy.numel() == 0) return torch::stable::zero_(out);
+  call.h = pointer(input);
+  (transposed ? call.dx : call.dgy) = result(out);
+  call.run();
+  return out;
+}
+
 FourTensors sq_norms_with_grad(const Layer& layer, const std::optional<Tensor>& center, const std::string& path,
                                const std::vector<bool>& mask) {
   require(mask.size() == 3, "mask must have 3 entries; got ", mask.size());

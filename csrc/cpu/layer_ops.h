@@ -23,6 +23,7 @@ Tensor deviation_sq_norms(const Layer& layer, const Tensor& center, const std::s
 Tensor jvp(const Layer& layer, const Tensor& v);
 Tensor weighted_sum(const Layer& layer, const std::optional<Tensor>& w);
 FourTensors statistics(const Layer& layer, const std::optional<Tensor>& center, const std::string& path);
+Tensor applied(const Layer& layer, const Tensor& h, const std::string& path, bool transposed);
 FourTensors sq_norms_with_grad(const Layer& layer, const std::optional<Tensor>& center, const std::string& path,
                                const std::vector<bool>& mask);
 

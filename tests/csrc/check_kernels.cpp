@@ -253,6 +253,27 @@ void check(const Case& c) {
     return first;
   };
 
+  // G_i ∗ 2x_i and G_iᵀ ∗ 2gy_i are the derivatives of ‖G_i‖².
+  auto applied = [&](bool gram, bool transposed) {
+    std::vector<In> h = transposed ? gy : x, out(transposed ? x.size() : gy.size());
+    for (In& v : h) tested::narrow(static_cast<T>(2 * value(v)), v);
+    if (out.empty() || h.empty()) return out;
+    std::memset(static_cast<void*>(out.data()), 0xff, out.size() * sizeof out[0]);
+    ConvCall call{};
+    call.runtime = &runtime, call.dtype = F::dtype, call.gram = gram;
+    call.x = x.data(), call.gy = gy.data(), call.h = h.data();
+    (transposed ? call.dx : call.dgy) = out.data();
+    const ConvTables tables(s, false, gram, transposed);
+    call.plan = &tables.plan;
+    tested::conv(call);
+    return out;
+  };
+  for (bool gram : {false, true})
+    if (!c.channels_last && !x.empty() && !gy.empty()) {
+      compare("applied", applied(gram, false), oracle.dgy_plain, F::elements);
+      compare("applied, transposed", applied(gram, true), oracle.dx_plain, F::elements);
+    }
+
   const double scale = center_sq;
   const Results jvp = run(false, true, false, false, false, true, false);
   compare("inner", jvp.inner, oracle.inner, F::sums, scale);

@@ -3,25 +3,32 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.library import opcheck
 
 from bootgrad import planning, reference
+from bootgrad.ops import applied as ops_applied
+from bootgrad.ops import schema
 from bootgrad.ops.applied import applied, applied_transposed
+from bootgrad.ops.backends import eager_applied
 from bootgrad.ops.backends.eager import CHUNK_BYTES
 from bootgrad.ops.convolution import ConvProduct
 from bootgrad.ops.linear import LinearProduct
 
 from .cases import DTYPES, conv_case, linear_case
-from .test_raw_ops import CONV_SIZES, LINEAR_SIZES
+from .test_raw_ops import CONV_SIZES, LAYOUTS, LINEAR_SIZES
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 PATHS = pytest.mark.parametrize("path", ["direct", "gram"])
+compiled = all(torch._C._dispatch_has_kernel_for_dispatch_key(f"bootgrad::{n}", "CPU") for n in schema.APPLIED_SCHEMAS)
 # Of the inputs' dtype; sums are of float32 for half precisions.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
-@pytest.fixture
-def planned(monkeypatch, path):
-    """The path that is taken, whatever it costs; chunks of a few samples."""
+@pytest.fixture(params=["eager", "compiled"] if compiled else ["eager"])
+def planned(monkeypatch, path, request):
+    """The path that is taken, whatever it costs; chunks of a few samples. Each backend in turn."""
+    if request.param == "eager":
+        monkeypatch.setattr(ops_applied, "_raw", eager_applied)
     monkeypatch.setattr(planning, "choose_path", lambda *_: path)
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 20_000)
 
@@ -81,6 +88,11 @@ def test_inputs_of_another_size(planned):
     expected = torch.cat([F.conv2d(h[k : k + 1], G[k], None, *case.geometry) for k in range(3)])
     product = ConvProduct(case.kernel_size, *case.geometry)
     close(applied(product, case.x, case.gy, h), expected, torch.float64)
+    h.requires_grad_()
+    y = torch.cat([F.conv2d(h[k : k + 1], G[k], None, *case.geometry) for k in range(3)])
+    g = other(y, 1)
+    expected = torch.autograd.grad(y, h, g)[0]
+    close(applied_transposed(product, case.x, case.gy, g, h), expected, torch.float64)
 
 
 def test_costs():
@@ -92,3 +104,65 @@ def test_costs():
     assert planning.choose_path(layer, "applied") == "gram"
     linear = planning.LinearLayer(1, 20, 30, 40)
     assert planning.cost(linear, "gram", "applied").operations == 20**2 * (30 + 40)
+
+
+NAMES = pytest.mark.parametrize("name", schema.APPLIED_SCHEMAS)
+GEOMETRY = (3, 6, (7, 5), 10, (3, 2), (1, 2), (1, 0), (1, 1), 2)
+
+
+def raw_arguments(name, layout=lambda t: t, dtype=torch.float32, path="direct"):
+    case = conv_case(*GEOMETRY, dtype)
+    given = other(case.x, 1) if name == "conv_applied" else other(case.gy, 1)
+    return [*map(layout, (case.x, case.gy, given)), case.kernel_size, *case.geometry, path]
+
+
+@NAMES
+@pytest.mark.parametrize("path", ["direct", "gram"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts_and_arguments_left_alone(name, path, layout):
+    values = raw_arguments(name, layout, path=path)
+    before = [t.clone() for t in values[:3]]
+    expected = getattr(eager_applied, name)(*raw_arguments(name, dtype=torch.float64, path=path))
+    for op in (getattr(torch.ops.bootgrad, name), getattr(eager_applied, name)):
+        ours = op(*values)
+        assert ours.is_contiguous()
+        close(ours, expected, torch.float32)
+    assert all(map(torch.equal, before, values[:3]))
+
+
+@NAMES
+@pytest.mark.parametrize("path", ["direct", "gram"])
+def test_opcheck(name, path):
+    opcheck(getattr(torch.ops.bootgrad, name).default, raw_arguments(name, path=path))
+
+
+@NAMES
+def test_what_eager_refuses_everything_refuses(name):
+    right = raw_arguments(name)
+    given = "h" if name == "conv_applied" else "g"
+    for index, wrong, message in (
+        (0, right[0][:, :1], "groups must divide the channels"),
+        (1, right[1][1:], "one batch size; got 3 and 2"),
+        (2, right[2][..., 1:], rf"{given} must have shape .*; got"),
+        (2, right[2].double(), f"{given} must have the dtype of x and gy"),
+        (8, "ghost", "path must be one of direct, gram; got 'ghost'"),
+    ):
+        values = [*right[:index], wrong, *right[index + 1 :]]
+        meta = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in values]
+        op = getattr(torch.ops.bootgrad, name)
+        for function, arguments in ((op, values), (op, meta), (getattr(eager_applied, name), values)):
+            with pytest.raises(RuntimeError, match=message):
+                function(*arguments)
+
+
+@NAMES
+@pytest.mark.parametrize("path", ["direct", "gram"])
+def test_same_input_same_bits_on_any_number_of_threads(name, path):
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            results.append(getattr(torch.ops.bootgrad, name)(*raw_arguments(name, path=path)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

@@ -7,12 +7,78 @@ Letters as in `ops.schema`, and ``b`` samples of the chunk, ``N`` pixels, ``g`` 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import schema
+from ..schema import accumulation_dtype
+from .eager import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 from .eager_layers import Conv, Linear, _at
+
+
+def linear_applied(x: Tensor, gy: Tensor, h: Tensor, path: str) -> Tensor:
+    """G_i h_i, (B, T', O), for h (B, T', I)."""
+    return _by_chunks(AppliedLinear.applied, AppliedLinear, [x, gy, h], path, (*h.shape[:2], gy.size(2)))
+
+
+@torch.no_grad()
+def conv_applied(
+    x: Tensor, gy: Tensor, h: Tensor, kernel_size, stride, padding, dilation, groups: int, path: str
+) -> Tensor:
+    """G_i ∗ h_i."""
+    layer = _checked(x, gy, (kernel_size, stride, padding, dilation, groups), path)
+    schema.check_applied("h", h, x)
+    return _by_chunks(layer.applied, layer, [x, gy, h], path, gy.shape)
+
+
+@torch.no_grad()
+def conv_applied_transposed(
+    x: Tensor, gy: Tensor, g: Tensor, kernel_size, stride, padding, dilation, groups: int, path: str
+) -> Tensor:
+    """G_iᵀ ∗ g_i."""
+    layer = _checked(x, gy, (kernel_size, stride, padding, dilation, groups), path)
+    schema.check_applied("g", g, gy)
+    return _by_chunks(layer.applied_transposed, layer, [x, gy, g, x], path, x.shape)
+
+
+def conv_applied_elsewhere(x: Tensor, gy: Tensor, h: Tensor, *geometry) -> Tensor:
+    """G_i ∗ h_i for an h of another size of space than x, on the direct path."""
+    layer = _checked(x, gy, geometry, "direct")
+    space = schema.output_size(h.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    return _by_chunks(layer.applied, layer, [x, gy, h], "direct", (x.size(0), gy.size(1), *space))
+
+
+def conv_applied_transposed_elsewhere(x: Tensor, gy: Tensor, g: Tensor, h: Tensor, *geometry) -> Tensor:
+    """G_iᵀ ∗ g_i as h, for a g that a convolution of h puts out, on the direct path."""
+    layer = _checked(x, gy, geometry, "direct")
+    return _by_chunks(layer.applied_transposed, layer, [x, gy, g, h], "direct", h.shape)
+
+
+def _checked(x: Tensor, gy: Tensor, geometry: Sequence[Any], path: str) -> "AppliedConv":
+    schema.check_paths(path)
+    kernel_size, stride, padding, dilation, groups = geometry
+    schema.check_conv(x, gy, kernel_size, stride, padding, dilation, groups)
+    return AppliedConv(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def _by_chunks(
+    function: Callable[..., Tensor], layer: type[Linear] | Conv, tensors: list[Tensor], path: str, shape: Sequence[int]
+) -> Tensor:
+    """``function`` of as many samples at a time as stay in cache with their G_i or Gram matrices, in the accumulation dtype."""
+    x, gy, h = tensors[:3]
+    if not all(t.numel() for t in tensors):
+        return h.new_zeros(shape)
+    dtype = accumulation_dtype(x.dtype)
+    numbers = sum(t.numel() for t in tensors) // x.size(0) + layer.entries(x, gy, path)
+    size = max(1, CHUNK_BYTES.get(x.device.type, CHUNK_BYTES_ELSEWHERE) // (numbers * dtype.itemsize))
+    out = h.new_empty(shape)
+    for start in range(0, x.size(0), size):
+        rows = slice(start, start + size)
+        out[rows] = function(*(t[rows].to(dtype) for t in tensors), path)
+    return out
 
 
 class AppliedLinear(Linear):
@@ -82,3 +148,7 @@ class AppliedConv(Conv):
         for k, (t, p) in enumerate(shifts):
             u[_at(k, *t)] = x[_at(*p)]
         return u.view(x.size(0), -1, math.prod(out))
+
+
+for _name in schema.APPLIED_SCHEMAS:
+    schema.library.impl(_name, globals()[_name], "CompositeExplicitAutograd")

@@ -11,6 +11,7 @@
 
 #include "bootgrad/conv_direct.hpp"
 
+#include "bootgrad/conv_applied.hpp"
 #include "bootgrad/conv_gram.hpp"
 #include "bootgrad/conv_narrow.hpp"
 
@@ -20,6 +21,10 @@ namespace bootgrad::BOOTGRAD_ISA {
 
 template <class In>
 void conv_of(const ConvCall& call) {
+  if (call.h) {
+    if (call.dgy || call.dx) ConvApplied<In>(call).run();
+    return;
+  }
   const bool norms = call.sq_norms || call.deviation, sums = call.sum || call.bias;
   const bool gram = norms && call.gram && call.plan->R > 0;  // without input features there is no patch to multiply
   if (ConvNarrow<In>::fits(*call.plan) && !gram) {

@@ -86,6 +86,8 @@ struct ConvCall {
   void* bias;       // (B, O)  Σ_t gy; without dx and dgy
   void* dx;         // as x   derivative of ‖G_i − center‖²
   void* dgy;        // as gy
+  // Where there is h, dgy = G_i ∗ h for h as x, or dx = G_iᵀ ∗ h for h as gy, and no other result.
+  const void* h;
 };
 
 struct GroupNormCall {
