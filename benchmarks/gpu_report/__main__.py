@@ -27,7 +27,7 @@ SECTIONS = {
     "ceilings": (15, 1),
     "ops": (80, 1),
     "steps": (130, 1),
-    "capture": (30, 1),
+    "capture": (45, 1),
     "tune": (300, 1),
     "sanitize": (50, 4),
 }
@@ -46,6 +46,7 @@ def main() -> int:
     if unknown:
         raise SystemExit(f"no such sections: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
 
+    machine.require(options.device)
     built = {} if options.no_build else build.build(options.device, min(BUILD_SECONDS, options.seconds / 2))
     found = machine.describe(options.device) | built
     for name, value in found.items():

@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import Any
 
 
-def describe(device: str) -> dict[str, Any]:
-    """Device, driver, versions; what cannot be had is said in words.
+def require(device: str) -> None:
+    """Look for the device, before anything is built for it.
 
     Raises:
         SystemExit: a GPU is asked for, and torch sees none.
     """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device: use make gpu-report DEVICE=cpu to try the report without one")
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Device, driver, versions; what cannot be had is said in words. Loads the library, so it comes after the build."""
     import torch
 
     import bootgrad
@@ -27,13 +35,11 @@ def describe(device: str) -> dict[str, Any]:
         "triton": _version("triton"),
         "bootgrad": bootgrad.__version__,
         "cuda of torch": torch.version.cuda or "none",
-        "nvcc": _last_line(nvcc(), "--version") if nvcc() else "not found",
+        "nvcc": version_of_nvcc(),
         "processor": processor_name(),
     }
     if device == "cpu":
         return {"device": f"CPU {processor_name()}"} | found
-    if not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device: use make gpu-report DEVICE=cpu to try the report without one")
     p = torch.cuda.get_device_properties(0)
     return {
         "device": p.name,
@@ -67,6 +73,11 @@ def stem(device: str, setting: dict[str, str]) -> str:
 def nvcc() -> str | None:
     """CUDA's compiler."""
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def version_of_nvcc() -> str:
+    """Its last words about itself."""
+    return _last_line(nvcc(), "--version") if nvcc() else "not found"
 
 
 def compute_sanitizer() -> str | None:

@@ -104,6 +104,15 @@ def test_the_prediction_on_the_page_is_what_the_code_makes():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_missing_gpu_is_said_before_anything_is_built(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_report", "--device", "cuda", "--out", str(tmp_path)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("torch sees no CUDA device") and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_a_bare_checkout_builds_in_place_and_uses_its_own_kernels(tmp_path):
