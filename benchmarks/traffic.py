@@ -42,19 +42,24 @@ class Machine:
     """A GPU's rates, bytes and operations per second.
 
     Attributes:
-        name: as the reports call it.
+        name: what it is called here.
+        device: what torch calls it, the whole of it: an H100 on a PCI board and a Grace Hopper have other rates.
         datasheet: bandwidth by the datasheet.
         bandwidth: what a copy within its memory reached, counting bytes read and written.
         rate: what a large bf16 matrix product reached.
     """
 
     name: str
+    device: str
     datasheet: float
     bandwidth: float
     rate: float
 
 
-MACHINES = (Machine("H100", 3.35e12, 3.0e12, 798e12), Machine("H200", 4.8e12, 4.3e12, 790e12))
+MACHINES = (
+    Machine("H100", "NVIDIA H100 80GB HBM3", 3.35e12, 3.0e12, 798e12),
+    Machine("H200", "NVIDIA H200", 4.8e12, 4.3e12, 790e12),
+)
 
 
 @dataclass(frozen=True)
@@ -280,7 +285,7 @@ def _steps_table() -> str:
             row = [f"{task_name}, B = {task.batch_size}", variant]
             for machine in MACHINES:
                 seconds, plain = (step_seconds(parts, v, machine) for v in (variant, "plain"))
-                found = measured(machine.name, "steps", task_name, variant)
+                found = measured(machine, "steps", task_name, variant)
                 row += [f"{1e3 * seconds:.1f}", f"{seconds / plain:.2f}", found.get("ratio", "")]
             rows.append(row)
     return _markdown(header, rows)
@@ -298,7 +303,7 @@ def _ops_table() -> str:
         if not isinstance(layer, NormLayer) and not op.endswith(("jvp", "weighted_sum", "rank1_sq_norms")):
             row[2] = planning.choose_path(layer, op_purpose(op), True, op.endswith("with_grad"))
         for machine in MACHINES:
-            found = measured(machine.name, "ops", op, f"{layer}, B = {layer.B}")
+            found = measured(machine, "ops", op, f"{layer}, B = {layer.B}")
             shown = f"{float(found['microseconds']):.0f} ({found['backend']})" if found else ""
             row += [f"{1e6 * work.seconds(machine):.0f}", shown]
         base = None if isinstance(layer, NormLayer) else product_work(layer).seconds(MACHINES[-1])
@@ -336,12 +341,13 @@ def ops_of(layer: Layer) -> tuple[str, ...]:
     return f"{kind}_statistics", f"{kind}_sq_norms_with_grad"
 
 
-def measured(machine: str, section: str, subject: str, case: str) -> dict[str, str]:
+def measured(machine: Machine, section: str, subject: str, case: str) -> dict[str, str]:
     """The newest stored row of a GPU report on such a machine, or nothing; of several backends the quickest of ours."""
 
     def fits(row):
         same = (row["section"], row["subject"], row["case"]) == (section, subject, case)
-        return same and machine in row["device"] and row["status"] == "ok" and row["backend"] not in ("eager", "peer")
+        ours = row["status"] == "ok" and row["backend"] not in ("eager", "peer")
+        return same and ours and row["device"] == machine.device
 
     rows = [row for row in _stored() if fits(row)]
     newest = [row for row in rows if (row["date"], row["time"]) == (rows[-1]["date"], rows[-1]["time"])]

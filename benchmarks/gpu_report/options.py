@@ -16,7 +16,7 @@ class Options:
         models: only these tasks.
         backends: only these.
         spoil: an op whose results are made wrong, or "abort" and one whose process ends, for the report's own tests.
-        limits: measured ceilings: ``bandwidth`` in bytes and rates by dtype in operations per second.
+        limits: measured ceilings: ``copy`` in bytes and rates by dtype in operations per second.
         until: the time at which a section must be over.
     """
 
