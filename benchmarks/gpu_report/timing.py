@@ -58,7 +58,7 @@ def measure(call: Callable, sets: list[list[Any]], device: str) -> Time:
     if device == "cpu":
         return _clock(call, sets)
     try:
-        once, how = _captured(call, sets).replay, "graph"
+        once, how = captured(lambda: [call(*arguments) for arguments in sets]).replay, "graph"
     except RuntimeError:  # it synchronizes, or allocates what capture forbids
         torch.cuda.synchronize()
         once, how = (lambda: [call(*arguments) for arguments in sets] and None), "events"
@@ -69,11 +69,25 @@ def measure(call: Callable, sets: list[list[Any]], device: str) -> Time:
     return Time(*_spread(times), how)
 
 
-def _captured(call: Callable, sets: list[list[Any]]) -> "torch.cuda.CUDAGraph":
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for arguments in sets:
-            call(*arguments)
+def captured(run: Callable[[], Any]) -> "torch.cuda.CUDAGraph":
+    """The graph of what ``run`` launches.
+
+    Raises:
+        RuntimeError: ``run`` does what capture forbids. It is the first error: the end of an invalid capture raises another,
+            and would leave the process on the stream of the capture.
+    """
+    graph, stream, cause = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), None
+    try:
+        with torch.cuda.graph(graph):
+            try:
+                run()
+            except RuntimeError as error:
+                cause = error
+                raise
+    except RuntimeError as error:
+        raise cause or error from None
+    finally:
+        torch.cuda.set_stream(stream)
     return graph
 
 
