@@ -10,7 +10,7 @@ from typing import Any
 
 # Statuses of a row: what counts as a wrong library, and what only as a number that is missing.
 WRONG = ("failed", "crashed", "hung")
-MISSING = ("error", "out of memory", "skipped", "cut")
+MISSING = ("error", "out of memory", "skipped", "cut", "to look at")
 COLUMNS = (
     *("date", "time", "device", "torch", "triton", "bootgrad"),
     *("section", "subject", "case", "backend", "dtype", "status"),

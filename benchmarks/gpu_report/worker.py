@@ -17,7 +17,6 @@ import importlib
 import json
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,10 +25,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from . import commands
 from .in_place import ROOT
 from .options import Options
 
 SILENCE = 60.0  # seconds after which a case counts as hung: ten times what the slowest kernel takes to compile
+STARTING = (
+    180.0  # the same for the interpreter, torch and the devices' libraries: read from a cold disk by twelve at once
+)
 MODULE = "benchmarks.gpu_report.worker"
 
 
@@ -74,11 +77,12 @@ class Child:
         """End the process and what it started, unless it is just ending; returns its exit status."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(patience)
-        if self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
         os.close(self.pipe)
-        return self.process.wait()
+        return commands.stop(self.process)
+
+    def silence(self) -> float:
+        """Seconds without a word after which it counts as hung."""
+        return STARTING if self.total < 0 else SILENCE
 
     def last_words(self) -> str:
         """The end of what it printed."""
@@ -138,9 +142,10 @@ def run(section: str, options: Options, seconds: float, add: Callable[..., Any],
                     if child.case is not None:
                         start(child.shard, child.case[0] + 1)
         for child in list(children):
-            if time.time() - child.last_word > SILENCE:
+            if time.time() - child.last_word > child.silence():
+                limit = child.silence()
                 end(child)
-                _lost(child, "hung", f"nothing came for {SILENCE:.0f} s: {child.last_words()}", add)
+                _lost(child, "hung", f"nothing came for {limit:.0f} s: {child.last_words()}", add)
                 if child.case is not None:
                     start(child.shard, child.case[0] + 1)
 
