@@ -5,10 +5,9 @@ Reg1 = (1/B) Σ_i ‖g_i − c‖²        Reg2 = ‖ḡ − c‖²
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from .graph import answers_at_once
 from .methods.base import Forward, Gradients, Penalties
 from .methods.choice import choose, is_number
 from .methods.random_signs import RandomSigns
-from .methods.subsets import draw, rows
+from .methods.subsets import check_leaves, draw, rows
 from .penalties import Distances, Report, reg1, reg2
 from .recording import named_parameters
 from .second_pass import Replay, Snapshot, same_buffers
@@ -190,19 +189,22 @@ class GradientRegularizer:
                     "signs and samples are drawn anew in every step, and a captured graph of kernels would repeat the first: "
                     'take method="exact" and fraction=1 there'
                 )
-        rest, notes, expected = None, [], None
+        rest, notes = None, []
         if not callable(losses):
             forward = self._take(losses, batch)
         else:
+            index = None
+            if takes_penalty and (self.fraction < 1 or self._method.repeats):
+                check_leaves(batch)
             if takes_penalty and self.fraction < 1:
                 chosen, others = draw(batch, self.fraction, generator)
-                before, expected = Snapshot(self.model), chosen.numel()
+                before = Snapshot(self.model)
                 if others.numel():
-                    rest = self._method.plain(self._run(losses, rows(batch, others), others.numel(), False))
+                    rest = self._method.plain(self._run(losses, batch, others, False))
                     kept.enter_context(same_buffers(self.model, before))
-                    notes.append(f"the penalties were taken on {expected} of {expected + others.numel()} samples")
-                    batch = rows(batch, chosen)
-            forward = self._run(losses, batch, expected, takes_penalty)
+                    m, index = chosen.numel(), chosen
+                    notes.append(f"the penalties were taken on {m} of {m + others.numel()} samples")
+            forward = self._run(losses, batch, index, takes_penalty)
         strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
         distinct = {id(c): c for c in self.centers.values()}
         values = {key: c.value(forward.parameters) for key, c in distinct.items()}
@@ -223,18 +225,22 @@ class GradientRegularizer:
                 self._add_center_derivative(forward.parameters, outcome, centers[name], self.centers[name], strength)
         return self._report(outcome, self.method, notes), values, outcome
 
-    def _run(self, function: Callable[..., Tensor], batch: Sequence, expected: int | None, penalized: bool) -> Forward:
-        """One pass of the user's function, over ``expected`` samples if it is not the whole batch."""
-        call = partial(function, *batch)
+    def _run(self, function: Callable[..., Tensor], batch: tuple, index: Tensor | None, penalized: bool) -> Forward:
+        """One pass of the user's function, over the samples ``index`` if they are not the whole batch."""
+
+        def call() -> Tensor:  # the rows are taken in each pass, whose graph is let go
+            return function(*(batch if index is None else rows(batch, index)))
+
         replay = Replay(self.model, call) if penalized and self._method.repeats else None
         recording = Record(self.model) if self._method.records else None
         with recording or nullcontext():
             losses = call()
-        if expected is not None and isinstance(losses, Tensor) and losses.shape != (expected,):
+        m = None if index is None else index.numel()
+        if m is not None and isinstance(losses, Tensor) and losses.shape != (m,):
             raise ArgumentError(
-                f"the losses of {expected} samples must have shape ({expected},); got {tuple(losses.shape)}: fraction takes "
-                "rows of every tensor of the batch that has as many as the first; pass all that belongs to samples in such "
-                "tensors, or take fraction=1"
+                f"the losses of {m} samples must have shape ({m},); got {tuple(losses.shape)}: fraction takes rows of every "
+                "tensor of the batch that has as many as the first; pass all that belongs to samples in such tensors, or take "
+                "fraction=1"
             )
         return Forward(losses, named_parameters(self.model), recording, replay)
 

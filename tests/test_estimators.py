@@ -396,6 +396,46 @@ def test_losses_that_were_computed_already_and_leaves_outside_of_the_model(signs
                 torch.testing.assert_close(leaf.grad, 1 + e, rtol=tolerance, atol=tolerance)
 
 
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts products of matrices, in entries of their left factor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.count += args[-2].numel()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "units"),
+    [
+        ({"reg2": 0.0}, 8),
+        ({"reg2": 0.0, "probes": 3}, 18),
+        ({"reg2": 0.0, "fraction": 0.25}, 3 + (8 - 3) / 4),
+        ({"reg1": 0.0}, 6),
+        ({}, 11),
+        ({"reg2": 0.0, "derivative": "exact"}, 11),
+    ],
+)
+def test_the_price_is_the_documented_one(options, units):
+    """In forward-sized products; by double backward at most, for the last layers' first derivatives are not differentiated."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(16, 16), nn.Tanh())))
+    x, y = torch.randn(16, 16, requires_grad=True), torch.randn(16, 16)
+
+    def function(x, y):
+        return (model(x) - y).square().sum(1)
+
+    reg = regularizer(model, "zero", **{"method": "random_signs", "derivative": "finite_difference"} | options)
+    with Products() as plain:
+        function(x, y).mean().backward()
+    with Products() as ours:
+        reg.backward(function, x, y)
+    ratio = 3 * ours.count / plain.count
+    assert units - 0.5 < ratio <= units if options.get("derivative") else ratio == pytest.approx(units)
+
+
 # Architectures without per-layer rules
 
 
@@ -629,6 +669,20 @@ def test_differences_by_leaves_outside_of_the_model():
         grads.append((scale.grad, x.grad))
     for expected, ours in zip(*grads, strict=True):
         assert relative(ours, expected) < 1e-4
+
+
+def test_inputs_may_be_leaves_and_not_have_graphs():
+    model, x, y = data(B=4)
+    x.requires_grad_()
+    plain = torch.autograd.grad(losses_of(model)(x, y).mean(), x)[0]
+    for options in ({"fraction": 0.5}, {"method": "finite_difference"}, SIGN_OPTIONS["finite_difference"]):
+        x.grad = None
+        reg = regularizer(model, "zero", reg1=1e-9, reg2=0.0, **options)
+        reg.backward(losses_of(model), x, y)
+        assert relative(x.grad, plain) < 1e-6
+        with pytest.raises(bootgrad.BootgradError, match="the result of MulBackward0, whose graph is gone"):
+            reg.backward(losses_of(model), x * 2, y)
+        assert reg.step == 1
 
 
 def test_differences_need_the_function_and_parameters_that_can_be_moved_a_little():

@@ -63,7 +63,7 @@ class RandomSigns(Method):
     about the derivatives of Σ w_i ℓ_i, which are no samples' own.
 
     Price in forward-sized products, of which a plain step has 3: by finite differences 3, and 5 more for each probe (6 with a
-    compiled model) and 3 for Reg2; by double backward 3, and 8 more for each probe and for Reg2.
+    compiled model) and 3 for Reg2; by double backward 3, and at most 8 more for each probe and for Reg2.
 
     Args:
         probes: vectors of signs that are averaged over.

@@ -36,3 +36,13 @@ def rows(batch: tuple, index: Tensor) -> tuple:
         return t[index.to(t.device)] if isinstance(t, Tensor) and t.dim() and t.size(0) == B else t
 
     return pytree.tree_map(select, batch)
+
+
+def check_leaves(batch: tuple) -> None:
+    """Raise where a tensor of a batch that is gone through twice has a graph, which the first backward pass lets go."""
+    for t in pytree.tree_leaves(batch):
+        if isinstance(t, Tensor) and t.grad_fn is not None:
+            raise ArgumentError(
+                f"a tensor of the batch, of shape {tuple(t.shape)}, is the result of {t.grad_fn.name()}, whose graph is gone "
+                "after the first of several passes: compute it in the function, or detach it"
+            )
