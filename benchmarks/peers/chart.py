@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .page import HEADERS
-from .rows import Row
+from .rows import Row, is_provisional
 from .ways import QUANTITIES
 
 OURS, OTHERS, TEXT = "#0072B2", "#B0B0B0", "#333333"  # told apart by lightness, too
@@ -33,7 +33,8 @@ def draw(rows: list[Row], path: Path) -> None:
                 ax.set_ylabel(HEADERS[quantity], fontsize="large")
             else:
                 ax.set_yticklabels([])
-    figure.suptitle("Time of a training step, as a ratio to the plain step (dashed); in brackets peak memory, likewise")
+    title = "Time of a training step, as a ratio to the plain step (dashed); in brackets peak memory, likewise"
+    figure.suptitle(title + "\nPROVISIONAL: fewer than nine rounds" * is_provisional(rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 

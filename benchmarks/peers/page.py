@@ -1,6 +1,6 @@
 """The tables for people, in Markdown, made of the rows."""
 
-from .rows import Row
+from .rows import Row, is_provisional
 from .ways import PEERS, QUANTITIES
 
 HEADERS = {"norms": "norms", "variance": "Γ", "reg1": "Reg1", "reg2": "Reg2"}
@@ -56,6 +56,8 @@ def network_table(rows: list[Row]) -> list[str]:
         f"torch {first['torch']}, {first['backend']}; {first['date']}, rounds: {rounds}.",
         "",
     ]
+    if is_provisional(rows):
+        lines += ["Provisional: fewer than nine rounds. Memory may be compared, times hardly.", ""]
     body, notes = [], []
     for peer in PEERS:
         cells = []

@@ -78,6 +78,11 @@ def is_fault(row: Row) -> bool:
     return row["peer"] == "bootgrad" and row["status"] != "right" and not (row["status"] == "refuses" and own)
 
 
+def is_provisional(rows: list[Row]) -> bool:
+    """Whether figures of these networks are of fewer than nine rounds, which say little on a busy machine."""
+    return any(row["peer"] == "plain" and int(row["rounds"] or 0) < 9 for row in rows)
+
+
 def read(path: Path) -> list[Row]:
     """Rows of an earlier run; none where there is no file."""
     if not path.exists():

@@ -193,6 +193,8 @@ def test_rows_tables_and_picture(peers, tmp_path):
     assert "- tied: opacus NotImplementedError: tying" in lines
     assert any(line.startswith("| bootgrad") and "1.20 (1.50) | – | – | – |" in line for line in lines)
     assert any(line.startswith("| backpack") and "**wrong** (2.5e-01)" in line for line in lines)
+    assert sum(line.startswith("Provisional: ") for line in lines) == 1
+    assert rows.is_provisional(timings) and not rows.is_provisional([row | {"rounds": "9"} for row in timings])
     assert "- torchjd, norms: ValueError: a | b" in lines and "hand" in cells
 
     faults = [
