@@ -97,8 +97,7 @@ def main() -> None:
     for network in networks:
         measured = measure(network, options)
         found += measured
-        earlier = [row for row in timings if row["network"] != network]
-        timings = sorted([*earlier, *measured], key=lambda row: list(PEER_TASKS).index(row["network"]))
+        timings = rows.merged(timings, measured, list(PEER_TASKS))
         rows.write(options.out / "peers.csv", timings)
         print("\n".join(page.network_table(measured)), flush=True)
     if timings:

@@ -83,6 +83,13 @@ def is_provisional(rows: list[Row]) -> bool:
     return any(row["peer"] == "plain" and int(row["rounds"] or 0) < 9 for row in rows)
 
 
+def merged(earlier: list[Row], measured: list[Row], networks: list[str]) -> list[Row]:
+    """What was just measured in the place of earlier rows of the same networks, in the networks' order."""
+    new = {row["network"] for row in measured}
+    rows = [*(row for row in earlier if row["network"] not in new), *measured]
+    return sorted(rows, key=lambda row: networks.index(row["network"]))
+
+
 def read(path: Path) -> list[Row]:
     """Rows of an earlier run; none where there is no file."""
     if not path.exists():
