@@ -184,11 +184,11 @@ class GradientRegularizer:
         generator = torch.Generator()
         if self._seed is not None:
             generator.manual_seed((self._seed + self.step) % 2**63)
-            if takes_penalty and graph.is_capturing():
-                raise UnsupportedError(
-                    "signs and samples are drawn anew in every step, and a captured graph of kernels would repeat the first: "
-                    'take method="exact" and fraction=1 there'
-                )
+        if takes_penalty and (self._seed is not None or self._method.repeats) and graph.is_capturing():
+            raise UnsupportedError(
+                "a captured graph of kernels would repeat the signs or samples of the step that it was captured from, and "
+                'cannot rewind random number generators for a second pass: take method="exact" and fraction=1 there'
+            )
         rest, notes = None, []
         if not callable(losses):
             forward = self._take(losses, batch)

@@ -811,7 +811,7 @@ def test_what_is_not_finite_leaves_all_alone_where_nobody_waits(method, monkeypa
 def test_a_captured_graph_would_repeat_what_was_drawn(monkeypatch):
     model, x, y = data(B=6)
     monkeypatch.setattr("bootgrad.graph.is_capturing", lambda: True)
-    for options in ({"fraction": 0.5}, {"method": "random_signs"}):
+    for options in ({"fraction": 0.5}, {"method": "random_signs"}, {"method": "finite_difference"}):
         with pytest.raises(bootgrad.BootgradError, match="a captured graph of kernels would repeat"):
             regularizer(model, "zero", **options).backward(losses_of(model), x, y)
 
