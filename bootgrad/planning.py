@@ -226,7 +226,8 @@ def gpu_workspace(layer: Layer, purpose: str = "grad", dtype: str = "float32") -
     None for the norms of samples with up to GPU_SEGMENT positions, which never leave the registers; else as many samples'
     as fit GPU_WORKSPACE_BYTES, one at least. Arguments as `cost`; ``dtype`` is that of x and gy.
     """
-    segments = math.ceil(layer.T / GPU_SEGMENT)
+    at_most = max(1, GPU_WORKSPACE_BYTES // (4 * max(1, layer.weight_entries)) - 1)  # segments, and their sum
+    segments = min(math.ceil(layer.T / GPU_SEGMENT), at_most)
     bytes_per_entry = 4 * segments if segments > 1 else 0
     if purpose == "grad":
         bytes_per_entry += 2 if dtype == "bfloat16" else 4

@@ -12,9 +12,10 @@ So the weight gradient and the norms cost what the weight gradient costs, and x 
 programs of one run of samples are launched side by side and share them in L2.
 
 Where T > SEGMENT a sample's positions are cut into segments, the same for every batch size, and a *unit* of work is one
-segment of one sample: sums over one are at most SEGMENT long, which keeps their rounding small, and a few large samples
-still fill a GPU. Squares need all of a sample, so then the units' tiles are stored, a chunk of samples at a time within the
-caller's budget of bytes, and `conv_combine_kernel` adds them in order before it squares. Σ_i w_i G_i needs no such detour.
+segment of one sample: that keeps the rounding of a unit's sums small, and a few large samples still fill a GPU. Squares need
+all of a sample, so then the units' tiles are stored, a chunk of samples at a time within the caller's budget of bytes, and
+`conv_combine_kernel` adds them in order before it squares; of a gradient so large that its segments would not fit, there is
+one. Σ_i w_i G_i needs no such detour: without weights, a run of units is one sum.
 
 Bytes: x and gy once from memory, and per tile BLOCK_O + BLOCK_R numbers a position from L2. Operations: T·O·R multiply-adds
 a sample. The bias's rows Σ_t gy are not made here: only the programs of the first rows could, and all others would wait;
@@ -100,14 +101,14 @@ def direct(
         if not squares:
             if result is not None:
                 result += launch_rows(x, gy, layer, w=w, total=True)
-        elif segments_of(gy) == 1:
+        elif segments_of(gy, O * R) == 1:
             partial = launch_rows(
                 x, gy, layer, w=w, center=center, norms=buffers.norms, deviation=buffers.deviation, total=total
             )
             if result is not None:
                 result += partial
         else:
-            step = samples_at_once(O * R * segments_of(gy), 4, workspace_bytes)
+            step = samples_at_once(O * R * segments_of(gy, O * R), 4, workspace_bytes)
             for start in range(0, B, step):
                 some = slice(start, start + step)
                 partial = rows_by_segments(
@@ -140,15 +141,16 @@ def rows_by_segments(
 ) -> Tensor | None:
     """As `launch_rows`, by way of the segments' gradients in memory: B·segments·O·R float32 numbers."""
     O, R = gy.size(1), x.size(1) // layer.groups * layer.taps  # noqa: E741
-    parts = torch.empty(x.size(0), segments_of(gy), O, R, dtype=torch.float32, device=x.device)
+    parts = torch.empty(x.size(0), segments_of(gy, O * R), O, R, dtype=torch.float32, device=x.device)
     launch_rows(x, gy, layer, rows=parts)
     return combine(parts, center=center, w=w, norms=norms, deviation=deviation, rows=rows, total=total)
 
 
 def row_tiles(x: Tensor, gy: Tensor, layer: Layer) -> int:
     """How many partial norms there are per sample."""
-    if segments_of(gy) > 1:
-        return combine_tiles(gy.size(1) * (x.size(1) // layer.groups) * layer.taps)
+    entries = gy.size(1) * (x.size(1) // layer.groups) * layer.taps
+    if segments_of(gy, entries) > 1:
+        return combine_tiles(entries)
     if is_narrow(x, gy, layer):
         return narrow_row_tiles(x, gy, layer)
     Cg, Og = x.size(1) // layer.groups, gy.size(1) // layer.groups
@@ -208,14 +210,14 @@ def launch_rows(
     Returns:
         The total (O, R).
     """
-    if is_narrow(x, gy, layer):
-        return launch_narrow_rows(x, gy, layer, center, w, norms, deviation, rows, total, segments_of(gy))
     B, O = gy.shape[:2]  # noqa: E741
     Cg, Og, T = x.size(1) // layer.groups, O // layer.groups, math.prod(gy.shape[2:])
     R = Cg * layer.taps
+    segments = segments_of(gy, O * R)
+    if is_narrow(x, gy, layer):
+        return launch_narrow_rows(x, gy, layer, center, w, norms, deviation, rows, total, segments)
     kind = direct_kind(x.dtype)
     config = direct_config(kind, x.device, Og, Cg, layer.taps, T)
-    segments = segments_of(gy)
     segment = triton.cdiv(triton.cdiv(T, segments), config.BLOCK_T) * config.BLOCK_T
     tiles = layer.groups * triton.cdiv(Og, config.BLOCK_O) * row_blocks(Cg, layer.taps, config.BLOCK_R)
     runs, per_run = runs_of(B * segments, tiles, O * R if total else 0)
@@ -246,7 +248,7 @@ def launch_rows(
             ONE_TAP=one_tap(Cg, config.BLOCK_R),
             DIMS=dims(tuple(gy.shape[2:])),
             PADDED=padded(layer),
-            INDEX=index_type(x, gy),
+            INDEX=index_type(R, x, gy),
             PRECISION=precision(kind),
             **launch_options(config),
         )
@@ -299,7 +301,8 @@ def conv_rows_kernel(
     c, k, offs_r, mask_r = row_block(pid % blocks_r, Cg, R, BLOCK_R, ONE_TAP)
     shifts = tap_shifts(k, kernel, dilation)
     first_entry = (group * Og + first_o).to(tl.int64) * R
-    entries = tl.arange(0, BLOCK_O)[:, None] * R + offs_r[None, :]  # [BLOCK_O, BLOCK_R], from the block's first row
+    rows = (tl.arange(0, BLOCK_O).to(INDEX) * R)[:, None]
+    entries = rows + offs_r[None, :]  # [BLOCK_O, BLOCK_R], from the block's first row
     mask = mask_o[:, None] & mask_r[None, :]
     gy_rows = (tl.arange(0, BLOCK_O).to(INDEX) * gy_strides[1])[:, None]
     gy_block = gy_ptr + (group * Og + first_o).to(tl.int64) * gy_strides[1]

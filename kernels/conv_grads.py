@@ -56,7 +56,7 @@ def sq_norms_with_grad(
         return s, *(None if d is None else d.zero_() for d in (dx, dgy)), total
     squares = torch.empty(B, row_tiles(x, gy, layer), dtype=torch.float32, device=x.device)
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    segments = segments_of(gy)
+    segments = segments_of(gy, O * R)
     step = min(B, samples_at_once(O * R, dtype.itemsize + (4 * segments if segments > 1 else 0), workspace_bytes))
     workspace = torch.empty(step, O, R, dtype=dtype, device=x.device)
     launch = launch_rows if segments == 1 else rows_by_segments

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from .layer import Layer, Triple
 
+MOST_BLOCK_O = 128  # of the tables in `conv_configs`
+
 
 def geometry(layer: Layer) -> tuple[Triple, Triple, Triple, Triple]:
     """The kernels' arguments kernel, stride, padding and dilation."""
@@ -39,10 +41,10 @@ def padded(layer: Layer) -> int:
     return sum(1 << d for d in range(3) if layer.padding[d])
 
 
-def index_type(*tensors: Tensor) -> tl.dtype:
-    """INDEX: the type of offsets within a sample of canonical tensors."""
+def index_type(R: int, *tensors: Tensor) -> tl.dtype:
+    """INDEX: the type of offsets within a sample of canonical tensors and within a block of weights, rows of R numbers."""
     reach = max(sum((n - 1) * stride for n, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors)
-    return tl.int32 if reach < 2**31 else tl.int64
+    return tl.int32 if max(reach, MOST_BLOCK_O * R) < 2**31 else tl.int64
 
 
 def phase_steps(layer: Layer) -> Triple:

@@ -106,7 +106,7 @@ def launch_narrow_rows(
             segments,
             segment,
             DIMS=dims(tuple(gy.shape[2:])),
-            INDEX=index_type(x, gy),
+            INDEX=index_type(R, x, gy),
             PADDED=padded(layer),
             BLOCK_K=block_k(layer),
             BLOCK_L=BLOCK_L,

@@ -76,7 +76,8 @@ def launch_output(
     stride_wb = rows.stride(0) if rows.dim() == 3 else 0
     target = gy if out is None else out
     common = (strides(x), strides(gy), strides(target), stride_wb, tuple(x.shape[2:]), tuple(gy.shape[2:]))
-    flags = dict(ADD=add, DIMS=dims(tuple(gy.shape[2:])), PADDED=padded(layer), INDEX=index_type(x, gy, target))
+    flags = dict(ADD=add, DIMS=dims(tuple(gy.shape[2:])), PADDED=padded(layer))
+    flags["INDEX"] = index_type(Cg * layer.taps, x, gy, target)
     if is_narrow(x, gy, layer):
         tiles = triton.cdiv(O, BLOCK_C) * triton.cdiv(T, block_t(T))
     else:
@@ -159,7 +160,7 @@ def launch_input(
         Cg,
         Og,
     )
-    flags = dict(ADD=add, DIMS=dims(sizes), INDEX=index_type(gy, out))
+    flags = dict(ADD=add, DIMS=dims(sizes), INDEX=index_type(Cg * layer.taps, gy, out))
     with torch.cuda.device_of(gy):
         if is_narrow(out, gy, layer):
             tiles = phases * triton.cdiv(C, BLOCK_C) * triton.cdiv(M, block_t(M))
@@ -262,7 +263,7 @@ def conv_output_kernel(
         c, k, offs_r, mask_r = row_block(j, Cg, R, BLOCK_R, ONE_TAP)
         shifts = tap_shifts(k, kernel, dilation)
         u = load_patches(x_base, pixels, mask_t, c, shifts, mask_r, x_strides, S, PADDED, INDEX)  # [BLOCK_T, BLOCK_R]
-        w_ptrs = w_block + ((from_first * R)[:, None] + offs_r[None, :])
+        w_ptrs = w_block + ((from_first.to(INDEX) * R)[:, None] + offs_r[None, :])
         weight = tl.load(w_ptrs, mask=mask_o[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_O, BLOCK_R]
         acc = dot_weights(weight, tl.trans(u), acc, PRECISION)
     mask = mask_o[:, None] & mask_t[None, :]
@@ -326,11 +327,11 @@ def conv_input_kernel(
     w_base = rows_ptr + b * stride_wb + (group * Og).to(tl.int64) * R
     gy_base = gy_ptr + b * gy_strides[0] + (group * Og).to(tl.int64) * gy_strides[1]
     gy_columns = space_offsets(m, gy_strides, INDEX)  # [BLOCK_T]
-    blocks_o = tl.cdiv(Og, BLOCK_O)
+    blocks_o, from_first = tl.cdiv(Og, BLOCK_O), tl.arange(0, BLOCK_O)
     acc = tl.zeros([BLOCK_C, BLOCK_T], dtype=tl.float32)
     for j in tl.range(0, count0 * count1 * count2 * blocks_o):
-        tap = j // blocks_o
-        offs_o = j % blocks_o * BLOCK_O + tl.arange(0, BLOCK_O)
+        tap, first_o = j // blocks_o, j % blocks_o * BLOCK_O
+        offs_o = first_o + from_first
         mask_o = offs_o < Og
         k0 = first0 + tap // (count1 * count2) * phase_step[0]
         k1 = first1 + tap // count2 % count1 * phase_step[1]
@@ -344,7 +345,8 @@ def conv_input_kernel(
         gy_ptrs = gy_base + shift + ((offs_o.to(INDEX) * gy_strides[1])[:, None] + gy_columns[None, :])
         gy = tl.load(gy_ptrs, mask=mask_o[:, None] & mask_t[None, :], other=0.0)  # [BLOCK_O, BLOCK_T]
         k = (k0 * kernel[1] + k1) * kernel[2] + k2
-        w_ptrs = w_base + k * Cg + ((offs_o * R)[:, None] + offs_c[None, :])
+        w_block = w_base + first_o.to(tl.int64) * R + k * Cg
+        w_ptrs = w_block + ((from_first.to(INDEX) * R)[:, None] + offs_c[None, :])
         weight = tl.load(w_ptrs, mask=mask_o[:, None] & mask_c[None, :], other=0.0)  # [BLOCK_O, BLOCK_C]
         acc = dot_weights(tl.trans(weight), gy, acc, PRECISION)
     mask = mask_c[:, None] & mask_m[None, :]

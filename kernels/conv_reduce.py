@@ -1,8 +1,8 @@
 """How samples are divided among programs, and how what they leave is put together: always in the same order.
 
-A *unit* is one segment of one sample's positions: all of them up to SEGMENT, else equal parts. Segments do not depend on
-the batch. A *run* is a stretch of units that one program takes; how long it is does depend on the batch, and only sums over
-the batch are told by it.
+A *unit* is one segment of one sample's positions: all of them up to SEGMENT, else equal parts, as many as a sample's gradient
+can be kept in. Segments do not depend on the batch. A *run* is a stretch of units that one program takes; how long it is
+does depend on the batch, and only sums over the batch are told by it.
 
     sum_rows   (B, tiles) → (B,)                              a sample's partial norms
     combine    (B, segments, O, R) → norms, total, rows       as a visit of samples with one segment yields them
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 SEGMENT = 4096
+SEGMENTS_BYTES = 32 * 2**20  # of a sample's gradient in segments, and of their sum
 # Programs of a launch: some four waves on 132 or 148 multiprocessors, each with two or more programs at a time. More would
 # not pay for the partial sums that they write.
 PROGRAMS = 1024
@@ -25,9 +26,9 @@ PARTIAL_BYTES = 64 * 2**20
 BLOCK_E = 1024
 
 
-def segments_of(gy: Tensor) -> int:
-    """How many segments a sample's positions are cut into."""
-    return triton.cdiv(math.prod(gy.shape[2:]), SEGMENT)
+def segments_of(gy: Tensor, entries: int) -> int:
+    """How many segments a sample's positions are cut into, where a gradient has so many entries."""
+    return max(1, min(triton.cdiv(math.prod(gy.shape[2:]), SEGMENT), SEGMENTS_BYTES // (4 * max(1, entries)) - 1))
 
 
 def runs_of(units: int, tiles: int, entries: int) -> tuple[int, int]:

@@ -98,11 +98,22 @@ def test_half_precision_every_mask_and_repetitions(tmp_path):
 
 @pytest.mark.parametrize("workspace", [1, 4000])
 def test_segments_and_a_workspace_that_holds_few_samples(tmp_path, workspace):
-    """Positions in three segments; one sample in the workspace, or two."""
+    """Positions in three segments, or in the two whose gradients are allowed; one sample in the workspace, or two."""
     sizes = [(3, 5, (6, 7), 7, (3, 3), (1, 1), (1, 1), (1, 1), 1), (3, 4, (9, 5), 4, (3, 3), (1, 1), (1, 1), (1, 1), 4)]
     names = [n for n in CONV_OPS if n != "conv_jvp"] if workspace == 1 else ["conv_sq_norms_with_grad"]
     cases = [c for size in sizes for c in calls(names, conv_case(*size, torch.float32))]
-    interpret_and_check(cases, tmp_path, conv_reduce__SEGMENT=16, planning__GPU_WORKSPACE_BYTES=workspace)
+    settings = dict(conv_reduce__SEGMENT=16, planning__GPU_WORKSPACE_BYTES=workspace)
+    if workspace > 1:
+        settings["conv_reduce__SEGMENTS_BYTES"] = 3 * 4 * 7 * 45  # with their sum, of the larger layer
+    interpret_and_check(cases, tmp_path, **settings)
+
+
+def test_segments_of_a_large_gradient_fit_their_budget():
+    reduce = load_kernel("conv_reduce")
+    for O, R, T, expected in ((700, 800, 9000, 3), (768, 3072, 9000, 2), (1024, 4096, 9000, 1), (4096, 4096, 2**15, 1)):  # noqa: E741
+        gy = torch.ones(1).expand(1, O, 1, 1, T)
+        assert reduce.segments_of(gy, O * R) == expected
+        assert expected == 1 or 4 * O * R * (expected + 1) <= reduce.SEGMENTS_BYTES
 
 
 def test_layouts_of_weights(tmp_path):
@@ -186,17 +197,16 @@ def test_canonical_forms_are_views_and_come_back():
 
 def test_planning_tells_the_workspace():
     reduce = load_kernel("conv_reduce")
-    assert planning.GPU_SEGMENT == reduce.SEGMENT
-    allocated = []
-    for T, dtype in ((5, torch.float32), (5, torch.bfloat16), (9000, torch.float32)):
-        layer = planning.LinearLayer(3, T, 700, 800)
-        segments = -(-T // reduce.SEGMENT)
+    assert (planning.GPU_SEGMENT, planning.GPU_WORKSPACE_BYTES) == (reduce.SEGMENT, reduce.SEGMENTS_BYTES)
+    cases = [(5, 700, torch.float32), (5, 700, torch.bfloat16), (9000, 700, torch.float32), (9000, 9000, torch.float32)]
+    for T, I, dtype in cases:  # noqa: E741
+        layer, entries = planning.LinearLayer(3, T, I, 800), 800 * I
+        segments = reduce.segments_of(torch.ones(1).expand(3, 800, 1, 1, T), entries)
         itemsize = (2 if dtype == torch.bfloat16 else 4) + (4 * segments if segments > 1 else 0)
-        at_once = min(3, reduce.samples_at_once(700 * 800, itemsize, planning.GPU_WORKSPACE_BYTES))
-        allocated.append(at_once * 700 * 800 * itemsize)
-        assert planning.gpu_workspace(layer, "grad", str(dtype).removeprefix("torch.")) == allocated[-1]
+        allocated = min(3, reduce.samples_at_once(entries, itemsize, planning.GPU_WORKSPACE_BYTES)) * entries * itemsize
+        assert planning.gpu_workspace(layer, "grad", str(dtype).removeprefix("torch.")) == allocated
+        assert allocated <= planning.GPU_WORKSPACE_BYTES
     assert planning.gpu_workspace(planning.LinearLayer(3, 5, 700, 800), "norms") == 0
-    assert max(allocated) <= planning.GPU_WORKSPACE_BYTES
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
