@@ -100,6 +100,7 @@ PRODUCTS = {
 }
 # Tiles that are gathered hold addresses of 64 bits, too: no larger than for so many rows.
 MOST_GATHERED = 512
+MOST_PROGRAMS = 2**31 - 1  # of a launch
 TOTAL_BLOCK = (4, 128)
 
 
@@ -218,10 +219,19 @@ class _Call:
         self.samples = x.size(0)
 
     def chunk(self, workspace: int) -> int:
-        """Samples at a time."""
-        if not self.bytes_per_sample:
-            return self.samples
-        return max(1, min(self.samples, workspace // self.bytes_per_sample))
+        """Samples at a time: as many as the workspace and a launch hold."""
+        programs = self.layer.groups * max(self.pairs(self.T), self.pairs(self.N) if self.by_pixels else 0)
+        torch._check(
+            programs <= MOST_PROGRAMS,
+            lambda: (
+                f"the Gram path takes {MOST_PROGRAMS} pairs of tiles a sample at most; got {programs} for {self.T} "
+                f'positions and {self.N} pixels: take path="direct"'
+            ),
+        )
+        most = MOST_PROGRAMS // programs
+        if self.bytes_per_sample:
+            most = min(most, workspace // self.bytes_per_sample)
+        return max(1, min(self.samples, most))
 
     def choose_tiles(self, rows: int) -> Tiles:
         """The tiles of a symmetric matrix with so many rows."""

@@ -98,6 +98,19 @@ def test_interpreted_equals_the_oracle(tmp_path):
     compare(calls, interpret(calls, tmp_path))
 
 
+def test_a_launch_holds_its_programs():
+    """Of 15625 tiles a side, samples are taken 17 at a time; 2³¹ pairs and more no launch takes."""
+
+    def call_of(T):
+        x = torch.ones(1).expand(32, T, 4)
+        return module._Call(*layers.linear_layer(x, x), (False, False), None)
+
+    assert call_of(10**6).pairs(10**6) == 15625 * 15626 // 2
+    assert call_of(10**6).chunk(module.WORKSPACE_BYTES) == 17
+    with pytest.raises(RuntimeError, match="2147483647 pairs of tiles .* got 3051796875 for 5000000 .* path=.direct"):
+        call_of(5 * 10**6).chunk(module.WORKSPACE_BYTES)
+
+
 def test_nothing_gives_zeros(tmp_path):
     sizes = [(0, 4, (5, 5), 2, (3, 3)), (2, 0, (5, 5), 2, (3, 3)), (2, 4, (5, 5), 0, (3, 3)), (2, 4, (2, 5), 3, (3, 3))]
     cases = [linear_case(*size, 3, torch.float32) for size in ((0, 5, 2), (2, 0, 2), (2, 5, 0))]
