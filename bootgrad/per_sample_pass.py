@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from .derived import Derived, ViewTerm
 from .errors import ArgumentError, BootgradError, UnsupportedError
-from .ops.applied import applied, applied_transposed
+from .ops.applied import applied, applied_transposed, displaced, displaced_transposed
 from .ops.linear import LinearProduct
 from .ops.product import Product
 from .per_sample import PerSampleGradients
@@ -267,23 +267,34 @@ class _Displaced:
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """(W + f G_i) ∗ x_i + b + f g_i."""
-        if not x.dim() or x.size(0) % self.batch_size:
+        term, shift = self.term, None if bias is None or self.rows is None else self.factor * self.rows
+        if not x.dim() or x.size(0) % self.batch_size or (term is not None and term.x.dtype != x.dtype):
             raise _NoFactors
+        if term is not None and term.product == self.product:
+            plain = None if bias is None else bias.expand(self.batch_size, -1)
+            whole = plain if plain is None or shift is None else plain + shift
+            y = displaced(self.product, *term.pair(), x, weight, whole, self.factor)
+            if y is not None:
+                return y
         y = self._own(self.product.output(x, weight, bias))
         product, h, out, _ = self.product.factor(x, y, weight.shape, self.batch_size)
-        if self.term is not None:
-            x, gy = self.term.pair()
-            channels = 2 if isinstance(product, LinearProduct) else 1
-            if product != self.term.product or h.size(channels) != x.size(channels):
+        is_linear = isinstance(product, LinearProduct)
+        if term is not None:
+            x, gy = term.pair()
+            channels = 2 if is_linear else 1
+            if product != term.product or h.size(channels) != x.size(channels):
                 raise _NoFactors
             out.add_(applied(product, x, gy, h), alpha=self.factor)
-        if self.rows is not None and bias is not None:
-            shape = (1, -1) if isinstance(product, LinearProduct) else (-1, *[1] * (out.dim() - 2))
-            out.add_(self.rows.view(self.batch_size, *shape), alpha=self.factor)
+        if shift is not None:
+            out.add_(shift.view(self.batch_size, *(1, -1) if is_linear else (-1, *[1] * (out.dim() - 2))))
         return y
 
     def input_grad(self, gy: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """(W + f G_i)ᵀ ∗ gy_i."""
+        if self.term is not None and self.term.product == self.product:
+            gx = displaced_transposed(self.product, *self.term.pair(), gy, weight, self.factor, x)
+            if gx is not None:
+                return gx
         gx = self._own(self.product.input_grad(gy, weight, x))
         if self.term is not None:
             product, out, g, _ = self.product.factor(gx, gy, weight.shape, self.batch_size)

@@ -60,6 +60,48 @@ def applied_transposed(product: Product, x: Tensor, gy: Tensor, g: Tensor, h: Te
     return _raw.conv_applied_transposed(x, gy, g, product.kernel_size, *product._geometry, path)
 
 
+@torch.no_grad()
+def displaced(
+    product: Product, x: Tensor, gy: Tensor, h: Tensor, weight: Tensor, shift: Tensor | None, factor: float
+) -> Tensor | None:
+    """(W + f G_i) ∗ h_i + s_i in one product, where that is the quickest way; else None.
+
+    Args:
+        product: as `applied`.
+        x: as there.
+        gy: as there.
+        h: as there.
+        weight: W.
+        shift: s (B, O), or None.
+        factor: f.
+    """
+    if not _at_once(product, x, gy, h):
+        return None
+    dtype = accumulation_dtype(x.dtype)
+    shift = None if shift is None else shift.to(dtype)
+    return _raw.conv_displaced(x, gy, h, weight.to(dtype), shift, factor, *_convolution(product)._geometry)
+
+
+@torch.no_grad()
+def displaced_transposed(
+    product: Product, x: Tensor, gy: Tensor, g: Tensor, weight: Tensor, factor: float, h: Tensor
+) -> Tensor | None:
+    """(W + f G_i)ᵀ ∗ g_i, as h, of which only the shape is read; the rest as `displaced`."""
+    if not _at_once(product, x, gy, h):
+        return None
+    weight = weight.to(accumulation_dtype(x.dtype))
+    return _raw.conv_displaced_transposed(x, gy, g, weight, factor, *_convolution(product)._geometry)
+
+
+def _at_once(product: Product, x: Tensor, gy: Tensor, h: Tensor) -> bool:
+    """Whether to form W + f G_i takes no longer than G_i by its best path and the product with W beside it."""
+    if not isinstance(product, ConvProduct) or h.shape != x.shape or not (x.numel() and gy.numel()):
+        return False
+    layer = product.layer(x, gy)
+    direct, gram = (planning.cost(layer, path, "applied").time for path in ("direct", "gram"))
+    return direct <= gram + layer.forward_operations
+
+
 def _convolution(product: Product) -> ConvProduct:
     if not isinstance(product, ConvProduct):
         raise UnsupportedError(

@@ -81,6 +81,10 @@ SCHEMAS = {
 APPLIED_SCHEMAS = {
     "conv_applied": f"(Tensor x, Tensor gy, Tensor h, int[] kernel_size, {_GEOMETRY}, str path) -> Tensor",
     "conv_applied_transposed": f"(Tensor x, Tensor gy, Tensor g, int[] kernel_size, {_GEOMETRY}, str path) -> Tensor",
+    # The same with weight + factor·G_i in the place of G_i, by tiles; weight (O, C/groups, *K) and shift (B, O), which is added
+    # at every position, of the accumulation dtype. x and gy have elements.
+    "conv_displaced": f"(Tensor x, Tensor gy, Tensor h, Tensor weight, Tensor? shift, float factor, {_GEOMETRY}) -> Tensor",
+    "conv_displaced_transposed": f"(Tensor x, Tensor gy, Tensor g, Tensor weight, float factor, {_GEOMETRY}) -> Tensor",
 }
 
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -344,6 +348,31 @@ def _(x, gy, h, kernel_size, stride, padding, dilation, groups, path):
 def _(x, gy, g, kernel_size, stride, padding, dilation, groups, path):
     check_paths(path)
     check_conv(x, gy, kernel_size, stride, padding, dilation, groups)
+    check_applied("g", g, gy)
+    return g.new_empty(x.shape)
+
+
+def check_displaced(x: Tensor, gy: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> None:
+    """Raise unless weight, x and gy are those of one convolution."""
+    torch._check(
+        weight.dim() == x.dim(), lambda: f"weight must have {x.dim()} dimensions, as x; got shape {tuple(weight.shape)}"
+    )
+    kernel_size = weight.shape[2:]
+    check_conv(x, gy, kernel_size, stride, padding, dilation, groups)
+    check_layer("weight", weight, weight_shape(x, gy, kernel_size, groups), x)
+
+
+@_fake("conv_displaced")
+def _(x, gy, h, weight, shift, factor, stride, padding, dilation, groups):
+    check_displaced(x, gy, weight, stride, padding, dilation, groups)
+    check_applied("h", h, x)
+    check_layer("shift", shift, gy.shape[:2], x)
+    return h.new_empty(gy.shape)
+
+
+@_fake("conv_displaced_transposed")
+def _(x, gy, g, weight, factor, stride, padding, dilation, groups):
+    check_displaced(x, gy, weight, stride, padding, dilation, groups)
     check_applied("g", g, gy)
     return g.new_empty(x.shape)
 

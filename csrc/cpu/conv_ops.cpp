@@ -92,6 +92,20 @@ Tensor conv_applied_transposed(const Tensor& x, const Tensor& gy, const Tensor& 
   return applied(checked(x, gy, kernel, {stride, padding, dilation, groups}), g, path, true);
 }
 
+Tensor conv_displaced(const Tensor& x, const Tensor& gy, const Tensor& h, const Tensor& weight,
+                      std::optional<Tensor> shift, double factor, Sizes stride, Sizes padding, Sizes dilation,
+                      int64_t groups) {
+  const Sizes kernel = kernel_of("weight", weight, x);
+  return applied(checked(x, gy, kernel, {stride, padding, dilation, groups}), h, "direct", false, weight, shift,
+                 factor);
+}
+
+Tensor conv_displaced_transposed(const Tensor& x, const Tensor& gy, const Tensor& g, const Tensor& weight,
+                                 double factor, Sizes stride, Sizes padding, Sizes dilation, int64_t groups) {
+  const Sizes kernel = kernel_of("weight", weight, x);
+  return applied(checked(x, gy, kernel, {stride, padding, dilation, groups}), g, "direct", true, weight, {}, factor);
+}
+
 FourTensors conv_sq_norms_with_grad(const Tensor& x, const Tensor& gy, std::optional<Tensor> center, Sizes kernel,
                                     Sizes stride, Sizes padding, Sizes dilation, int64_t groups, std::string path,
                                     std::vector<bool> mask) {
@@ -108,6 +122,8 @@ STABLE_TORCH_LIBRARY_IMPL(bootgrad, CPU, m) {
   m.impl("conv_statistics", TORCH_BOX(&conv_statistics));
   m.impl("conv_applied", TORCH_BOX(&conv_applied));
   m.impl("conv_applied_transposed", TORCH_BOX(&conv_applied_transposed));
+  m.impl("conv_displaced", TORCH_BOX(&conv_displaced));
+  m.impl("conv_displaced_transposed", TORCH_BOX(&conv_displaced_transposed));
   m.impl("conv_sq_norms_with_grad", TORCH_BOX(&conv_sq_norms_with_grad));
 }
 

@@ -97,13 +97,20 @@ FourTensors statistics(const Layer& layer, const std::optional<Tensor>& center, 
   return {sum, sq_norms, deviation, bias};
 }
 
-Tensor applied(const Layer& layer, const Tensor& h, const std::string& path, bool transposed) {
+Tensor applied(const Layer& layer, const Tensor& h, const std::string& path, bool transposed,
+               const std::optional<Tensor>& weights, const std::optional<Tensor>& shift, double factor) {
   const char* name = transposed ? "g" : "h";
   const Sizes shape = sizes_of(transposed ? layer.gy : layer.x);
   require(sizes_of(h) == shape, name, " must have shape ", shown(shape), "; got ", shown(sizes_of(h)));
   require(h.scalar_type() == layer.x.scalar_type(), name, " must have the dtype of x and gy");
   Call call(layer);
   const Tensor input = packed(h);
+  call.set_center("weight", weights);
+  check_layer("shift", shift, {layer.shape.B, layer.shape.O}, layer.x);
+  std::optional<Tensor> added;
+  if (shift) added = packed(*shift);
+  call.shift = pointer(added);
+  call.factor = factor;
   call.gram = is_gram(path);
   Tensor out = allocate(h, sizes_of(transposed ? layer.x : layer.gy), h.scalar_type());
   if (layer.x.numel() == 0 || layer.gy.numel() == 0) return torch::stable::zero_(out);

@@ -23,7 +23,9 @@ Tensor deviation_sq_norms(const Layer& layer, const Tensor& center, const std::s
 Tensor jvp(const Layer& layer, const Tensor& v);
 Tensor weighted_sum(const Layer& layer, const std::optional<Tensor>& w);
 FourTensors statistics(const Layer& layer, const std::optional<Tensor>& center, const std::string& path);
-Tensor applied(const Layer& layer, const Tensor& h, const std::string& path, bool transposed);
+// Where there are weights, weights + factor·G_i takes the place of G_i; the shift is added at every position.
+Tensor applied(const Layer& layer, const Tensor& h, const std::string& path, bool transposed,
+               const std::optional<Tensor>& weights = {}, const std::optional<Tensor>& shift = {}, double factor = 1);
 FourTensors sq_norms_with_grad(const Layer& layer, const std::optional<Tensor>& center, const std::string& path,
                                const std::vector<bool>& mask);
 

@@ -8,7 +8,7 @@ from torch.library import opcheck
 from bootgrad import planning, reference
 from bootgrad.ops import applied as ops_applied
 from bootgrad.ops import schema
-from bootgrad.ops.applied import applied, applied_transposed
+from bootgrad.ops.applied import applied, applied_transposed, displaced, displaced_transposed
 from bootgrad.ops.backends import eager_applied
 from bootgrad.ops.backends.eager import CHUNK_BYTES
 from bootgrad.ops.convolution import ConvProduct
@@ -112,8 +112,13 @@ GEOMETRY = (3, 6, (7, 5), 10, (3, 2), (1, 2), (1, 0), (1, 1), 2)
 
 def raw_arguments(name, layout=lambda t: t, dtype=torch.float32, path="direct"):
     case = conv_case(*GEOMETRY, dtype)
-    given = other(case.x, 1) if name == "conv_applied" else other(case.gy, 1)
-    return [*map(layout, (case.x, case.gy, given)), case.kernel_size, *case.geometry, path]
+    given = other(case.gy, 1) if name.endswith("transposed") else other(case.x, 1)
+    tensors = [*map(layout, (case.x, case.gy, given))]
+    if name.startswith("conv_displaced"):
+        weight = torch.linspace(-1, 1, 180).view(10, 3, 3, 2).to(dtype)
+        shift = [] if name.endswith("transposed") else [torch.linspace(0, 2, 30).view(3, 10).to(dtype)]
+        return [*tensors, weight, *shift, 0.7, *case.geometry]
+    return [*tensors, case.kernel_size, *case.geometry, path]
 
 
 @NAMES
@@ -139,14 +144,21 @@ def test_opcheck(name, path):
 @NAMES
 def test_what_eager_refuses_everything_refuses(name):
     right = raw_arguments(name)
-    given = "h" if name == "conv_applied" else "g"
+    given = "g" if name.endswith("transposed") else "h"
     for index, wrong, message in (
         (0, right[0][:, :1], "groups must divide the channels"),
         (1, right[1][1:], "one batch size; got 3 and 2"),
         (2, right[2][..., 1:], rf"{given} must have shape .*; got"),
         (2, right[2].double(), f"{given} must have the dtype of x and gy"),
-        (8, "ghost", "path must be one of direct, gram; got 'ghost'"),
+        (-1, "ghost", "path must be one of direct, gram; got 'ghost'")
+        if name.startswith("conv_applied")
+        else (
+            3,
+            right[3][1:] if name.startswith("conv_displaced") else None,
+            r"weight must have shape \(10, 3, 3, 2\); got",
+        ),
     ):
+        index %= len(right)
         values = [*right[:index], wrong, *right[index + 1 :]]
         meta = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in values]
         op = getattr(torch.ops.bootgrad, name)
@@ -166,3 +178,36 @@ def test_same_input_same_bits_on_any_number_of_threads(name, path):
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("backend", ["eager", "compiled"] if compiled else ["eager"])
+@pytest.mark.parametrize("sizes", [s for k, s in CONV_SIZES.items() if not k.startswith("no ")], ids=str)
+def test_displaced(backend, sizes, dtype):
+    """(W + f G_i) ∗ h_i + s_i and its transpose, from the parts that are tested above."""
+    case, factor = conv_case(*sizes, dtype), 0.7
+    h, g, shift = other(case.x, 1), other(case.gy, 2), other(case.gy.flatten(2).sum(2).to(case.v.dtype), 3)
+    module = eager_applied if backend == "eager" else torch.ops.bootgrad
+    product = ConvProduct(case.kernel_size, *case.geometry)
+    x, gy, h_wide, g_wide, weight = (t.double() for t in (case.x, case.gy, h, g, case.v))
+    added = shift.double().view(*shift.shape, *[1] * (x.dim() - 2))
+    expected = product.output(h_wide, weight) + factor * applied(product, x, gy, h_wide)
+    ours = module.conv_displaced(case.x, case.gy, h, case.v, shift, factor, *case.geometry)
+    close(ours, expected + added, dtype)
+    ours = module.conv_displaced(case.x, case.gy, h, case.v, None, factor, *case.geometry)
+    close(ours, expected, dtype)
+    expected = product.input_grad(g_wide, weight, x) + factor * applied_transposed(product, x, gy, g_wide, h_wide)
+    ours = module.conv_displaced_transposed(case.x, case.gy, g, case.v, factor, *case.geometry)
+    close(ours, expected, dtype)
+
+
+def test_what_is_done_at_once():
+    """Many positions and few channels: W + f G_i is formed. Few positions, many channels: not. Linear layers: never."""
+    for (C, S, O), at_once in (((1, 28, 32), True), ((32, 14, 64), True), ((64, 7, 64), False)):  # noqa: E741
+        case = conv_case(2, C, (S, S), O, (3, 3), (1, 1), (1, 1), (1, 1), 1, torch.float64)
+        product, h = ConvProduct((3, 3), *case.geometry), other(case.x, 1)
+        y = displaced(product, case.x, case.gy, h, case.v, None, 0.7)
+        gx = displaced_transposed(product, case.x, case.gy, case.gy, case.v, 0.7, h)
+        assert ((y is not None), (gx is not None)) == (at_once, at_once)
+    case = linear_case(2, 5, 3, 4, torch.float64)
+    assert displaced(LinearProduct(), case.x, case.gy, case.x, case.v, None, 0.7) is None

@@ -44,6 +44,47 @@ def conv_applied_transposed(
     return _by_chunks(layer.applied_transposed, layer, [x, gy, g, x], path, x.shape)
 
 
+@torch.no_grad()
+def conv_displaced(
+    x: Tensor,
+    gy: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    factor: float,
+    stride,
+    padding,
+    dilation,
+    groups: int,
+) -> Tensor:
+    """(weight + factor·G_i) ∗ h_i + shift_i."""
+    schema.check_displaced(x, gy, weight, stride, padding, dilation, groups)
+    layer = _checked(x, gy, (weight.shape[2:], stride, padding, dilation, groups), "direct")
+    schema.check_applied("h", h, x)
+    schema.check_layer("shift", shift, gy.shape[:2], x)
+
+    def displaced(x, gy, h, _):
+        return layer.outputs(h, layer.rows(x, gy).mul_(factor).add_(weight), gy)
+
+    out = _by_chunks(displaced, layer, [x, gy, h], "direct", gy.shape)
+    return out if shift is None else out.add_(shift.view(*shift.shape, *[1] * (gy.dim() - 2)))
+
+
+@torch.no_grad()
+def conv_displaced_transposed(
+    x: Tensor, gy: Tensor, g: Tensor, weight: Tensor, factor: float, stride, padding, dilation, groups: int
+) -> Tensor:
+    """(weight + factor·G_i)ᵀ ∗ g_i."""
+    schema.check_displaced(x, gy, weight, stride, padding, dilation, groups)
+    layer = _checked(x, gy, (weight.shape[2:], stride, padding, dilation, groups), "direct")
+    schema.check_applied("g", g, gy)
+
+    def displaced(x, gy, g, _):
+        return layer.input_grads(g, layer.rows(x, gy).mul_(factor).add_(weight), x)
+
+    return _by_chunks(displaced, layer, [x, gy, g], "direct", x.shape)
+
+
 def conv_applied_elsewhere(x: Tensor, gy: Tensor, h: Tensor, *geometry) -> Tensor:
     """G_i ∗ h_i for an h of another size of space than x, on the direct path."""
     layer = _checked(x, gy, geometry, "direct")

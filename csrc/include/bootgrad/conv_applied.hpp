@@ -9,13 +9,35 @@
 
 namespace bootgrad::BOOTGRAD_ISA {
 
+// keep = center + factor · C, all [rows, ld].
+template <class T>
+struct Displace {
+  T* keep;
+  const T* center;
+  int64_t ld;
+  T factor;
+
+  template <int MR, int NV>
+  BOOTGRAD_INLINE void finish(int64_t m0, int64_t mr, int64_t n0, Vector<T> (&acc)[MR][NV]) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      if (i < mr)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) {
+          const int64_t at = (m0 + i) * ld + n0 + j * kLanes<T>;
+          store<T>(keep + at, load<T>(center + at) + factor * acc[i][j]);
+        }
+    }
+  }
+};
+
 template <class In>
 struct ConvApplied : ConvLayer<In> {
   using Layer = ConvLayer<In>;
   using Layer::call, Layer::plan, Layer::runtime, Layer::ld, Layer::ldc;
   using typename Layer::T;
 
-  explicit ConvApplied(const ConvCall& c) : Layer(c, false) {}
+  explicit ConvApplied(const ConvCall& c) : Layer(c, true) {}
 
   struct Memory {
     T *x, *gyt, *h, *out;  // [C, x_plane], [groups, T, ld], planes of h, [T, ld] or [pixels, ldc]
@@ -41,6 +63,7 @@ struct ConvApplied : ConvLayer<In> {
               gram_output(g, x + g * this->x_group(), gyt, m);
             else
               gram_input(b, g, gyt, m);
+            if (call.shift) add_shift(b, g, m);
             if (call.dgy)
               this->write_dgy(b, g, m.out, T(1));
             else
@@ -135,13 +158,24 @@ struct ConvApplied : ConvLayer<In> {
   }
 
   void direct(int64_t g, const T* x, const T* gyt, const Memory& m) const {
-    gemm<T>(plan.R, plan.Og, plan.T, {x, plan.tap, plan.pos}, gyt, ld, Store<T>{m.keep, ld, ld, T(1), false, nullptr});
+    const Gathered<T> patches{x, plan.tap, plan.pos};
+    if (this->center)
+      gemm<T>(plan.R, plan.Og, plan.T, patches, gyt, ld,
+              Displace<T>{m.keep, this->center_of(g), ld, static_cast<T>(call.factor)});
+    else
+      gemm<T>(plan.R, plan.Og, plan.T, patches, gyt, ld, Store<T>{m.keep, ld, ld, T(1), false, nullptr});
     if (call.dgy) return this->forward(plan.T, m.h + g * this->x_group(), plan.pos, m.keep, m.out, T(1));
     this->transpose_weights(m.keep, m.keep_t);
     for (int64_t i = 0; i < plan.n_phases; ++i) {
       const Phase& phase = plan.phases[i];
       this->backward(phase, phase.pixels, m.h + g * this->gy_group(), phase.rows, phase.out, m.keep_t, m.out, T(1));
     }
+  }
+
+  void add_shift(int64_t b, int64_t g, const Memory& m) const {
+    const T* shift = static_cast<const T*>(call.shift) + b * plan.O + g * plan.Og;
+    for (int64_t t = 0; t < plan.T; ++t)
+      for (int64_t o = 0; o < plan.Og; ++o) m.out[t * ld + o] += shift[o];
   }
 
   void gram_output(int64_t g, const T* x, const T* gyt, const Memory& m) const {
