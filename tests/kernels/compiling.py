@@ -12,8 +12,9 @@ from triton.compiler import ASTSource
 from ..resources import note
 
 ARCHITECTURES = (80, 90, 100)
-# Shared memory that a block may take: NVIDIA, CUDA C++ Programming Guide, table of technical specifications.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Shared memory that a block may take: NVIDIA, CUDA C++ Programming Guide, table of technical specifications. Of the
+# family of sm_80, which has 163 KiB itself, the least: that of 8.6, 8.9 and 12.x.
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 # The assembler parks up to this many bytes on the stack in order to let one more program run at 64, 80, 96, 128 or 168
 # registers, by its own choice, which changes with its version; where registers do not suffice it is hundreds.

@@ -16,8 +16,6 @@ from .loading import load_kernel
 
 configs = load_kernel("conv_configs")
 
-# Of 8.x the smallest: 8.6 and 8.9 have 100 KiB, of which one is the system's.
-SHARED_OF_SM86 = 99 * 1024
 DTYPES_OF_KIND = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 PRODUCTS = {
     "rows": (conv_compiling.compile_rows, configs.DirectConfig, configs.DIRECT),
@@ -32,7 +30,7 @@ def compile_and_check(product, architecture, kind, tile, layout, folder, dtype=N
     precision = "ieee" if kind == "ieee" else "tf32"
     compiled = compile_product(config(*tile), dtype, architecture, folder, layout, precision=precision, **flags)
     assert not compiled.spills
-    assert compiled.shared <= (SHARED_OF_SM86 if architecture == 80 else SHARED_LIMIT[architecture])
+    assert compiled.shared <= SHARED_LIMIT[architecture]
     M, _, _, num_warps, _ = tile
     if kind != "ieee":
         wide = M >= 64 and num_warps >= 4
@@ -117,7 +115,7 @@ def narrow(name, architecture, dtype, folder):
     for layout in conv_compiling.LAYOUTS:
         compiled = conv_compiling.compile_narrow(name, dtype, architecture, folder, layout)
         assert not compiled.spills
-        assert compiled.shared <= SHARED_OF_SM86
+        assert compiled.shared <= SHARED_LIMIT[80]
 
 
 @pytest.mark.parametrize("name", ["sum_rows", "conv_combine"])
