@@ -40,7 +40,6 @@ from .conv_index import (
     first_pixels,
     geometry,
     index_type,
-    launch_options,
     load_patches,
     one_tap,
     padded,
@@ -250,7 +249,7 @@ def launch_rows(
             PADDED=padded(layer),
             INDEX=index_type(R, x, gy),
             PRECISION=precision(kind),
-            **launch_options(config),
+            **config._asdict(),
         )
     return None if partial is None else partial.sum(0)
 

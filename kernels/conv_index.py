@@ -15,7 +15,6 @@ Coordinates of space have 32 bits. Letters as in `layer`.
 """
 
 import math
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -72,11 +71,6 @@ def row_blocks(Cg: int, taps: int, BLOCK_R: int) -> int:
 def precision(kind: str) -> str:
     """``input_precision`` of a kind of product (`conv_configs`); it means nothing to factors of two bytes."""
     return "ieee" if kind == "ieee" else "tf32"
-
-
-def launch_options(config: Any) -> dict[str, int]:
-    """A configuration's entries as keyword arguments of a launch."""
-    return config._asdict()
 
 
 @triton.jit

@@ -26,7 +26,6 @@ from .conv_index import (
     geometry,
     index_type,
     inside,
-    launch_options,
     load_patches,
     one_tap,
     padded,
@@ -125,7 +124,7 @@ def launch_output(
                 ONE_TAP=one_tap(Cg, config.BLOCK_R),
                 PRECISION=precision(kind),
                 **flags,
-                **launch_options(config),
+                **config._asdict(),
             )
     return partial
 
@@ -191,7 +190,7 @@ def launch_input(
                 factor,
                 PRECISION=precision(kind),
                 **flags,
-                **launch_options(config),
+                **config._asdict(),
             )
 
 

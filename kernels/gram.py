@@ -5,7 +5,7 @@
 Linear layers (and pointwise convolutions): U is x and Q is K. Norms alone are one kernel: both tiles of a pair stay in
 registers, T²(C + O)/2 multiply-adds, and one number per pair of tiles is written.
 
-With derivatives the tiles are written down, once, for as many samples as fit 32 MiB of workspace, and a second kernel
+With derivatives the tiles are written down, once, for as many samples as fit the workspace, and a second kernel
 multiplies them while they are in L2: T²(C + O)/2 multiply-adds to make them and T²(C + O) to use them, T² numbers written
 and T²·C/128 read per matrix. Making them again in each program that uses them would write nothing but needs T²·O for
 every 128 channels of x, and the other way round: at 512 channels twice the operations in all, and this path is chosen where
@@ -14,7 +14,7 @@ T is less than the channels, where T² numbers are few beside x and gy.
 Convolutions by pixels: the pixel Gram P = X Xᵀ, N×N, is made once, N²·C/2, and (U Uᵀ)[t, t'] = Σ_k P[pixel of t and k, pixel
 of t' and k] is gathered, T²/2 reads from L1 and L2 for each kernel position, in the kernel that makes K's tile. The adjoint,
 Q[u, u'] = Σ_k K at the positions that meet u and u' with k, is gathered from K into P's place. Convolutions by patches,
-where `pixels_first` says so (strides leave most pixels unused): U Uᵀ is a product over C·k² that loads patches straight
+where the caller says so (strides leave most pixels unused): U Uᵀ is a product over C·k² that loads patches straight
 from x, and dx is made by phases, pixels that leave the same remainder by the stride, so no multiplication is by zero.
 
 Products of half precisions accumulate in float32, and so are P and the K that is gathered stored. A matrix that is only
@@ -33,19 +33,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import accumulation_dtype, allows_tf32
+from . import allows_tf32
+from .conv_reduce import sum_rows
 from .gram_kernels import (
     gram_apply_kernel,
     gram_apply_patches_kernel,
     gram_norms_kernel,
     gram_pixels_kernel,
     gram_spread_kernel,
-    gram_total_kernel,
 )
 from .layer import Layer, is_flat, strides
-
-# Of an H100's 50 MiB of L2, leaving room for x and gy; an A100 has 40.
-WORKSPACE_BYTES = 32 * 2**20
 
 
 class Tiles(NamedTuple):
@@ -80,8 +77,6 @@ TILES = {
     ("tf32", False): ((16, Tiles(16, 16, 1)), (32, Tiles(32, 16, 4)), (None, Tiles(64, 16, 8))),
     ("float", True): ((16, Tiles(16, 32, 1)), (32, Tiles(32, 32, 2)), (None, Tiles(64, 16, 4))),
     ("float", False): ((16, Tiles(16, 16, 1)), (None, Tiles(64, 16, 8))),
-    ("double", True): ((16, Tiles(16, 16, 1)), (None, Tiles(32, 16, 4))),
-    ("double", False): ((16, Tiles(16, 16, 1)), (None, Tiles(32, 16, 4))),
 }
 PRODUCTS = {
     ("half", True): (
@@ -95,84 +90,47 @@ PRODUCTS = {
     ("tf32", False): ((16, Product(16, 64, 16, 4)), (32, Product(32, 64, 32, 8)), (None, Product(64, 64, 32, 8))),
     ("float", True): ((16, Product(16, 64, 32, 2)), (32, Product(32, 64, 16, 4)), (None, Product(64, 64, 16, 4))),
     ("float", False): ((16, Product(16, 64, 16, 4)), (32, Product(32, 64, 16, 4)), (None, Product(64, 64, 16, 8))),
-    ("double", True): ((None, Product(16, 32, 16, 4)),),
-    ("double", False): ((None, Product(16, 32, 16, 2)),),
 }
 # Tiles that are gathered hold addresses of 64 bits, too: no larger than for so many rows.
 MOST_GATHERED = 512
 MOST_PROGRAMS = 2**31 - 1  # of a launch
-TOTAL_BLOCK = (4, 128)
 
 
 def gram_sq_norms(
     x: Tensor,
     gy: Tensor,
     layer: Layer,
+    workspace_bytes: int,
+    by_pixels: bool,
     mask: tuple[bool, bool] = (False, False),
-    by_pixels: bool | None = None,
-    workspace: int = WORKSPACE_BYTES,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Squared norms ‖G_i‖² and their derivatives by x_i and gy_i.
 
     Args:
-        x: (B, C, S0, S1, S2), any strides; see `layer`.
+        x: (B, C, S0, S1, S2) of float32, bfloat16 or float16, any strides; see `layer`.
         gy: (B, O, P0, P1, P2) of the dtype and on the device of x, any strides.
         layer: the geometry.
+        workspace_bytes: to keep the matrices of some samples in; those of one sample are taken anyway.
+        by_pixels: whether to go by the pixel Gram. Ignored where U is x.
         mask: which of the derivatives are wanted.
-        by_pixels: whether to go by the pixel Gram; by `pixels_first` when None. Ignored where U is x.
-        workspace: bytes to keep the matrices of some samples in; those of one sample are taken anyway.
 
     Returns:
-        s (B,) of the accumulation dtype, and dx and dgy as `Layer.empty_like` makes them, or None where not asked for.
+        s (B,) float32, not below zero, and dx and dgy as `Layer.empty_like` makes them, or None where not asked for.
     """
     call = _Call(x, gy, layer, mask, by_pixels)
     B = x.size(0)
-    s = torch.empty(B, dtype=call.wide, device=x.device)
     dx, dgy = (layer.empty_like(t) if wanted else None for t, wanted in zip((x, gy), mask, strict=True))
     if x.numel() == 0 or gy.numel() == 0:
-        return s.zero_(), *(None if d is None else d.zero_() for d in (dx, dgy))
-    partials = torch.empty(B, layer.groups * call.pairs(call.T), dtype=call.wide, device=x.device)
-    size = call.chunk(workspace)
+        return x.new_zeros(B, dtype=torch.float32), *(None if d is None else d.zero_() for d in (dx, dgy))
+    partials = torch.empty(B, layer.groups * call.pairs(call.T), dtype=torch.float32, device=x.device)
+    size = call.chunk(workspace_bytes)
     buffers = [torch.empty(size * n, dtype=dtype, device=x.device) if n else None for n, dtype in call.buffers]
     with torch.cuda.device_of(x):
         for start in range(0, B, size):
             part = slice(start, min(start + size, B))
             outs = [None if d is None else d[part] for d in (dx, dgy)]
             call.run(x[part], gy[part], partials[part], buffers, *outs)
-        block_b, block_n = TOTAL_BLOCK
-        grid = (triton.cdiv(B, block_b),)
-        gram_total_kernel[grid](partials, s, B, partials.size(1), BLOCK_B=block_b, BLOCK_N=block_n, num_warps=4)
-    return s, dx, dgy
-
-
-def workspace_bytes(
-    x: Tensor,
-    gy: Tensor,
-    layer: Layer,
-    mask: tuple[bool, bool] = (False, False),
-    by_pixels: bool | None = None,
-    workspace: int = WORKSPACE_BYTES,
-) -> int:
-    """Bytes that `gram_sq_norms` allocates beside its results; arguments as there."""
-    call = _Call(x, gy, layer, mask, by_pixels)
-    if x.numel() == 0 or gy.numel() == 0:
-        return 0
-    return call.chunk(workspace) * call.bytes_per_sample + x.size(0) * layer.groups * call.pairs(call.T) * (
-        call.wide.itemsize
-    )
-
-
-def pixels_first(x: Tensor, gy: Tensor, layer: Layer) -> bool:
-    """Whether the pixel Gram is the cheaper way to U Uᵀ, as `bootgrad.planning.ConvLayer.pixels_first` counts.
-
-    A multiply-add of these products counts 2, an entry that is written and read 8.
-    """
-    C, O, taps, groups = x.size(1), gy.size(1), layer.taps, layer.groups  # noqa: E741
-    T, N = math.prod(gy.shape[2:]), math.prod(x.shape[2:])
-    pixels = 0.5 * (T * T * O + N * N * C + groups * T * T * taps), groups * (2 * T * T + N * N)
-    patches = 0.5 * T * T * (O + C * taps), 2 * groups * T * T + T * C * taps
-    (a, b), (c, d) = pixels, patches
-    return 2 * a + 8 * b <= 2 * c + 8 * d
+    return sum_rows(partials).clamp_(min=0), dx, dgy
 
 
 def whole_vectors(t: Tensor, flat: bool) -> bool:
@@ -191,7 +149,7 @@ def choose(table: tuple, rows: int) -> NamedTuple:
 class _Call:
     """What a call comes down to for every chunk of samples."""
 
-    def __init__(self, x: Tensor, gy: Tensor, layer: Layer, mask: tuple[bool, bool], by_pixels: bool | None):
+    def __init__(self, x: Tensor, gy: Tensor, layer: Layer, mask: tuple[bool, bool], by_pixels: bool):
         self.layer, self.mask = layer, mask
         self.C, self.O = x.size(1) // layer.groups, gy.size(1) // layer.groups
         self.S, self.P = tuple(x.shape[2:]), tuple(gy.shape[2:])
@@ -199,9 +157,8 @@ class _Call:
         self.ld_n, self.ld_t = (triton.cdiv(n, 16) * 16 for n in (self.N, self.T))
         self.flat_x, self.flat_gy = is_flat(x), is_flat(gy)
         self.plain = self.flat_x and layer.taps == 1 and layer.stride == (1, 1, 1) and layer.padding == (0, 0, 0)
-        self.by_pixels = not self.plain and (pixels_first(x, gy, layer) if by_pixels is None else by_pixels)
-        self.wide = accumulation_dtype(x.dtype)
-        self.stored = x.dtype if x.dtype == torch.bfloat16 else self.wide
+        self.by_pixels = by_pixels and not self.plain
+        self.stored = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         self.tf32 = allows_tf32(x.dtype)
         self.product_tf32 = self.tf32 or x.dtype == torch.float16
         vectors = whole_vectors(x, self.flat_x and (self.plain or self.by_pixels)) and whole_vectors(gy, self.flat_gy)
@@ -211,14 +168,14 @@ class _Call:
         groups, (with_dx, with_dgy) = layer.groups, mask
         # Numbers per sample of P or Q, of U Uᵀ and of K.
         self.buffers = (
-            (groups * self.N * self.ld_n * self.by_pixels, self.wide),
+            (groups * self.N * self.ld_n * self.by_pixels, torch.float32),
             (groups * self.T * self.ld_t * with_dgy, self.stored),
-            (groups * self.T * self.ld_t * with_dx, self.wide if self.by_pixels else self.stored),
+            (groups * self.T * self.ld_t * with_dx, torch.float32 if self.by_pixels else self.stored),
         )
         self.bytes_per_sample = sum(n * dtype.itemsize for n, dtype in self.buffers)
         self.samples = x.size(0)
 
-    def chunk(self, workspace: int) -> int:
+    def chunk(self, workspace_bytes: int) -> int:
         """Samples at a time: as many as the workspace and a launch hold."""
         programs = self.layer.groups * max(self.pairs(self.T), self.pairs(self.N) if self.by_pixels else 0)
         torch._check(
@@ -230,7 +187,7 @@ class _Call:
         )
         most = MOST_PROGRAMS // programs
         if self.bytes_per_sample:
-            most = min(most, workspace // self.bytes_per_sample)
+            most = min(most, workspace_bytes // self.bytes_per_sample)
         return max(1, min(self.samples, most))
 
     def choose_tiles(self, rows: int) -> Tiles:
@@ -363,18 +320,14 @@ class _Call:
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=config.BLOCK_N,
             BLOCK_K=config.BLOCK_K,
-            DOT=TRITON_TYPE[self.stored],
-            ACC=TRITON_TYPE[self.wide],
+            DOT=tl.bfloat16 if self.stored == torch.bfloat16 else tl.float32,
             TF32=self.product_tf32,
             num_warps=config.num_warps,
         )
 
 
-TRITON_TYPE = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
-
-
 def _kind(dtype: torch.dtype, tf32: bool) -> str:
-    return "tf32" if tf32 else {2: "half", 4: "float", 8: "double"}[dtype.itemsize]
+    return "tf32" if tf32 else "half" if dtype.itemsize == 2 else "float"
 
 
 def _strides(t: Tensor, flat: bool) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ def gram_pixels_kernel(
     rows, columns = i * BLOCK_T + tl.arange(0, BLOCK_T), j * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_i = _space(rows, S1, S2, stride_x0, stride_x1, stride_x2, FLAT)
     offs_j = _space(columns, S1, S2, stride_x0, stride_x1, stride_x2, FLAT)
-    p = tl.zeros([BLOCK_T, BLOCK_T], out_ptr.dtype.element_ty)
+    p = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
     for start in range(0, C, BLOCK_C):
         p = _dot(x_ptr, offs_i, offs_j, rows < N, columns < N, start, C, stride_xc, p, BLOCK_C, TF32)
     _store_pair(out_ptr + block * N * ld, p, rows, columns, N, ld, i != j)
@@ -97,7 +97,6 @@ def gram_norms_kernel(
     U Uᵀ is gathered from the pixel Gram if there is one, else made from the patches; K is made from gy. ``PLAIN``: a
     position is a pixel, and x is flat. ``FLAT``: gy is.
     """
-    ACC: tl.constexpr = partials_ptr.dtype.element_ty
     i, j, block, pairs = _pair(T, BLOCK_T)
     sample, group = block // groups, block % groups
     x_ptr += sample * stride_xb + group * C * stride_xc
@@ -105,7 +104,7 @@ def gram_norms_kernel(
     rows, columns = i * BLOCK_T + tl.arange(0, BLOCK_T), j * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_i, mask_j = rows < T, columns < T
 
-    uu = tl.zeros([BLOCK_T, BLOCK_T], ACC)
+    uu = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
     if PLAIN:
         offs_i, offs_j = rows.to(tl.int64) * stride_x2, columns.to(tl.int64) * stride_x2
         for start in range(0, C, BLOCK_C):
@@ -136,14 +135,14 @@ def gram_norms_kernel(
 
     offs_i = _space(rows, P1, P2, stride_g0, stride_g1, stride_g2, FLAT)
     offs_j = _space(columns, P1, P2, stride_g0, stride_g1, stride_g2, FLAT)
-    k = tl.zeros([BLOCK_T, BLOCK_T], ACC)
+    k = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
     for start in range(0, O, BLOCK_C):
         k = _dot(gy_ptr, offs_i, offs_j, mask_i, mask_j, start, O, stride_go, k, BLOCK_C, TF32)
 
     # A pair of different tiles stands for two: itself and its transpose.
     # One sum over both dimensions: Triton 3.6 fails on a sum of sums of what a Blackwell's tensor memory holds.
     s = tl.sum(uu * k) * tl.where(i == j, 1.0, 2.0)
-    tl.store(partials_ptr + tl.program_id(0).to(tl.int64), s.to(ACC))
+    tl.store(partials_ptr + tl.program_id(0).to(tl.int64), s)
     if uu_ptr is not None:
         _store_pair(uu_ptr + block * T * ld_t, uu, rows, columns, T, ld_t, i != j)
     if k_ptr is not None:
@@ -184,7 +183,7 @@ def gram_spread_kernel(
     # Minus the padding: position t meets pixel stride·t + dilation·k in the padded input.
     i0, i1, i2 = _first_pixel(rows, S1, S2, 1, 1, 1, -padding_0, -padding_1, -padding_2)
     j0, j1, j2 = _first_pixel(columns, S1, S2, 1, 1, 1, -padding_0, -padding_1, -padding_2)
-    q = tl.zeros([BLOCK_T, BLOCK_T], k_ptr.dtype.element_ty)
+    q = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
     for tap in range(0, K0 * K1 * K2):
         k0, k1, k2 = _tap(tap, K1, K2, dilation_0, dilation_1, dilation_2)
         row, in_i = _position(i0 - k0, i1 - k1, i2 - k2, stride_0, stride_1, stride_2, P0, P1, P2)
@@ -220,7 +219,6 @@ def gram_apply_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
-    ACC: tl.constexpr,
     TF32: tl.constexpr,
 ):
     """Twice the matrix times v, over M positions of a group's C channels: one program per tile."""
@@ -236,13 +234,13 @@ def gram_apply_kernel(
     mask_m, mask_c = rows < M, offs_c < C
     row_ptrs = matrix_ptr + rows.to(tl.int64)[:, None] * ld
     v_ptrs = v_ptr + offs_c.to(tl.int64)[None, :] * stride_vc
-    acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, M, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         a = tl.load(row_ptrs + offs_k[None, :], mask=mask_m[:, None] & (offs_k < ld)[None, :], other=0.0).to(DOT)
         offs_v = _space(offs_k, S1, S2, stride_v0, stride_v1, stride_v2, FLAT)
         v = tl.load(v_ptrs + offs_v[:, None], mask=(offs_k < M)[:, None] & mask_c[None, :], other=0.0).to(DOT)
-        acc = tl.dot(a, v, acc, input_precision="tf32" if TF32 else "ieee", out_dtype=acc.dtype)
+        acc = tl.dot(a, v, acc, input_precision="tf32" if TF32 else "ieee")
     offs_o = _space(rows, S1, S2, stride_o0, stride_o1, stride_o2, FLAT)
     out_ptrs = out_ptr + offs_o[:, None] + offs_c.to(tl.int64)[None, :] * stride_oc
     tl.store(out_ptrs, (2 * acc).to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
@@ -289,7 +287,6 @@ def gram_apply_patches_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
-    ACC: tl.constexpr,
     TF32: tl.constexpr,
 ):
     """dx[u] = 2 Σ_k Σ_t' K[t, t'] x[pixel of t' and k], t the position that meets u with k.
@@ -315,7 +312,7 @@ def gram_apply_patches_kernel(
     offs_c = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_c = offs_c < C
     x_ptrs = x_ptr + offs_c.to(tl.int64)[None, :] * stride_xc
-    acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for tap in range(0, K0 * K1 * K2):
         k0, k1, k2 = _tap(tap, K1, K2, dilation_0, dilation_1, dilation_2)
         e0, e1, e2 = r0 + padding_0 - k0, r1 + padding_1 - k1, r2 + padding_2 - k2
@@ -332,23 +329,10 @@ def gram_apply_patches_kernel(
                 offs_x = _offset(p0, p1, p2, stride_x0, stride_x1, stride_x2)
                 mask_k = (offs_k < T) & _inside(p0, p1, p2, S0, S1, S2)
                 b = tl.load(x_ptrs + offs_x[:, None], mask=mask_k[:, None] & mask_c[None, :], other=0.0)
-                acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision="tf32" if TF32 else "ieee", out_dtype=acc.dtype)
+                acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision="tf32" if TF32 else "ieee")
     offs_o = _offset(u0, u1, u2, stride_o0, stride_o1, stride_o2)
     out_ptrs = out_ptr + offs_o[:, None] + offs_c.to(tl.int64)[None, :] * stride_oc
     tl.store(out_ptrs, (2 * acc).to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
-
-
-@triton.jit(do_not_specialize=["B"])
-def gram_total_kernel(partials_ptr, out_ptr, B, N, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Sums of the rows of (B, N), zero where rounding left less: a program per BLOCK_B samples."""
-    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    acc = tl.zeros([BLOCK_B, BLOCK_N], out_ptr.dtype.element_ty)
-    for start in range(0, N, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        mask = (offs_b < B)[:, None] & (offs_n < N)[None, :]
-        acc += tl.load(partials_ptr + offs_b[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
-    s = tl.sum(acc, axis=1)
-    tl.store(out_ptr + offs_b, tl.where(s < 0, 0.0, s), mask=offs_b < B)  # NaN stays NaN
 
 
 @triton.jit
@@ -369,7 +353,7 @@ def _dot(ptr, offs_i, offs_j, mask_i, mask_j, start, depth, stride, acc, BLOCK: 
     mask_c, offs_c = offs_c < depth, offs_c.to(tl.int64) * stride
     a = tl.load(ptr + offs_i[:, None] + offs_c[None, :], mask=mask_i[:, None] & mask_c[None, :], other=0.0)
     b = tl.load(ptr + offs_c[:, None] + offs_j[None, :], mask=mask_c[:, None] & mask_j[None, :], other=0.0)
-    return tl.dot(a, b, acc, input_precision="tf32" if TF32 else "ieee", out_dtype=acc.dtype)
+    return tl.dot(a, b, acc, input_precision="tf32" if TF32 else "ieee")
 
 
 @triton.jit

@@ -42,7 +42,7 @@ def restored():
 def test_both_paths_do_as_torch_was_told(say, allowed):
     say(allowed)
     x, gy, layer = layers.linear_layer(torch.ones(2, 3, 4), torch.ones(2, 3, 5))
-    assert gram._Call(x, gy, layer, (True, True), None).tf32 is allowed
+    assert gram._Call(x, gy, layer, (True, True), False).tf32 is allowed
     assert configs.direct_kind(torch.float32) == ("tf32" if allowed else "ieee")
-    half = gram._Call(x.half(), gy.half(), layer, (True, True), None)
+    half = gram._Call(x.half(), gy.half(), layer, (True, True), False)
     assert (half.tf32, configs.direct_kind(torch.float16)) == (False, "half")

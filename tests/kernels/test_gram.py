@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl
 
 from bootgrad import planning
+from bootgrad.ops.backends import triton as backend
 
 from ..ops.cases import check, conv_case, linear_case
 from .compiling import ARCHITECTURES, SHARED_LIMIT, cross_compile
@@ -51,13 +52,13 @@ def canonical(case):
     return layers.conv_layer(case.x, case.gy, case.kernel_size, *case.geometry)
 
 
-def call(case, mask=(True, True), by_pixels=None, workspace=module.WORKSPACE_BYTES):
+def call(case, mask=(True, True), by_pixels=False, workspace=planning.GPU_WORKSPACE_BYTES):
     x, gy, layer = canonical(case)
     return case, mask, (x, gy, tuple(layer), mask, by_pixels, workspace)
 
 
-def launch(x, gy, layer, *rest):
-    return module.gram_sq_norms(x, gy, layers.Layer(*layer), *rest)
+def launch(x, gy, layer, mask, by_pixels, workspace):
+    return module.gram_sq_norms(x, gy, layers.Layer(*layer), workspace, by_pixels, mask)
 
 
 def interpret(calls, folder):
@@ -91,8 +92,8 @@ def same(a, b):
 def test_interpreted_equals_the_oracle(tmp_path):
     calls = [call(linear(name, torch.float32)) for name in LINEARS]
     calls += [call(conv(name, torch.float32), by_pixels=by) for name in CONVS for by in (True, False)]
-    for dtype in (torch.float64, torch.float16):
-        calls += [call(linear("odd", dtype)), *(call(conv("groups", dtype), by_pixels=by) for by in (True, False))]
+    calls += [call(linear("odd", torch.float16))]
+    calls += [call(conv("groups", torch.float16), by_pixels=by) for by in (True, False)]
     calls += [call(linear("seven", torch.float32), mask) for mask in MASKS]
     calls += [call(conv("groups", torch.float32), mask, by) for mask in MASKS for by in (True, False)]
     compare(calls, interpret(calls, tmp_path))
@@ -103,12 +104,12 @@ def test_a_launch_holds_its_programs():
 
     def call_of(T):
         x = torch.ones(1).expand(32, T, 4)
-        return module._Call(*layers.linear_layer(x, x), (False, False), None)
+        return module._Call(*layers.linear_layer(x, x), (False, False), False)
 
     assert call_of(10**6).pairs(10**6) == 15625 * 15626 // 2
-    assert call_of(10**6).chunk(module.WORKSPACE_BYTES) == 17
+    assert call_of(10**6).chunk(planning.GPU_WORKSPACE_BYTES) == 17
     with pytest.raises(RuntimeError, match="2147483647 pairs of tiles .* got 3051796875 for 5000000 .* path=.direct"):
-        call_of(5 * 10**6).chunk(module.WORKSPACE_BYTES)
+        call_of(5 * 10**6).chunk(planning.GPU_WORKSPACE_BYTES)
 
 
 def test_nothing_gives_zeros(tmp_path):
@@ -146,7 +147,7 @@ def test_strides_chunks_and_the_batch_change_no_bit(tmp_path):
         [two, two, laid_out(two, channels_last), laid_out(two, transposed), laid_out(two, spread_out)],
     ]
     calls = [call(case, by_pixels=by) for by in (True, False) for group in groups for case in group]
-    for case, by in ((plain, None), (two, True), (two, False), (shifted, True), (strided, False)):
+    for case, by in ((plain, False), (two, True), (two, False), (shifted, True), (strided, False)):
         one = case.but(x=case.x[-1:], gy=case.gy[-1:])
         calls += [call(case, by_pixels=by), call(case, by_pixels=by, workspace=1), call(one, by_pixels=by)]
     results = interpret(calls, tmp_path)
@@ -164,24 +165,22 @@ def test_strides_chunks_and_the_batch_change_no_bit(tmp_path):
 def test_a_sample_s_matrices_bound_the_workspace():
     case = conv("3×3", torch.bfloat16)
     x, gy, layer = canonical(case)
-    # Per sample P and K in float32 and U Uᵀ in bfloat16: 42 rows of 48 columns; per sample one partial sum.
-    sizes = [module.workspace_bytes(x, gy, layer, mask, True, workspace=1) - 8 for mask in MASKS]
-    assert sizes == [42 * 48 * n for n in (4 + 2 + 4, 4, 4 + 4, 4 + 2)]
-    assert module.workspace_bytes(x, gy, layer, (True, True), True) == 2 * sizes[0] + 8
-    assert module.workspace_bytes(x, gy, layer, (True, True), False, workspace=1) == 42 * 48 * (2 + 2) + 8
-    x, gy, layer = canonical(linear("odd", torch.float32))
-    assert module.workspace_bytes(x, gy, layer) == 2 * 4 * 1  # norms of a linear layer store nothing else
+    # Per sample P and K in float32 and U Uᵀ in bfloat16: 42 rows of 48 columns.
+    by_pixels = [module._Call(x, gy, layer, mask, True) for mask in MASKS]
+    assert [c.bytes_per_sample for c in by_pixels] == [42 * 48 * n for n in (4 + 2 + 4, 4, 4 + 4, 4 + 2)]
+    assert [by_pixels[0].chunk(n * by_pixels[0].bytes_per_sample - 1) for n in (1, 2, 3)] == [1, 1, 2]
+    assert module._Call(x, gy, layer, (True, True), False).bytes_per_sample == 42 * 48 * (2 + 2)
+    norms_alone = module._Call(*canonical(linear("odd", torch.float32)), (False, False), False)
+    assert (norms_alone.bytes_per_sample, norms_alone.chunk(1)) == (0, 2)
 
 
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize("times", [1, 16, 64])
 def test_pixels_come_first_where_the_plan_says_so(name, times):
     B, C, S, O, *geometry = CONVS[name]  # noqa: E741
-    layer = planning.ConvLayer(B, C * times, S, O * times, *geometry)
     case = conv_case(B, C * times, S, O * times, *geometry, torch.float32)
-    x, gy = (t.flatten(2)[..., None, None] for t in (case.x, case.gy))
-    canonical_layer = layers.Layer(kernel=(layer.weight_entries * layer.groups // (C * times * O * times), 1, 1))
-    assert module.pixels_first(x, gy, canonical_layer._replace(groups=layer.groups)) == layer.pixels_first
+    call = backend._conv(case.x, case.gy, case.kernel_size, *case.geometry)
+    assert backend._by_pixels(call) == planning.ConvLayer(B, C * times, S, O * times, *geometry).pixels_first
 
 
 @pytest.mark.parametrize(
@@ -199,15 +198,14 @@ def test_loads_are_of_whole_vectors_where_strides_allow(shape, strides, flat, ex
     assert module.whole_vectors(torch.empty_strided(shape, strides), flat) == expected
 
 
-POINTER = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-TYPE = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+TYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 # What is multiplied, and whether as TF32.
 KINDS = {
     "bf16": (torch.bfloat16, False),
     "fp16": (torch.float16, False),
     "fp32": (torch.float32, False),
     "tf32": (torch.float32, True),
-    "fp64": (torch.float64, False),
 }
 ONE = dict.fromkeys(("K0", "S0", "P0", "stride_0", "dilation_0"), 1)
 UNIT_STRIDE = ONE | dict.fromkeys(("stride_1", "stride_2", "dilation_1", "dilation_2"), 1)
@@ -217,9 +215,8 @@ POINTWISE = UNIT_STRIDE | dict.fromkeys(("K1", "K2", "S1", "P1"), 1)
 def configurations(kind, vectors):
     """(name, kernel, arguments, warps, rows of a product) of every kernel in every configuration and layout."""
     dtype, tf32 = KINDS[kind]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    stored = dtype if dtype == torch.bfloat16 else wide
-    x, acc, kept = POINTER[dtype], POINTER[wide], POINTER[stored]
+    stored = dtype if dtype == torch.bfloat16 else torch.float32
+    x, acc, kept = POINTER[dtype], "*fp32", POINTER[stored]
     for _, tiles in module.TILES[module._kind(dtype, tf32), vectors]:
         given = dict(BLOCK_T=tiles.BLOCK_T, BLOCK_C=tiles.BLOCK_C, TF32=tf32, FLAT=True, x_ptr=x, gy_ptr=x)
         given |= dict(partials_ptr=acc, pixels_ptr=None, uu_ptr=None, k_ptr=None, PLAIN=False)
@@ -244,9 +241,7 @@ def configurations(kind, vectors):
         if tiles.BLOCK_T <= 64:
             yield "spread", kernels.gram_spread_kernel, given, tiles.num_warps, 0
     for _, product in module.PRODUCTS[module._kind(stored, tf32 or dtype == torch.float16), vectors]:
-        given = product._asdict() | dict(
-            DOT=TYPE[stored], ACC=TYPE[wide], TF32=tf32 or dtype == torch.float16, FLAT=True
-        )
+        given = product._asdict() | dict(DOT=TYPE[stored], TF32=tf32 or dtype == torch.float16, FLAT=True)
         given |= dict(matrix_ptr=kept, k_ptr=kept, v_ptr=x, x_ptr=x, out_ptr=x)
         for last in (True, False):
             unit = dict.fromkeys(
@@ -279,7 +274,7 @@ def check_compiled(kind, vectors, name, kernel, given, warps, rows, architecture
     assert compiled.shared <= SHARED_LIMIT[architecture], name
     if rows == 0 or kind == "fp32":
         return
-    if kind == "fp64" or architecture == 80 or rows < 64 or warps < 4:
+    if architecture == 80 or rows < 64 or warps < 4:
         expected = "mma.sync"
     else:
         expected = "wgmma.mma_async" if architecture == 90 else "tcgen05.mma"

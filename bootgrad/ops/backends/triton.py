@@ -220,6 +220,12 @@ def _direct(call: Call, **wanted):
     return direct(*call[:3], planning.GPU_WORKSPACE_BYTES, **wanted)
 
 
+def _by_pixels(call: Call) -> bool:
+    """Whether the pixel Gram is the cheaper way, as `planning` counts."""
+    x, gy, layer = call[:3]
+    return planning.ConvLayer(x.size(0), x.size(1), tuple(x.shape[2:]), gy.size(1), *layer[:5]).pixels_first
+
+
 def _statistics(call: Call, center: Tensor | None, path: str) -> tuple[Tensor, ...]:
     x, gy, layer, shape = call[:4]
     c = call.rows(center)
@@ -230,7 +236,7 @@ def _statistics(call: Call, center: Tensor | None, path: str) -> tuple[Tensor, .
         from ...kernels.gram import gram_sq_norms
 
         total = _direct(call, total=True).total
-        s = gram_sq_norms(x, gy, layer, (False, False))[0].clamp_(min=0)
+        s = gram_sq_norms(x, gy, layer, planning.GPU_WORKSPACE_BYTES, _by_pixels(call))[0]
         deviation = None if c is None else subtract_center(x, gy, layer, c, s, None, None)
     bias_rows = gy.sum((2, 3, 4), dtype=accumulation_dtype(gy.dtype)).contiguous()
     return layer.weight(total, shape), s, s.new_empty(0) if deviation is None else deviation, bias_rows
@@ -243,8 +249,8 @@ def _sq_norms_with_grad(call: Call, center: Tensor | None, path: str, mask: Sequ
         from ...kernels.conv_grads import subtract_center
         from ...kernels.gram import gram_sq_norms
 
-        s, dx, dgy = gram_sq_norms(x, gy, layer, (mask[0], mask[1]))
-        s = s.clamp_(min=0) if c is None else subtract_center(x, gy, layer, c, s, dx, dgy)
+        s, dx, dgy = gram_sq_norms(x, gy, layer, planning.GPU_WORKSPACE_BYTES, _by_pixels(call), (mask[0], mask[1]))
+        s = s if c is None else subtract_center(x, gy, layer, c, s, dx, dgy)
         total = _direct(call, total=True).total if mask[2] else None
     elif mask[0] or mask[1]:
         from ...kernels.conv_grads import sq_norms_with_grad
