@@ -253,8 +253,10 @@ void check(const Case& c) {
     return first;
   };
 
-  // G_i ∗ 2x_i and G_iᵀ ∗ 2gy_i are the derivatives of ‖G_i‖².
-  auto applied = [&](bool gram, bool transposed) {
+  std::vector<T> minus = center;
+  for (T& v : minus) v = -v;
+  // G_i ∗ 2x_i and G_iᵀ ∗ 2gy_i are the derivatives of ‖G_i‖², and those of G_i − center are the ones about the center.
+  auto applied = [&](bool gram, bool transposed, bool displaced) {
     std::vector<In> h = transposed ? gy : x, out(transposed ? x.size() : gy.size());
     for (In& v : h) tested::narrow(static_cast<T>(2 * value(v)), v);
     if (out.empty() || h.empty()) return out;
@@ -262,6 +264,7 @@ void check(const Case& c) {
     ConvCall call{};
     call.runtime = &runtime, call.dtype = F::dtype, call.gram = gram;
     call.x = x.data(), call.gy = gy.data(), call.h = h.data();
+    if (displaced) call.center = minus.data(), call.factor = 1;
     (transposed ? call.dx : call.dgy) = out.data();
     const ConvTables tables(s, false, gram, transposed);
     call.plan = &tables.plan;
@@ -270,8 +273,11 @@ void check(const Case& c) {
   };
   for (bool gram : {false, true})
     if (!c.channels_last && !x.empty() && !gy.empty()) {
-      compare("applied", applied(gram, false), oracle.dgy_plain, F::elements);
-      compare("applied, transposed", applied(gram, true), oracle.dx_plain, F::elements);
+      compare("applied", applied(gram, false, false), oracle.dgy_plain, F::elements);
+      compare("applied, transposed", applied(gram, true, false), oracle.dx_plain, F::elements);
+      if (gram) continue;
+      compare("displaced", applied(gram, false, true), oracle.dgy, F::elements);
+      compare("displaced, transposed", applied(gram, true, true), oracle.dx, F::elements);
     }
 
   const double scale = center_sq;
