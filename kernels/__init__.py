@@ -11,9 +11,10 @@ registers them. `linear_rank1_sq_norms` is the model to copy. Linear layers and 
 
 The rules:
 
-1.  One stem in five places: op ``bootgrad::<op>``, launcher ``<op>`` and kernel ``<op>_kernel`` in
-    ``kernels/<op>.py``, the CUDA twin ``csrc/include/bootgrad/<op>.cuh``, tests ``tests/kernels/test_<op>.py`` and
-    ``tests/cuda/test_<op>.py``. Kernels that serve many ops have the stem of what they compute.
+1.  An op with a kernel of its own, as `linear_rank1_sq_norms` is, has one stem in five places: op ``bootgrad::<op>``,
+    launcher ``<op>`` and kernel ``<op>_kernel`` in ``kernels/<op>.py``, the CUDA twin ``csrc/include/bootgrad/<op>.cuh``,
+    tests ``tests/kernels/test_<op>.py`` and ``tests/cuda/test_<op>.py``. Kernels that serve many ops, all of layers, have
+    the stem of what they compute: the ops' own names are in `bootgrad.ops.backends.triton` alone.
 2.  Import triton, torch and the standard library, nothing of bootgrad.
 3.  Configurations are a table in Python, picked by shape: no ``@triton.autotune``, which times kernels (another
     choice, other bits) and does not run in the interpreter. The pick does not depend on ``B``, so a sample's result
@@ -22,7 +23,9 @@ The rules:
     dimension that can overrun, with ``other=``; every output is stored.
 5.  Cast right after the load; accumulate in float32, in float64 for float64 (`accumulation_dtype` below).
 6.  Reduce in a fixed order: no atomics on floats. Partials go to a buffer, and a second kernel adds them up.
-7.  Any size including 0, any stride; the inner stride 1 is what is fast. Never ``.contiguous()`` on an input.
+7.  Any size including 0, any stride of x and gy; the inner stride 1 is what is fast. They are not copied, but by group
+    norm, where their space is not one dimension to its strides. Centers, directions and w are asked for contiguous: they
+    are no larger than a layer, and the caller copies.
 8.  Launchers take checked tensors, allocate with ``torch.empty`` what the op's fake allocates, and enter the tensor's
     device.
 
