@@ -46,7 +46,7 @@ GPU_BACKENDS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("linear_rank1", (*_HALF, "float32"), ("cuda", "triton")),
     ("linear", (*_HALF, "float32"), ("triton", "cuda")),
     ("conv", (*_HALF, "float32"), ("triton", "cuda")),
-    ("group_norm", (*_HALF, "float32"), ("triton", "cuda")),
+    ("group_norm", (*_HALF, "float32"), ("triton",)),
 )
 
 
