@@ -37,7 +37,8 @@ def ops() -> tuple[str, ...]:
 
 def environment(backend: str, device: str) -> dict[str, str]:
     """Variables of a process that runs this backend."""
-    variables = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    # Torch's own products by this library are exact in float32, whatever the caller's shell says of TF32.
+    variables = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
     if device == "cpu" and backend == "triton":
         variables["TRITON_INTERPRET"] = "1"
     return variables

@@ -17,11 +17,11 @@ struct CudaDevice {
   int64_t cache_bytes;   // of the second cache that a chunk's gradients may take
   void* (*allocate)(void* context, int64_t bytes);
   void* context;
+  int64_t* refused;  // set to the blocks of a launch that no grid holds
 };
 
 cudaError_t run_layer_double(const LayerCall& call, const CudaDevice& device);
 cudaError_t run_layer_float(const LayerCall& call, const CudaDevice& device);
-cudaError_t run_layer_tf32(const LayerCall& call, const CudaDevice& device);
 cudaError_t run_layer_half(const LayerCall& call, const CudaDevice& device);
 cudaError_t run_layer_bfloat16(const LayerCall& call, const CudaDevice& device);
 

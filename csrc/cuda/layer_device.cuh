@@ -30,6 +30,7 @@ class CudaLauncher {
     }
     if (blocks > std::numeric_limits<int32_t>::max()) {
       error = cudaErrorInvalidConfiguration;
+      *device_.refused = blocks;
       return;
     }
     // More than this has to be asked for.
@@ -50,10 +51,10 @@ class CudaLauncher {
   const CudaDevice& device_;
 };
 
-template <typename In, bool kTf32>
+template <typename In>
 cudaError_t run_layer_on(const LayerCall& call, const CudaDevice& device) {
   CudaLauncher launcher(device);
-  run_layer<In, kTf32>(call, launcher);
+  run_layer<In>(call, launcher);
   return launcher.error;
 }
 

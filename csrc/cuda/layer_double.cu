@@ -3,7 +3,7 @@
 namespace bootgrad {
 
 cudaError_t run_layer_double(const LayerCall& call, const CudaDevice& device) {
-  return run_layer_on<double, false>(call, device);
+  return run_layer_on<double>(call, device);
 }
 
 }  // namespace bootgrad

@@ -3,7 +3,7 @@
 namespace bootgrad {
 
 cudaError_t run_layer_float(const LayerCall& call, const CudaDevice& device) {
-  return run_layer_on<float, false>(call, device);
+  return run_layer_on<float>(call, device);
 }
 
 }  // namespace bootgrad

@@ -3,7 +3,7 @@
 namespace bootgrad {
 
 cudaError_t run_layer_half(const LayerCall& call, const CudaDevice& device) {
-  return run_layer_on<__half, false>(call, device);
+  return run_layer_on<__half>(call, device);
 }
 
 }  // namespace bootgrad

@@ -1,7 +1,5 @@
 // The linear_* and conv_* ops of bootgrad/ops/schema.py on CUDA: checks, results and registration.
 
-#include <cstdlib>
-#include <cstring>
 #include <optional>
 #include <tuple>
 
@@ -21,13 +19,6 @@ struct Geometry {
 };
 
 int64_t stride_of(const Tensor& tensor, int64_t d) { return tensor.size(d) == 1 ? 0 : tensor.stride(d); }
-
-// Whether torch was told by its own variable to let float32 products round their inputs to 10 bits of mantissa; what a
-// program sets in torch.backends is not to be seen from here.
-bool allows_tf32() {
-  static const char* const value = std::getenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE");
-  return value != nullptr && std::strcmp(value, "1") == 0;
-}
 
 // The call of one op, with the schema's checks made.
 class Layer {
@@ -109,7 +100,8 @@ class Layer {
   void run() {
     check_devices(x_, gy_);
     const torch::stable::accelerator::DeviceGuard guard(x_.get_device_index());
-    CudaDevice device{current_stream(x_), 0, 0, 0, &Layer::allocate, this};
+    int64_t refused = 0;
+    CudaDevice device{current_stream(x_), 0, 0, 0, &Layer::allocate, this, &refused};
     const auto attribute = [&](cudaDeviceAttr which) {
       int value = 0;
       STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, x_.get_device_index()));
@@ -118,7 +110,12 @@ class Layer {
     device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
     device.shared_limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     device.cache_bytes = attribute(cudaDevAttrL2CacheSize) / 2;
-    STD_CUDA_CHECK(function()(call, device));
+    const cudaError_t error = function()(call, device);
+    STD_TORCH_CHECK(
+        refused == 0, "a launch holds at most 2147483647 blocks; got ", refused, " for ", call.shape.B, " samples of ",
+        call.shape.positions(), " positions",
+        call.gram ? ": take path=\"direct\", or fewer samples at a time" : ": take fewer samples at a time");
+    STD_CUDA_CHECK(error);
   }
 
   LayerCall call{};
@@ -173,7 +170,7 @@ class Layer {
   cudaError_t (*function() const)(const LayerCall&, const CudaDevice&) {
     switch (x_.scalar_type()) {
       case ScalarType::Double: return run_layer_double;
-      case ScalarType::Float: return allows_tf32() ? run_layer_tf32 : run_layer_float;
+      case ScalarType::Float: return run_layer_float;
       case ScalarType::Half: return run_layer_half;
       default: return run_layer_bfloat16;
     }

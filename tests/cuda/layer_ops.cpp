@@ -166,7 +166,7 @@ void report(const std::string& where, const char* result, const std::vector<A>& 
   std::printf("%s %s %.3e %016llx\n", where.c_str(), result, double(worst), (unsigned long long)checksum);
 }
 
-template <typename In, bool kTf32>
+template <typename In>
 void run(const std::string& dtype, const Layer& layer, const Layout& layout) {
   using Sum = Accumulator<In>;
   const LayerShape& s = layer.shape;
@@ -223,7 +223,7 @@ void run(const std::string& dtype, const Layer& layer, const Layout& layout) {
 
   call.center = center.data();
   call.sum = g1.data(), call.sq_norms = s1.data(), call.deviation = s2.data(), call.bias = b1.data();
-  run_layer<In, kTf32>(call, device);
+  run_layer<In>(call, device);
   report(where("statistics"), "sum", g1, sum, norms(sum, 1));
   report(where("statistics"), "sq_norms", s1, sq, sq);
   report(where("statistics"), "deviation", s2, deviation, deviation);
@@ -233,14 +233,14 @@ void run(const std::string& dtype, const Layer& layer, const Layout& layout) {
   call.sum = call.sq_norms = call.deviation = call.bias = nullptr;
   s1 = results(zero.size());
   call.inner = s1.data();
-  run_layer<In, kTf32>(call, device);
+  run_layer<In>(call, device);
   report(where("jvp"), "inner", s1, inner, v_size);
   call.v = call.inner = nullptr;
 
   for (const void* weights : {static_cast<const void*>(nullptr), static_cast<const void*>(w.data())}) {
     g1 = results(sum.size());
     call.w = weights, call.sum = g1.data();
-    run_layer<In, kTf32>(call, device);
+    run_layer<In>(call, device);
     const std::vector<Real>& expected = weights ? weighted : sum;
     report(where("weighted_sum"), weights ? "weighted" : "plain", g1, expected, norms(expected, 1));
   }
@@ -255,7 +255,7 @@ void run(const std::string& dtype, const Layer& layer, const Layout& layout) {
   call.center = center.data();
   s1 = results(zero.size()), g1 = results(sum.size());
   call.deviation = s1.data(), call.sum = g1.data(), call.dx = got_dx.data(), call.dgy = got_dgy.data();
-  run_layer<In, kTf32>(call, device);
+  run_layer<In>(call, device);
   report(where("sq_norms_with_grad"), "deviation", s1, deviation, deviation);
   report(where("sq_norms_with_grad"), "sum", g1, sum, norms(sum, 1));
   report(where("sq_norms_with_grad"), "dx", got_dx, dx, norms(dx, s.B));
@@ -267,7 +267,7 @@ void run(const std::string& dtype, const Layer& layer, const Layout& layout) {
                                   {"pixels", GramWay::kPixels}}) {
     s1 = results(zero.size());
     call.sq_norms = s1.data(), call.gram = true;
-    LayerOps<In, kTf32, EmulatedDevice>(call, device).norms_by(way);
+    LayerOps<In, EmulatedDevice>(call, device).norms_by(way);
     // Terms of both signs: as large as without cancellation.
     std::vector<Real> sizes(sq);
     for (int64_t b = 0; b < s.B; ++b) sizes[b] += way == GramWay::kDirect ? 0 : bias_size[b] * bias_size[b];
@@ -299,7 +299,7 @@ bool wanted(const char* name, const std::vector<std::string>& names) {
   return names.empty() || std::find(names.begin(), names.end(), name) != names.end();
 }
 
-template <typename In, bool kTf32 = false>
+template <typename In>
 void run_all(const char* dtype, const std::vector<std::string>& names) {
   for (Layer layer : kLayers) {
     LayerShape& s = layer.shape;
@@ -312,7 +312,7 @@ void run_all(const char* dtype, const std::vector<std::string>& names) {
       const bool linear = std::string(layer.name).rfind("linear", 0) == 0;
       if (wanted(layer.name, names) &&
           (all_layouts || (linear ? layout.channels_last : layout.name == kContiguous.name))) {
-        run<In, kTf32>(dtype, layer, layout);
+        run<In>(dtype, layer, layout);
       }
     }
   }
@@ -330,7 +330,6 @@ int main(int argc, char** argv) {
   }
   if (wanted("double", dtypes)) run_all<double>("double", names);
   if (wanted("float", dtypes)) run_all<float>("float", names);
-  if (wanted("tf32", dtypes)) run_all<float, true>("tf32", names);
   if (wanted("half", dtypes)) run_all<__half>("half", names);
   if (wanted("bfloat16", dtypes)) run_all<__nv_bfloat16>("bfloat16", names);
   return 0;

@@ -24,22 +24,22 @@
 namespace bootgrad {
 
 // How a dtype is multiplied. Half precisions' gradients are held in float32, so they go back by TF32, which holds the
-// inputs exactly.
-template <typename In, bool kTf32 = false>
+// inputs exactly. Float32 itself is never rounded: what torch is told of TF32 is not to be seen from here.
+template <typename In>
 struct Maths {
   static constexpr bool kHalf = sizeof(In) == 2;
-  using Direct = std::conditional_t<kHalf, MmaMath<In>, std::conditional_t<kTf32, Tf32Math, FmaMath<Accumulator<In>>>>;
-  using Adjoint = std::conditional_t<kHalf || kTf32, Tf32Math, FmaMath<Accumulator<In>>>;
-  using Weighted = std::conditional_t<kTf32, Tf32Math, FmaMath<Accumulator<In>>>;
+  using Weighted = FmaMath<Accumulator<In>>;
+  using Direct = std::conditional_t<kHalf, MmaMath<In>, Weighted>;
+  using Adjoint = std::conditional_t<kHalf, Tf32Math, Weighted>;
 };
 
 enum class GramWay { kPixels, kPatches, kDirect };
 
-template <typename In, bool kTf32, class Device>
+template <typename In, class Device>
 class LayerOps {
  public:
   using Sum = Accumulator<In>;
-  using M = Maths<In, kTf32>;
+  using M = Maths<In>;
 
   LayerOps(const LayerCall& call, Device& device)
       : call_(call),
@@ -141,7 +141,7 @@ class LayerOps {
     // Tensor cores must not see weights, so a sample's sum is weighted when it is complete, unless it is so short that
     // a stage would be mostly empty.
     constexpr int64_t kShort = M::kHalf ? 8 : 2 * M::Direct::kDepth;
-    const bool merged_weights = p.w && shape_.positions() < kShort && !std::is_same_v<typename M::Weighted, Tf32Math>;
+    const bool merged_weights = p.w && shape_.positions() < kShort;
     p.merged = sum_only && (!p.w || merged_weights);
 
     int64_t chunk = shape_.B;
@@ -278,9 +278,9 @@ class LayerOps {
   const Gather<In> x_, gy_;
 };
 
-template <typename In, bool kTf32 = false, class Device>
+template <typename In, class Device>
 void run_layer(const LayerCall& call, Device& device) {
-  LayerOps<In, kTf32, Device>(call, device).run();
+  LayerOps<In, Device>(call, device).run();
 }
 
 }  // namespace bootgrad
