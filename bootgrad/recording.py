@@ -333,7 +333,8 @@ class Recording(TorchFunctionMode):
         operations = [o for o in self.operations if o.edge.node in nodes]
         used = {id(leaf) for o in operations for t in o.tracked for leaf in self.leaves(t)} | set(map(id, leaves))
         parameters = {name: p for name, p in self.parameters.items() if id(p) in used}
-        return Reach(operations, parameters, [t for t in leaves if id(t) not in self._names])
+        own = self._names.keys() | {id(o.probe) for o in self.operations}
+        return Reach(operations, parameters, [t for t in leaves if id(t) not in own])
 
     def _describe(self, operation: Operation) -> str:
         return f"{operation.name} (parameter {', '.join(map(self.name_of, operation.tracked))})"

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bootgrad
 from bootgrad import costs, plan_timing, planning, plans
 from bootgrad.errors import ArgumentError, RecordingError, UnsupportedError
+from bootgrad.recording import Recording
 
 from . import models
 
@@ -76,14 +77,13 @@ def addmm(self, a, b, out_shape=None, **kwargs):
 def test_steps_make_the_products_that_are_predicted_and_no_more(monkeypatch):
     monkeypatch.setattr(costs, "TENSOR_TIME", 0)
     monkeypatch.setattr(costs, "CALL_TIME", 0)
+    monkeypatch.setattr(Recording, "_check_batch", lambda *_: None)  # its passes come now and then
     torch.manual_seed(0)
     sizes = (400, 640), (640, 640), (640, 320)
     model = nn.Sequential(nn.Linear(*sizes[0]), nn.Tanh(), nn.Linear(*sizes[1]), nn.Tanh(), nn.Linear(*sizes[2]))
     x = torch.randn(16, 400)
     runs, _ = plan_timing.step_runs(model, [x], model(x), 16)
     forward = 16 * sum(i * o for i, o in sizes)
-    # Makes a backward pass more, for the probes' sake alone, than it needs: that is not predicted.
-    runs.pop("reg1 finite difference", None)
     compared = 0
     for step in bootgrad.plan(model, x).steps:
         if step.name in runs:
@@ -97,7 +97,7 @@ def test_steps_make_the_products_that_are_predicted_and_no_more(monkeypatch):
             made = sum(counted) / len(counted) if "every" in step.name else min(counted)
             assert made == pytest.approx(step.units, rel=0.01), step.name
             compared += 1
-    assert compared >= 12
+    assert compared >= 13
 
 
 def counting(conv_layer):
