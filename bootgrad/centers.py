@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import ArgumentError, ArgumentTypeError
 from .graph import check_losses, refuse_losses
 from .ops.schema import accumulation_dtype
-from .per_sample import Direction, as_parameter_dict
+from .per_sample import Direction, Zeros, as_parameter_dict
 from .rules.terms import total
 
 Parameters = Mapping[str, Tensor]
@@ -61,7 +61,7 @@ class Zero(Center):
 
     def value(self, parameters):
         """Zeros."""
-        return {name: _zeros(p) for name, p in parameters.items()}
+        return Zeros(parameters)
 
 
 class Fixed(Center):

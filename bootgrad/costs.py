@@ -151,6 +151,10 @@ def _reg1(use: Use) -> float:
     return _twice(use) + use.norms("grad", centered=True, summed=True)
 
 
+def _about_zero(use: Use) -> float:
+    return _twice(use) + use.norms("grad", summed=True)
+
+
 def _direction(use: Use) -> float:
     """The derivatives of a function of ḡ by x and by gy."""
     return use.unit + use.inward
@@ -180,8 +184,7 @@ STEPS = (
     Step("rec.backward, center", lambda use: _statistics(use, centered=True), copies=1),
     Step("reg1 batch_mean", _batch_mean, _kept_by_norms, 1, {"reg1": 0.1}),
     Step("reg1 ema", _reg1, _kept_by_norms, 2, {"reg1": 0.1, "center": "ema"}),
-    # Zeros are a center like another one: their products are made.
-    Step("reg1 zero", _reg1, _kept_by_norms, 2, {"reg1": 0.1, "center": "zero"}),
+    Step("reg1 zero", _about_zero, _kept_by_norms, 1, {"reg1": 0.1, "center": "zero"}),
     Step("reg2 ema", _reg2, _kept_by_norms, 2, {"reg2": 0.1, "center": "ema"}),
     Step(
         "reg1 + reg2, ema",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError, RecordingError
 from .ops.schema import accumulation_dtype
-from .per_sample import Direction, PerSampleGradients, as_parameter_dict, sq_norm
+from .per_sample import Direction, PerSampleGradients, Zeros, as_parameter_dict, sq_norm
 from .rules.terms import total
 from .statistics import CheckedOnRead
 
@@ -130,9 +130,13 @@ class Distances:
     def __init__(self, mean: Mapping[str, Tensor], centers: Mapping[str, Mapping[str, Tensor] | None]):
         """Measure ``mean``."""
         self.sq_mean = total_sq_norm(mean.values())
-        self.from_center = {
-            name: None if c is None else total_sq_norm(g - c[n] for n, g in mean.items()) for name, c in centers.items()
-        }
+        known: dict[int, Tensor] = {}  # both penalties may have one center
+        for c in centers.values():
+            if c is not None and id(c) not in known:
+                known[id(c)] = (
+                    self.sq_mean if isinstance(c, Zeros) else total_sq_norm([g - c[n] for n, g in mean.items()])
+                )
+        self.from_center = {name: None if c is None else known[id(c)] for name, c in centers.items()}
 
     @property
     def about(self) -> Tensor:
@@ -143,4 +147,8 @@ class Distances:
 
 def total_sq_norm(tensors: Iterable[Tensor]) -> Tensor:
     """Σ ‖t‖² over tensors, in float64."""
-    return total(torch.linalg.vector_norm(t, dtype=accumulation_dtype(t.dtype)).double().square() for t in tensors)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for t in tensors:
+        by_dtype.setdefault(accumulation_dtype(t.dtype), []).append(t)
+    norms = (norm for dtype, ts in by_dtype.items() for norm in torch._foreach_norm(ts, 2, dtype))
+    return total(norm.double().square() for norm in norms)

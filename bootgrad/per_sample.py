@@ -15,6 +15,17 @@ from .rules.terms import Term, total
 Direction = Mapping[str, Tensor] | Tensor
 
 
+class Zeros(dict[str, Tensor]):
+    """Zeros by parameter name, in no memory of their own: a center that need not be looked at to know what it is."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]):
+        """Zeros of the accumulation dtype, shaped as ``parameters``."""
+        super().__init__(
+            (name, torch.zeros((), dtype=accumulation_dtype(p.dtype), device=p.device).expand(p.shape))
+            for name, p in parameters.items()
+        )
+
+
 def as_parameter_dict(value: Direction, parameters: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
     """A center or direction by parameter name, from such a mapping or from a flat (P,) tensor.
 
@@ -137,6 +148,8 @@ class PerSampleGradients:
         Raises:
             ArgumentError: the center does not fit the parameters.
         """
+        if isinstance(center, Zeros):
+            return self.sq_norms()
         c = self._mean() if center is None else self._direction(center, "center")
         with self._grad_mode():
             out = self._sum_over_parameters(lambda term, name: term.sq_norms(c[name]))

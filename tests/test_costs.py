@@ -45,7 +45,7 @@ UNITS = {
     "rec.backward, center": (4, 3),
     "reg1 batch_mean": (9, 4),
     "reg1 ema": (9, 4),
-    "reg1 zero": (9, 4),
+    "reg1 zero": (7, 3),
     "reg2 ema": (9, 4),
     "reg1 + reg2, ema": (11, 5),
     "random signs": (11, 5),
