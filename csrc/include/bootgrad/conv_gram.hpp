@@ -6,6 +6,9 @@
 // other strides positions are few against pixels, and U Uᵀ is formed from the patches.
 //
 //   ∂s/∂gy = 2 (U Uᵀ) gy        ∂s/∂x = 2 Q x        with a center: − 2 (center ∗ x), − 2 (its transpose on gy)
+//
+// All of these matrices are symmetric. Positions and pixels are cut into runs of neighbours, and only the blocks of two
+// runs on and right of the diagonal are made; where a matrix is multiplied, the others are their transposes.
 
 namespace bootgrad::BOOTGRAD_ISA {
 
@@ -28,6 +31,7 @@ struct ConvGram : ConvLayer<In> {
     T *pixels, *uu, *k, *q;    // [pixels, ldp], [T, ldt], [T, ldk], [pixels, ldq]
     T *patches, *dgyt, *dxt;   // [R, ldt] or [T, ldc]; results of all samples of a group
     int64_t *column, *depth_c, *depth_o, *row_uu, *row_k, *row_q, *pixel;
+    int64_t *run_t, *run_p;                  // [T], [pixels]: the first position or pixel of each one's run
     int64_t *rows, *phase_rows, *phase_out;  // positions and pixels of all samples of a group
     const T** sources;                       // [K]
   };
@@ -48,6 +52,7 @@ struct ConvGram : ConvLayer<In> {
   const bool shifted = plan.pixel_gram;  // columns are offsets in a padded plane
   const bool rank1 = plan.channels_last && plan.T == 1;
   const int64_t n = kLanes<T>;
+  const int64_t longest_run = 2 * n, slack = longest_run + n;
   const int64_t together = call.center ? ConvJvp<In>::samples_together(plan.T) : 1;
   const int64_t px = plan.channels_last ? round_up<T>(plan.T) : plan.x_plane;  // plane of `planes`
   const int64_t lead = shifted && plan.pixels > 0 ? plan.pixel[0] : 0;
@@ -73,7 +78,7 @@ struct ConvGram : ConvLayer<In> {
     if (call.dx) m.xt = c.take<T>(plan.pixels * ldc);
     if (rank1) return m;
     m.gplanes = c.take<T>(plan.O * ldt);
-    m.uu = c.take<T>(plan.T * ldt);
+    m.uu = c.take<T>(plan.T * ldt + n);
     m.column = c.take<int64_t>(plan.T);
     m.depth_c = c.take<int64_t>(plan.Cg);
     m.depth_o = c.take<int64_t>(plan.Og);
@@ -81,12 +86,14 @@ struct ConvGram : ConvLayer<In> {
     m.row_k = c.take<int64_t>(plan.T);
     m.row_q = c.take<int64_t>(plan.pixels > plan.T ? plan.pixels : plan.T);
     m.pixel = c.take<int64_t>(plan.pixels > plan.T ? plan.pixels : plan.T);
+    if (grads) m.run_t = c.take<int64_t>(plan.T);
+    if (call.dx && shifted) m.run_p = c.take<int64_t>(plan.pixels);
     m.sources = c.take<const T*>(plan.K);
-    if (grads) m.k = c.take<T>(plan.T * ldk);
+    if (grads) m.k = c.take<T>(plan.T * ldk + n);
     if (shifted) {
       m.planes = c.take<T>(plan.C * px + n);
       m.pixels = c.take<T>(plan.pixels * ldp);
-      if (call.dx) m.q = c.take<T>(plan.pixels * ldq);
+      if (call.dx) m.q = c.take<T>(plan.pixels * ldq + n);
     } else {
       m.patches = c.take<T>(plan.R * ldt > plan.T * ldc ? plan.R * ldt : plan.T * ldc);
     }
@@ -107,12 +114,56 @@ struct ConvGram : ConvLayer<In> {
       m.column[t] = shifted && !plan.channels_last ? plan.pos[t] : t;
       m.row_uu[t] = t * ldt, m.row_k[t] = t * ldk;
     }
+    if (m.run_t) cut(plan.T, plan.P[2], m.run_t);
+    if (m.run_p) cut(plan.pixels, plan.S[2], m.run_p);
     for (int64_t c = 0; c < plan.Cg; ++c) m.depth_c[c] = c * px;
     for (int64_t o = 0; o < plan.Og; ++o) m.depth_o[o] = o * ldt;
     if (!shifted) return;
     clear(m.planes, plan.C * px + n);
     clear(m.pixels, plan.pixels * ldp);
     for (int64_t p = 0; p < plan.pixels; ++p) m.row_q[p] = p * ldq, m.pixel[p] = plan.pixel[p] - lead;
+  }
+
+  // Runs of up to `longest_run` neighbours in rows of `row`.
+  void cut(int64_t count, int64_t row, int64_t* begin) const {
+    const int64_t pieces = (row + longest_run - 1) / longest_run, length = pieces > 0 ? (row + pieces - 1) / pieces : 1;
+    for (int64_t i = 0; i < count; ++i) begin[i] = i - i % row % length;
+  }
+
+  // The blocks left of the diagonal, from those right of it; entry (i, j) is at i·ld + column[j]. Vectors may end in
+  // columns of runs that follow, as long as these are not the diagonal's and so still to be written.
+  static void mirror(T* matrix, int64_t ld, int64_t count, const int64_t* column, const int64_t* run) {
+    const auto end_of = [&](int64_t i) {
+      for (const int64_t begin = run[i]; i < count && run[i] == begin;) ++i;
+      return i;
+    };
+    for (int64_t j = count > 0 ? end_of(0) : 0, j_end; j < count; j = j_end) {
+      j_end = end_of(j);
+      for (int64_t i = 0, i_end; i < j; i = i_end) {
+        i_end = end_of(i);
+        for (int64_t r = i; r < i_end; r += kLanes<T>)
+          for (int64_t c = j; c < j_end; c += kLanes<T>)
+            transpose_block(matrix + r * ld + column[c], ld, i_end - r, j_end - c, matrix + c * ld + column[r],
+                            column[r] + kLanes<T> <= column[j]);
+      }
+    }
+  }
+
+  // out[c, r] = in[r, c] for up to a vector of rows and of columns.
+  static void transpose_block(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out, bool whole) {
+    constexpr int64_t n = kLanes<T>;
+    Vector<T> square[n];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < n; ++i) square[i] = load<T>(in + (i < rows ? i : rows - 1) * ld);
+    transpose_square<T>(square);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < n; ++i) {
+      if (i >= columns) continue;
+      if (whole)
+        store<T>(out + i * ld, square[i]);
+      else
+        store_some<T>(out + i * ld, square[i], rows < n ? rows : n);
+    }
   }
 
   // −(center ∗ x) and, for dx, −(its transpose on gy) for `count` samples, where the results will be.
@@ -194,7 +245,7 @@ struct ConvGram : ConvLayer<In> {
 
   // Half of each symmetric matrix is enough: entries right of the diagonal count twice.
   double norm_only(int64_t b, int64_t g, const Memory& m) const {
-    patch_gram(b, g, m, true);
+    patch_gram(b, g, m);
     for (int64_t t = 0; t < plan.T; ++t) {
       T* row = m.uu + t * ldt;
       clear(row, m.column[t]);
@@ -208,8 +259,8 @@ struct ConvGram : ConvLayer<In> {
 
   const T* gplane(int64_t g, const Memory& m) const { return m.gplanes + g * plan.Og * ldt; }
 
-  // uu[t, column of t'] = (U Uᵀ)[t, t'], at least right of the diagonal where `upper`.
-  void patch_gram(int64_t b, int64_t g, const Memory& m, bool upper) const {
+  // uu[t, column of t'] = (U Uᵀ)[t, t'] right of the diagonal and, where derivatives are wanted, in t's run.
+  void patch_gram(int64_t b, int64_t g, const Memory& m) const {
     if (!shifted) {
       const T* sample_x = this->copy_x ? m.x + b % together * x_size : this->padded_x(b, nullptr);
       const T* x = sample_x + g * this->x_group();
@@ -217,14 +268,14 @@ struct ConvGram : ConvLayer<In> {
         for (int64_t t = 0; t < plan.T; ++t) m.patches[r * ldt + t] = x[plan.tap[r] + plan.pos[t]];
       for (int64_t r = 0; r < plan.R; ++r) clear(m.patches + r * ldt + plan.T, ldt - plan.T);
       gemm<T>(plan.T, plan.T, plan.R, {x, plan.pos, plan.tap}, m.patches, ldt,
-              Store<T>{m.uu, ldt, ldt, T(1), false, nullptr}, upper ? m.column : nullptr, 0);
+              Store<T>{m.uu, ldt, ldt, T(1), false, nullptr}, m.column, grads ? slack : 0);
       return;
     }
     const T* x = m.planes + g * plan.Cg * px;
     gemm<T>(plan.pixels, span_x, plan.Cg, {x, plan.pixel, m.depth_c}, x + lead, px,
-            Store<T>{m.pixels + lead, ldp, span_x, T(1), false, nullptr}, upper ? m.pixel : nullptr, n);
+            Store<T>{m.pixels + lead, ldp, span_x, T(1), false, nullptr}, m.pixel, grads ? slack : n);
     for (int64_t t = 0; t < plan.T; ++t) {
-      const int64_t from = upper ? m.column[t] / n * n : 0;
+      const int64_t from = m.column[grads ? m.run_t[t] : t] / n * n;
       int64_t count = 0;
       for (int64_t k = 0; k < plan.K; ++k) {
         const int64_t tap = plan.channels_last ? 0 : plan.tap[k], p = plan.at_pixel[m.column[t] + tap];
@@ -254,15 +305,22 @@ struct ConvGram : ConvLayer<In> {
   }
 
   double with_gradients(int64_t b, int64_t g, const Memory& m, const T* gyt, T* dgyt, T* dxt) const {
-    patch_gram(b, g, m, false);
+    patch_gram(b, g, m);
     const int64_t front = shifted ? tap_max : 0;
     gemm<T>(plan.T, span_t, plan.Og, {gplane(g, m), m.column, m.depth_o}, gplane(g, m), ldt,
-            Store<T>{m.k + front, ldk, span_t, T(1), false, nullptr});
+            Store<T>{m.k + front, ldk, span_t, T(1), false, nullptr}, m.column, slack);
     double norm = 0;
-    for (int64_t t = 0; t < plan.T; ++t) norm += dot(m.uu + t * ldt, m.k + t * ldk + front, ldt);
+    for (int64_t t = 0, end = 0; t < plan.T; ++t) {
+      while (end < plan.T && m.run_t[end] == m.run_t[t]) ++end;
+      const T *uu = m.uu + t * ldt, *k = m.k + t * ldk + front;
+      const int64_t begin = m.column[m.run_t[t]], rest = end < plan.T ? m.column[end] : span_t;
+      norm += dot(uu + begin, k + begin, rest - begin) + 2 * dot(uu + rest, k + rest, span_t - rest);
+    }
     const bool add = call.center;
-    if (call.dgy)
+    if (call.dgy) {
+      mirror(m.uu, ldt, plan.T, m.column, m.run_t);
       gemm<T>(plan.T, plan.Og, plan.T, {m.uu, m.row_uu, m.column}, gyt, ld, Store<T>{dgyt, ld, ld, T(1), add, nullptr});
+    }
     if (!call.dx) return norm;
     if (shifted)
       gradient_of_x_shifted(m, dxt, add);
@@ -279,14 +337,18 @@ struct ConvGram : ConvLayer<In> {
         const int64_t t = at < 0 ? -1 : plan.at_pos[at];
         if (t >= 0) m.sources[count++] = m.k + t * ldk + tap_max - tap + lead;
       }
-      add_up(m.sources, count, m.q + p * ldq, ldq);
+      const int64_t from = m.pixel[m.run_p[p]] / n * n;
+      for (int64_t k = 0; k < count; ++k) m.sources[k] += from;
+      add_up(m.sources, count, m.q + p * ldq + from, ldq - from);
     }
+    mirror(m.q, ldq, plan.pixels, m.pixel, m.run_p);
     gemm<T>(plan.pixels, plan.Cg, plan.pixels, {m.q, m.row_q, m.pixel}, m.xt, ldc,
             Store<T>{dxt, ldc, ldc, T(1), add, nullptr});
   }
 
   // One kernel position after the other: dx[pixel of (t, k)] += Σ_t' K[t, t'] x[pixel of (t', k)].
   void gradient_of_x_strided(const Memory& m, T* dxt, bool add) const {
+    mirror(m.k, ldk, plan.T, m.column, m.run_t);
     if (!add) clear(dxt, plan.pixels * ldc);
     for (int64_t k = 0; k < plan.K; ++k) {
       int64_t valid = 0;
