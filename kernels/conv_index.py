@@ -152,15 +152,41 @@ def load_patches(x_ptr, pixels, mask_t, c, shifts, mask_r, x_strides, S, PADDED:
 
 @triton.jit
 def phase_taps(phase, kernel, stride, padding, dilation, steps):
-    """The kernel positions that reach a phase, in one dimension: the first of them, and how many there are.
+    """The kernel positions that reach a phase: per dimension the first of them, and how many there are; how many in all.
 
-    The arguments are one dimension's. ``steps`` is that of `phase_steps`.
+    ``steps`` is `phase_steps`.
     """
-    first = phase * 0 + kernel
-    for k in range(0, steps):
-        first = tl.where((phase + padding - dilation * k) % stride == 0, tl.minimum(first, k), first)
-    # Of numbers below zero C and Python disagree on the remainder, but not on whether it is zero.
-    return first, (kernel - first + steps - 1) // steps
+    first0, count0 = _phase_taps(phase[0], kernel[0], stride[0], padding[0], dilation[0], steps[0])
+    first1, count1 = _phase_taps(phase[1], kernel[1], stride[1], padding[1], dilation[1], steps[1])
+    first2, count2 = _phase_taps(phase[2], kernel[2], stride[2], padding[2], dilation[2], steps[2])
+    return (first0, first1, first2), (count0, count1, count2), count0 * count1 * count2
+
+
+@triton.jit
+def tap_of(number, first, count, phase, kernel, stride, padding, dilation, steps):
+    """A kernel position that reaches a phase, and how far from its pixels' quotients lie the positions that it meets."""
+    k0 = first[0] + number // (count[1] * count[2]) * steps[0]
+    k1 = first[1] + number // count[2] % count[1] * steps[1]
+    k2 = first[2] + number % count[2] * steps[2]
+    # Exact divisions, by the choice of the kernel positions; of numbers that may be negative.
+    e0 = (phase[0] + padding[0] - dilation[0] * k0) // stride[0]
+    e1 = (phase[1] + padding[1] - dilation[1] * k1) // stride[1]
+    e2 = (phase[2] + padding[2] - dilation[2] * k2) // stride[2]
+    return (k0 * kernel[1] + k1) * kernel[2] + k2, (e0, e1, e2)
+
+
+@triton.jit
+def space_offset(at, strides):
+    """The 64-bit offset of one place in space, but for sample and channel."""
+    return at[0].to(tl.int64) * strides[2] + at[1].to(tl.int64) * strides[3] + at[2].to(tl.int64) * strides[4]
+
+
+@triton.jit
+def store_or_add(ptrs, values, mask, ADD: tl.constexpr):
+    """Store float32 values in the type that is there, or add them to it."""
+    if ADD:
+        values += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(ptrs, values.to(ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -175,3 +201,13 @@ def phase_pixels(offs_m, phase, M, S, stride, DIMS: tl.constexpr):
     m = coordinates(offs_m, M, DIMS)
     p0, p1, p2 = m[0] * stride[0] + phase[0], m[1] * stride[1] + phase[1], m[2] * stride[2] + phase[2]
     return m, (p0, p1, p2), (offs_m < M[0] * M[1] * M[2]) & (p0 < S[0]) & (p1 < S[1]) & (p2 < S[2])
+
+
+@triton.jit
+def _phase_taps(phase, kernel, stride, padding, dilation, steps):
+    """The same in one dimension, whose are the arguments."""
+    first = phase * 0 + kernel
+    for k in range(0, steps):
+        first = tl.where((phase + padding - dilation * k) % stride == 0, tl.minimum(first, k), first)
+    # Of numbers below zero C and Python disagree on the remainder, but not on whether it is zero.
+    return first, (kernel - first + steps - 1) // steps

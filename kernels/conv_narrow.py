@@ -29,7 +29,10 @@ from .conv_index import (
     phase_of_tile,
     phase_pixels,
     phase_taps,
+    space_offset,
     space_offsets,
+    store_or_add,
+    tap_of,
     tap_shifts,
 )
 from .conv_reduce import runs_of
@@ -276,10 +279,7 @@ def conv_narrow_output_kernel(
     if out_ptr is not None:
         out_tile = (offs_o.to(INDEX) * out_strides[1])[:, None] + space_offsets(t, out_strides, INDEX)[None, :]
         out_ptrs = out_ptr + b * out_strides[0] + out_tile
-        y = factor * acc
-        if ADD:
-            y += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
+        store_or_add(out_ptrs, factor * acc, mask, ADD)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -319,34 +319,21 @@ def conv_narrow_input_kernel(
     offs_c = rest % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     m, pixels, mask_m = phase_pixels(block_m * BLOCK_T + tl.arange(0, BLOCK_T), phase, M, S, stride, DIMS)
-    first0, count0 = phase_taps(phase[0], kernel[0], stride[0], padding[0], dilation[0], phase_step[0])
-    first1, count1 = phase_taps(phase[1], kernel[1], stride[1], padding[1], dilation[1], phase_step[1])
-    first2, count2 = phase_taps(phase[2], kernel[2], stride[2], padding[2], dilation[2], phase_step[2])
+    first, count, taps = phase_taps(phase, kernel, stride, padding, dilation, phase_step)
     group = offs_c // Cg
     w_lanes = rows_ptr + b * stride_wb + (group * Og).to(tl.int64) * R + offs_c % Cg
     gy_tile = ((group * Og).to(INDEX) * gy_strides[1])[:, None] + space_offsets(m, gy_strides, INDEX)[None, :]
     acc = tl.zeros([BLOCK_C, BLOCK_T], dtype=tl.float32)
-    for j in range(0, count0 * count1 * count2 * Og):
+    for j in range(0, taps * Og):
         o, tap = j % Og, j // Og
-        k0 = first0 + tap // (count1 * count2) * phase_step[0]
-        k1 = first1 + tap // count2 % count1 * phase_step[1]
-        k2 = first2 + tap % count2 * phase_step[2]
-        # Exact divisions, by the choice of the kernel positions; of numbers that may be negative.
-        e0 = (phase[0] + padding[0] - dilation[0] * k0) // stride[0]
-        e1 = (phase[1] + padding[1] - dilation[1] * k1) // stride[1]
-        e2 = (phase[2] + padding[2] - dilation[2] * k2) // stride[2]
-        mask_t = inside(mask_m, m[0] + e0, m[1] + e1, m[2] + e2, P, 7)
-        k = (k0 * kernel[1] + k1) * kernel[2] + k2
+        k, e = tap_of(tap, first, count, phase, kernel, stride, padding, dilation, phase_step)
+        mask_t = inside(mask_m, m[0] + e[0], m[1] + e[1], m[2] + e[2], P, 7)
         weight = tl.load(w_lanes + tl.cast(o, tl.int64) * R + k * Cg, mask=mask_c, other=0.0).to(tl.float32)
-        shift = tl.cast(o, tl.int64) * gy_strides[1] + e0.to(tl.int64) * gy_strides[2]
-        shift += e1.to(tl.int64) * gy_strides[3] + e2.to(tl.int64) * gy_strides[4]
+        shift = tl.cast(o, tl.int64) * gy_strides[1] + space_offset(e, gy_strides)
         gy_ptrs = gy_ptr + b * gy_strides[0] + shift + gy_tile
         gy = tl.load(gy_ptrs, mask=mask_c[:, None] & mask_t[None, :], other=0.0).to(tl.float32)
         acc += weight[:, None] * gy
     mask = mask_c[:, None] & mask_m[None, :]
     out_tile = (offs_c.to(INDEX) * out_strides[1])[:, None] + space_offsets(pixels, out_strides, INDEX)[None, :]
     out_ptrs = out_ptr + b * out_strides[0] + out_tile
-    gx = factor * acc
-    if ADD:
-        gx += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptrs, gx.to(out_ptr.dtype.element_ty), mask=mask)
+    store_or_add(out_ptrs, factor * acc, mask, ADD)

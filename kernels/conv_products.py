@@ -37,7 +37,10 @@ from .conv_index import (
     precision,
     row_block,
     row_blocks,
+    space_offset,
     space_offsets,
+    store_or_add,
+    tap_of,
     tap_shifts,
 )
 from .conv_narrow import BLOCK_C, block_t, conv_narrow_input_kernel, conv_narrow_output_kernel, is_narrow
@@ -77,7 +80,8 @@ def launch_output(
     common = (strides(x), strides(gy), strides(target), stride_wb, tuple(x.shape[2:]), tuple(gy.shape[2:]))
     flags = dict(ADD=add, DIMS=dims(tuple(gy.shape[2:])), PADDED=padded(layer))
     flags["INDEX"] = index_type(Cg * layer.taps, x, gy, target)
-    if is_narrow(x, gy, layer):
+    narrow = is_narrow(x, gy, layer)
+    if narrow:
         tiles = triton.cdiv(O, BLOCK_C) * triton.cdiv(T, block_t(T))
     else:
         kind = product_kind(x.dtype)
@@ -85,7 +89,7 @@ def launch_output(
         tiles = layer.groups * triton.cdiv(Og, config.BLOCK_O) * triton.cdiv(T, config.BLOCK_T)
     partial = torch.empty(B, tiles, dtype=torch.float32, device=x.device) if dots else None
     with torch.cuda.device_of(x):
-        if is_narrow(x, gy, layer):
+        if narrow:
             conv_narrow_output_kernel[(B * tiles,)](
                 x,
                 gy,
@@ -274,10 +278,7 @@ def conv_output_kernel(
     if out_ptr is not None:
         out_tile = (from_first.to(INDEX) * out_strides[1])[:, None] + space_offsets(t, out_strides, INDEX)[None, :]
         out_ptrs = out_ptr + b * out_strides[0] + first_o * out_strides[1] + out_tile
-        y = factor * acc
-        if ADD:
-            y += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
+        store_or_add(out_ptrs, factor * acc, mask, ADD)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -320,30 +321,22 @@ def conv_input_kernel(
     phase = phase_of_tile(rest // blocks_m, stride)
     mask_c = offs_c < Cg
     m, pixels, mask_m = phase_pixels(offs_m, phase, M, S, stride, DIMS)
-    first0, count0 = phase_taps(phase[0], kernel[0], stride[0], padding[0], dilation[0], phase_step[0])
-    first1, count1 = phase_taps(phase[1], kernel[1], stride[1], padding[1], dilation[1], phase_step[1])
-    first2, count2 = phase_taps(phase[2], kernel[2], stride[2], padding[2], dilation[2], phase_step[2])
+    first, count, taps = phase_taps(phase, kernel, stride, padding, dilation, phase_step)
     w_base = rows_ptr + b * stride_wb + (group * Og).to(tl.int64) * R
     gy_base = gy_ptr + b * gy_strides[0] + (group * Og).to(tl.int64) * gy_strides[1]
     gy_columns = space_offsets(m, gy_strides, INDEX)  # [BLOCK_T]
     blocks_o, from_first = tl.cdiv(Og, BLOCK_O), tl.arange(0, BLOCK_O)
     acc = tl.zeros([BLOCK_C, BLOCK_T], dtype=tl.float32)
-    for j in tl.range(0, count0 * count1 * count2 * blocks_o):
+    for j in tl.range(0, taps * blocks_o):
         tap, first_o = j // blocks_o, j % blocks_o * BLOCK_O
         offs_o = first_o + from_first
         mask_o = offs_o < Og
-        k0 = first0 + tap // (count1 * count2) * phase_step[0]
-        k1 = first1 + tap // count2 % count1 * phase_step[1]
-        k2 = first2 + tap % count2 * phase_step[2]
-        # Exact divisions, by the choice of the kernel positions; of numbers that may be negative.
-        e0 = (phase[0] + padding[0] - dilation[0] * k0) // stride[0]
-        e1 = (phase[1] + padding[1] - dilation[1] * k1) // stride[1]
-        e2 = (phase[2] + padding[2] - dilation[2] * k2) // stride[2]
-        mask_t = inside(mask_m, m[0] + e0, m[1] + e1, m[2] + e2, P, 7)
-        shift = e0.to(tl.int64) * gy_strides[2] + e1.to(tl.int64) * gy_strides[3] + e2.to(tl.int64) * gy_strides[4]
-        gy_ptrs = gy_base + shift + ((offs_o.to(INDEX) * gy_strides[1])[:, None] + gy_columns[None, :])
+        k, e = tap_of(tap, first, count, phase, kernel, stride, padding, dilation, phase_step)
+        mask_t = inside(mask_m, m[0] + e[0], m[1] + e[1], m[2] + e[2], P, 7)
+        gy_ptrs = (
+            gy_base + space_offset(e, gy_strides) + ((offs_o.to(INDEX) * gy_strides[1])[:, None] + gy_columns[None, :])
+        )
         gy = tl.load(gy_ptrs, mask=mask_o[:, None] & mask_t[None, :], other=0.0)  # [BLOCK_O, BLOCK_T]
-        k = (k0 * kernel[1] + k1) * kernel[2] + k2
         w_block = w_base + first_o.to(tl.int64) * R + k * Cg
         w_ptrs = w_block + ((from_first.to(INDEX) * R)[:, None] + offs_c[None, :])
         weight = tl.load(w_ptrs, mask=mask_o[:, None] & mask_c[None, :], other=0.0)  # [BLOCK_O, BLOCK_C]
@@ -351,7 +344,4 @@ def conv_input_kernel(
     mask = mask_c[:, None] & mask_m[None, :]
     out_tile = (offs_c.to(INDEX) * out_strides[1])[:, None] + space_offsets(pixels, out_strides, INDEX)[None, :]
     out_ptrs = out_ptr + b * out_strides[0] + (group * Cg).to(tl.int64) * out_strides[1] + out_tile
-    gx = factor * acc
-    if ADD:
-        gx += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptrs, gx.to(out_ptr.dtype.element_ty), mask=mask)
+    store_or_add(out_ptrs, factor * acc, mask, ADD)
