@@ -51,6 +51,13 @@ def allows_tf32(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def triton_version() -> str:
+    """The version of the installed Triton."""
+    import triton
+
+    return triton.__version__
+
+
 def start_triton() -> None:
     """Raise what goes wrong where Triton cannot be imported, or cannot build its launcher for want of a C compiler."""
     import triton

@@ -124,6 +124,7 @@ def test_a_card_that_is_too_old_runs_plain_torch(machine):
 
 
 def test_reasons_name_the_import_and_the_version(monkeypatch):
+    load_kernels()
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.5.1+cu13"))
     assert gpu.triton_reason.__wrapped__().startswith("they need Triton 3.6 or newer, and 3.5.1+cu13 is installed")
     monkeypatch.setitem(sys.modules, "triton", None)

@@ -145,12 +145,11 @@ def triton_reason() -> str:
     """Why Triton's kernels cannot be used, on whichever card; empty if they can."""
     oldest = ".".join(map(str, OLDEST_TRITON))
     try:
-        import triton
+        from ...kernels import start_triton, triton_version
 
-        if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < OLDEST_TRITON:
-            return f"they need Triton {oldest} or newer, and {triton.__version__} is installed: pip install -U triton"
-        from ...kernels import start_triton
-
+        version = triton_version()
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
+            return f"they need Triton {oldest} or newer, and {version} is installed: pip install -U triton"
         start_triton()
     except ImportError as error:
         return f"Triton cannot be imported ({error}): pip install 'bootgrad[triton]'"
