@@ -25,7 +25,7 @@ from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, Recording
 from .graph import Uses, check_finite, check_losses, filled, gradients, is_capturing, powers_of_two, walk
 from .ops.product import Product
 from .planning import ConvLayer, LinearLayer
-from .rules.base import PLAIN_RULES, RULES, Operation, Phase, ProductOperation, is_in_place
+from .rules.base import PLAIN_RULES, RULES, WRITTEN_OUT, Operation, Phase, ProductOperation, is_in_place
 from .rules.elementwise import expand_row
 from .rules.fallback import FallbackOperation
 from .rules.normalization import refuse_batch_statistics
@@ -136,6 +136,7 @@ class Recording(TorchFunctionMode):
             return result
         # To replay a call that writes to a constant would write again.
         if not self._holds_data((args, kwargs)) and not (is_in_place(func) and self._is_constant(args[:1])):
+            func = WRITTEN_OUT.get(func, func)
             return self._derive(func, args, kwargs, func(*args, **kwargs))
         _refuse_second_runs(func)
         return self._operate(func, args, kwargs)

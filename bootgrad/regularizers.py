@@ -6,7 +6,7 @@ Reg1 = (1/B) Σ_i ‖g_i − c‖²        Reg2 = ‖ḡ − c‖²
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from .methods.random_signs import RandomSigns
 from .methods.subsets import check_leaves, draw, rows
 from .penalties import Distances, Report, reg1, reg2
 from .recording import named_parameters
+from .rules.base import WrittenOut
 from .second_pass import Replay, Snapshot, same_buffers
 from .statistics import record as Record
 
@@ -144,7 +145,7 @@ class GradientRegularizer:
         """The context for the forward pass, where `backward` is given losses."""
         self._recording = Record(self.model) if self._method.records else None
         self._awaits_losses = True
-        return self._recording or nullcontext()
+        return self._recording or WrittenOut()
 
     def backward(self, losses: Tensor | Callable[..., Tensor], *batch: Any) -> Report:
         """Accumulate the gradient of ``losses.mean() + λ₁ Reg1 + λ₂ Reg2`` into ``.grad``, move the centers, and report.
@@ -233,7 +234,7 @@ class GradientRegularizer:
 
         replay = Replay(self.model, call) if penalized and self._method.repeats else None
         recording = Record(self.model) if self._method.records else None
-        with recording or nullcontext():
+        with recording or WrittenOut():
             losses = call()
         m = None if index is None else index.numel()
         if m is not None and isinstance(losses, Tensor) and losses.shape != (m,):

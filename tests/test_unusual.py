@@ -88,6 +88,35 @@ def test_parametrized_weights(parametrize, size):
     assert bootgrad.verify(model, lambda x: model(x).tanh().sum(1), data()).ok
 
 
+@pytest.mark.parametrize("method", ["exact", "random_signs"])
+@pytest.mark.parametrize("normed", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weight_norm_s_penalty_has_the_derivative_of_its_values(normed, method):
+    """Plain autograd, with a second derivative that torch gets wrong, is no oracle here: differences of values are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), normed(nn.Linear(4, 3))).double()
+    parameters, x = list(model.parameters()), data()
+
+    def losses(x):
+        return model(x).tanh().sum(1)
+
+    def penalty():
+        grads = torch.autograd.grad(losses(x).mean(), parameters)
+        return float(sum(g.square().sum() for g in grads))
+
+    reg = bootgrad.GradientRegularizer(model, reg2=1.0, center="zero", method=method)
+    reg.backward(losses, x)
+    plain = torch.autograd.grad(losses(x).mean(), parameters)
+    for p, g in zip(parameters, plain, strict=True):
+        direction, value = torch.randn_like(p), p.detach().clone()
+        ends = []
+        for step in (1e-5, -1e-5):
+            p.data.copy_(value + step * direction)
+            ends.append(penalty())
+        p.data.copy_(value)
+        assert float(((p.grad - g) * direction).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6, abs=1e-9)
+
+
 def gradient_penalty(m, x):
     x = x.clone().requires_grad_()
     (g,) = torch.autograd.grad(m.linear(x).tanh().sum(), x, create_graph=True)

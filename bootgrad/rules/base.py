@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
 
 from ..errors import RecordingError
 from ..ops.product import InputGrad, Product, WeightGrad
@@ -120,6 +121,27 @@ def plain_rule(*funcs: Callable):
         return function
 
     return register
+
+
+WRITTEN_OUT: dict[Callable, Callable] = {}
+
+
+def written_out(func: Callable):
+    """Register what to call in place of a torch function of parameters alone, with the same arguments."""
+
+    def register(function):
+        WRITTEN_OUT[func] = function
+        return function
+
+    return register
+
+
+class WrittenOut(TorchFunctionMode):
+    """Plain torch, but for the functions whose derivatives it gets wrong."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Run one torch function, or what stands for it."""
+        return WRITTEN_OUT.get(func, func)(*args, **(kwargs or {}))
 
 
 class Operation(ABC):
