@@ -1,8 +1,8 @@
 """Freed memory stays with the process while penalties are trained with on a CPU.
 
 A step allocates what the step before it freed. By default glibc gives the top of the heap back to the system as soon as a few
-tens of megabytes are free there, so that the next step takes every page anew, at some 2 µs each in a virtual machine: 7,000 to
-14,000 a step on a small CNN, a quarter of its time. Plain steps, whose peak is lower, suffer less. `mallopt` turns that off.
+tens of megabytes are free there, so that the next step takes every page anew: 7,000 to 14,000 a step on a small CNN, a
+twentieth to a tenth of its time. Plain steps, whose peak is lower, suffer less. `mallopt` turns that off.
 """
 
 import ctypes
