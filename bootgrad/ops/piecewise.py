@@ -50,7 +50,7 @@ class MaxPool2d(Function):
     @staticmethod
     def forward(ctx, x, window):
         """Compute y, and remember where each maximum was."""
-        y, index = _aten.max_pool2d_with_indices(x, *window)
+        y, index = torch.ops.bootgrad.max_pool2d(x, *window)
         ctx.save_for_backward(x, index)
         ctx.window = window
         return y

@@ -87,6 +87,14 @@ APPLIED_SCHEMAS = {
     "conv_displaced_transposed": f"(Tensor x, Tensor gy, Tensor g, Tensor weight, float factor, {_GEOMETRY}) -> Tensor",
 }
 
+# Activations, plain torch on GPUs, too.
+POOLING_SCHEMAS = {
+    # Maxima (B, C, *P) of the windows of x (B, C, H, W), and where each is in its plane, int64; as torch's op with indices
+    "max_pool2d": (
+        "(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode) -> (Tensor, Tensor)"
+    ),
+}
+
 library = torch.library.Library(NAMESPACE, "DEF")
 # The same ops as the compiled library for GPUs implements them, which may be some: `backends.gpu` calls them. They are no
 # part of a graph, so they have no fakes.
@@ -94,7 +102,7 @@ cuda_library = torch.library.Library(CUDA_NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     cuda_library.define(_name + _schema)
-for _name, _schema in APPLIED_SCHEMAS.items():
+for _name, _schema in (APPLIED_SCHEMAS | POOLING_SCHEMAS).items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -418,3 +426,8 @@ def _(u, a, b, gy, x, weight, mean, rstd):
     check_layer("a", a, x.shape[:2], x)
     check_layer("b", b, x.shape[:2], x)
     return x.new_empty(x.shape), x.new_empty(x.shape), _channel_rows(x)
+
+
+@_fake("max_pool2d")
+def _(x, kernel_size, stride, padding, dilation, ceil_mode):
+    return torch.ops.aten.max_pool2d_with_indices(x, kernel_size, stride, padding, dilation, ceil_mode)

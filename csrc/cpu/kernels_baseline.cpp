@@ -11,5 +11,6 @@
 #include "bootgrad/kernels.hpp"
 
 namespace bootgrad {
-const Kernels kBaselineKernels{"baseline", baseline::conv, baseline::linear_rank1, baseline::group_norm};
+const Kernels kBaselineKernels{"baseline", baseline::conv, baseline::linear_rank1, baseline::group_norm,
+                               baseline::max_pool};
 }  // namespace bootgrad

@@ -320,6 +320,44 @@ Case linear(int64_t B, int64_t T, int64_t I, int64_t O) {
   return {{B, I, O, 1, {1, 1, T}, {1, 1, T}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}}, true};
 }
 
+// Windows of planes by loops: the first of the largest entries.
+template <class In>
+void check_max_pool(int64_t planes, int64_t H, int64_t W, int64_t kernel, int64_t stride, int64_t padding,
+                    int64_t dilation) {
+  MaxPoolCall call{};
+  call.runtime = &runtime, call.dtype = Format<In>::dtype, call.planes = planes;
+  for (int d = 0; d < 2; ++d) {
+    call.S[d] = d ? W : H;
+    call.P[d] = (call.S[d] + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+    call.kernel[d] = kernel, call.stride[d] = stride, call.padding[d] = padding, call.dilation[d] = dilation;
+  }
+  const int64_t P = call.P[0] * call.P[1];
+  const std::vector<In> x = draw<In>(planes * H * W);
+  for (n_threads = 1; n_threads <= 3; n_threads += 2) {
+    std::vector<In> y(static_cast<size_t>(planes * P));
+    std::vector<int64_t> index(static_cast<size_t>(planes * P));
+    call.x = x.data(), call.y = y.data(), call.index = index.data();
+    tested::max_pool(call);
+    for (int64_t o = 0; o < planes * P; ++o) {
+      const int64_t top = o % P / call.P[1] * stride - padding, left = o % call.P[1] * stride - padding;
+      int64_t where = -1;
+      double best = -HUGE_VAL;
+      for (int64_t k = 0; k < kernel * kernel; ++k) {
+        const int64_t r = top + k / kernel * dilation, c = left + k % kernel * dilation;
+        if (r < 0 || r >= H || c < 0 || c >= W) continue;
+        const double v = value(x[static_cast<size_t>((o / P * H + r) * W + c)]);
+        if (v > best) best = v, where = r * W + c;
+      }
+      const size_t at = static_cast<size_t>(o);
+      if (index[at] != where || value(y[at]) != best) {
+        std::printf("max pool[%zu]: got %.9g at %lld\n", at, value(y[at]), static_cast<long long>(index[at]));
+        ++failures;
+        return;
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -356,6 +394,14 @@ int main() {
     check<double>(c);
     check<bf16>(c);
     check<f16>(c);
+  }
+  const int64_t pools[][7] = {{3, 7, 33, 2, 2, 0, 1},  {2, 28, 28, 3, 2, 1, 1}, {40, 5, 4, 2, 1, 1, 1},
+                              {2, 9, 70, 2, 40, 1, 1}, {1, 11, 6, 3, 3, 1, 2},  {0, 4, 4, 2, 2, 0, 1}};
+  for (const auto& p : pools) {
+    check_max_pool<float>(p[0], p[1], p[2], p[3], p[4], p[5], p[6]);
+    check_max_pool<double>(p[0], p[1], p[2], p[3], p[4], p[5], p[6]);
+    check_max_pool<bf16>(p[0], p[1], p[2], p[3], p[4], p[5], p[6]);
+    check_max_pool<f16>(p[0], p[1], p[2], p[3], p[4], p[5], p[6]);
   }
   std::printf("%d failures\n", failures);
   return failures != 0;

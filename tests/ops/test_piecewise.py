@@ -37,6 +37,53 @@ def test_max_pool2d(window):
     assert gradgradcheck(lambda x: max_pool2d(x, **window), x)
 
 
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "window",
+    [
+        ((2, 2), (2, 2), (0, 0), (1, 1), False),
+        ((2, 2), (2, 2), (1, 1), (1, 1), True),
+        ((3, 2), (1, 3), (1, 1), (2, 1), False),
+        ((3, 3), (2, 2), (1, 0), (1, 2), True),
+        ((1, 4), (4, 1), (0, 2), (3, 2), True),
+    ],
+)
+def test_maxima_and_their_places_are_torch_s(window, dtype):
+    torch.manual_seed(0)
+    for shape in ((2, 3, 7, 33), (1, 1, 6, 7), (3, 2, 28, 28), (0, 2, 8, 8)):
+        x = torch.randn(shape).round(decimals=1).to(dtype)  # with ties
+        if x.numel():
+            x[0, 0, 3, 2:5] = torch.nan
+            x[-1, -1, :4] = -torch.inf
+            x[-1, 0, 4:, 1] = torch.inf
+        expected = torch.ops.aten.max_pool2d_with_indices(x, *window)
+        apart = x.new_zeros(*x.shape[:3], 2 * x.size(3))[..., ::2].copy_(x)
+        for given in (x, apart, x.to(memory_format=torch.channels_last)):
+            for ours, theirs in zip(torch.ops.bootgrad.max_pool2d(given, *window), expected, strict=True):
+                assert ours.is_contiguous() and torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
+    torch.library.opcheck(torch.ops.bootgrad.max_pool2d.default, (x.new_ones(2, 2, 8, 8), *window))
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "message"),
+    [
+        ((2, 3, 4), {}, "4D|\\(B, C, H, W\\)"),
+        ((1, 1, 4, 4), {0: (9, 9)}, "too small|as large as a window"),
+        ((1, 1, 4, 4), {2: (2, 2)}, "pad should be|padding must be"),
+        ((1, 1, 4, 4), {1: (0, 1)}, "stride"),
+    ],
+)
+def test_windows_that_do_not_fit_are_refused(shape, change, message):
+    window = [(2, 2), (1, 1), (0, 0), (1, 1), False]
+    for place, value in change.items():
+        window[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.bootgrad.max_pool2d(torch.zeros(shape), *window)
+
+
 def test_what_a_recording_puts_in_their_place():
     """Every way of calling them, with the in-place forms in place, and torch's own where ours does not fit."""
     model = torch.nn.Conv2d(2, 2, 1).double()

@@ -17,6 +17,8 @@
 
 #include "bootgrad/group_norm.hpp"
 
+#include "bootgrad/max_pool.hpp"
+
 namespace bootgrad::BOOTGRAD_ISA {
 
 template <class In>

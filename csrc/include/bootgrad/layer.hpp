@@ -103,6 +103,16 @@ struct GroupNormCall {
   void *dx, *dgy;          // (B, C, N)
 };
 
+struct MaxPoolCall {
+  const Runtime* runtime;
+  DType dtype;
+  int64_t planes, S[2], P[2];  // spatial size of x and of y
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  const void* x;  // [planes, S]
+  void* y;        // [planes, P]
+  void* index;    // [planes, P] int64: where the maximum is in its plane
+};
+
 // One instruction set's implementations.
 struct Kernels {
   const char* name;
@@ -111,6 +121,7 @@ struct Kernels {
   void (*rank1)(const Runtime&, DType, const void* x, const void* gy, int64_t B, int64_t I, int64_t O, void* out);
   // the double backward pass where there is dgy, else the backward pass
   void (*group_norm)(const GroupNormCall&);
+  void (*max_pool)(const MaxPoolCall&);
 };
 
 }  // namespace bootgrad
