@@ -25,7 +25,7 @@ from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, Recording
 from .graph import Uses, check_finite, check_losses, filled, gradients, is_capturing, powers_of_two, walk
 from .ops.product import Product
 from .planning import ConvLayer, LinearLayer
-from .rules.base import PLAIN_RULES, RULES, WRITTEN_OUT, Operation, Phase, ProductOperation, is_in_place
+from .rules.base import RULES, WRITTEN_OUT, Operation, Phase, ProductOperation, is_in_place, run_plain
 from .rules.elementwise import expand_row
 from .rules.fallback import FallbackOperation
 from .rules.normalization import refuse_batch_statistics
@@ -130,7 +130,7 @@ class Recording(TorchFunctionMode):
             return func(*args, **kwargs)
         refuse_batch_statistics(func, args, kwargs)
         if not self._holds((args, kwargs), self._known):
-            result = _run_plain(func, args, kwargs)
+            result = run_plain(func, args, kwargs)
             if func is torch.arange or self._is_constant((args, kwargs)):
                 self._add_constants(result)
             return result
@@ -468,16 +468,6 @@ def _refuse_second_runs(func: Callable) -> None:
             f"{getattr(func, '__name__', func)} is inside of a transform of torch.func, where its per-sample gradients cannot "
             "be seen: call the model without vmap, grad or jvp"
         )
-
-
-def _run_plain(func: Callable, args: tuple, kwargs: dict) -> Any:
-    """A call without parameters, by its stand-in where there is one."""
-    rule = PLAIN_RULES.get(func)
-    if rule is not None and args and isinstance(args[0], Tensor) and args[0].requires_grad:
-        out = rule(func, args, kwargs)
-        if out is not NotImplemented:
-            return out
-    return func(*args, **kwargs)
 
 
 class _InPhase:

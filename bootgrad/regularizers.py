@@ -24,7 +24,7 @@ from .methods.random_signs import RandomSigns
 from .methods.subsets import check_leaves, draw, rows
 from .penalties import Distances, Report, reg1, reg2
 from .recording import named_parameters
-from .rules.base import WrittenOut
+from .rules.base import StandIns
 from .second_pass import Replay, Snapshot, same_buffers
 from .statistics import record as Record
 
@@ -145,7 +145,7 @@ class GradientRegularizer:
         """The context for the forward pass, where `backward` is given losses."""
         self._recording = Record(self.model) if self._method.records else None
         self._awaits_losses = True
-        return self._recording or WrittenOut()
+        return self._recording or StandIns()
 
     def backward(self, losses: Tensor | Callable[..., Tensor], *batch: Any) -> Report:
         """Accumulate the gradient of ``losses.mean() + λ₁ Reg1 + λ₂ Reg2`` into ``.grad``, move the centers, and report.
@@ -234,7 +234,7 @@ class GradientRegularizer:
 
         replay = Replay(self.model, call) if penalized and self._method.repeats else None
         recording = Record(self.model) if self._method.records else None
-        with recording or WrittenOut():
+        with recording or StandIns():
             losses = call()
         m = None if index is None else index.numel()
         if m is not None and isinstance(losses, Tensor) and losses.shape != (m,):

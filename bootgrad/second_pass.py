@@ -8,7 +8,7 @@ Gradients belong inside of both: checkpointed parts of a model run once more in 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError
 from .graph import check_finite, check_losses
 from .penalties import total_sq_norm
+from .rules.base import StandIns
 
 
 @contextmanager
@@ -118,7 +119,7 @@ class Replay:
         """The losses of one more pass, in a context of its own, with the random numbers and buffers of the first."""
         with traceless(self.model):
             self._before.restore()
-            with context or nullcontext():
+            with context or StandIns():
                 losses = self.function()
             check_losses(losses)
             yield losses
