@@ -58,6 +58,8 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/pytest benchmarks --benchmark-only
 	for model in reference mixed; do $(BIN)/python -m benchmarks.training_step --model $$model; done
+	$(BIN)/python -m benchmarks.training_step --model resnet18 --batch 64 --rounds 7 --processes 1
+	$(BIN)/python -m benchmarks.cost_model
 
 # PEERS: options, as --quick or --data cifar.npz; --help names them.
 bench-peers:

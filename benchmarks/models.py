@@ -43,7 +43,12 @@ def mixed() -> tuple[nn.Module, tuple[int, ...]]:
     return model, (1, 28, 28)
 
 
-MODELS = {"reference": reference, "mixed": mixed}
+def resnet18() -> tuple[nn.Module, tuple[int, ...]]:
+    """ResNet-18 with group norms, for 32×32×3."""
+    return _resnet18(True, 10)(), (3, 32, 32)
+
+
+MODELS = {"reference": reference, "mixed": mixed, "resnet18": resnet18}
 
 
 def batch(shape: tuple[int, ...], size: int) -> tuple[torch.Tensor, torch.Tensor]:

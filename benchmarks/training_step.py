@@ -4,7 +4,7 @@ Variants take turns in one process, so that the machine's moods meet them alike;
 variant's time to the plain step's in the same round. Memory is measured in a fresh process per variant: the rise of VmHWM
 over three steps, from its value just before them. Results are checked first; a wrong one is not timed.
 
-    python -m benchmarks.training_step [--model reference] [--batch 128] [--threads 2] [--rounds 15] [--csv FILE]
+    python -m benchmarks.training_step [--model reference] [--batch 128] [--threads 2] [--rounds 15]
 """
 
 import argparse
@@ -33,22 +33,31 @@ def make_variants(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> d
     def plain():
         losses(x, y).mean().backward()
 
-    def statistics_of_backward():
+    def statistics_of_backward(center=None):
         with bootgrad.record(model) as rec:
             values = losses(x, y)
-        rec.backward(values)
+        rec.backward(values, center=center)
 
     def regularized(**options):
         reg = bootgrad.GradientRegularizer(model, **options)
         return lambda: reg.backward(losses, x, y)
 
+    center = {name: torch.full_like(p, 1e-3) for name, p in model.named_parameters()}
+    differences = {"method": "finite_difference"}
+    signs = {"method": "random_signs", "derivative": "finite_difference"}
     return {
         "plain": plain,
         "rec.backward": statistics_of_backward,
+        "rec.backward center": lambda: statistics_of_backward(center),
         "reg1 batch_mean": regularized(reg1=0.1),
         "reg1 ema": regularized(reg1=0.1, center="ema"),
         "reg1 zero": regularized(reg1=0.1, center="zero"),
+        "reg1 differences": regularized(reg1=0.1, **differences),
+        "reg1 on B/8": regularized(reg1=0.1, fraction=1 / 8),
+        "reg1 random signs": regularized(reg1=0.1, **signs),
         "reg2 ema": regularized(reg2=0.1, center="ema"),
+        "reg2 differences": regularized(reg2=0.1, center="ema", **differences),
+        "reg1 + reg2 ema": regularized(reg1=0.1, reg2=0.1, center="ema"),
     }
 
 
@@ -88,12 +97,13 @@ def high_water_mark() -> int:
 
 
 def measure_memory(options: argparse.Namespace, variant: str) -> int:
-    """Bytes that three steps of a variant raise the high-water mark by: the median of eleven fresh processes."""
+    """Bytes that three steps of a variant raise the high-water mark by: the median of fresh processes."""
     command = [sys.executable, "-m", "benchmarks.training_step", "--memory-of", variant, "--model", options.model]
     command += ["--batch", str(options.batch), "--threads", str(options.threads)]
     # The heap's history differs from process to process by 10 % and more.
     rises = [
-        int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]) for _ in range(11)
+        int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        for _ in range(options.processes)
     ]
     return statistics.median(rises)
 
@@ -116,6 +126,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--processes", type=int, default=11, help="that a step's memory is measured in, one after another"
+    )
     parser.add_argument("--csv", type=Path, default=FOLDER / "training_step.csv")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -144,11 +157,11 @@ def main() -> None:
             }
         )
     print(f"\n{options.model} CNN, batch {options.batch}, {options.threads} threads, {rows[0]['backend']}")
-    print(f"{'step':18}{'ms':>8}{'ratio':>8}{'(10–90 %)':>14}{'MiB':>7}{'ratio':>7}")
+    print(f"{'step':20}{'ms':>8}{'ratio':>8}{'(10–90 %)':>14}{'MiB':>7}{'ratio':>7}")
     for row in rows:
         spread = f"{row['ratio_low']}–{row['ratio_high']}"
         print(
-            f"{row['step']:18}{row['milliseconds']:>8}{row['ratio']:>8}{spread:>14}{row['memory_mib']:>7}{row['memory_ratio']:>7}"
+            f"{row['step']:20}{row['milliseconds']:>8}{row['ratio']:>8}{spread:>14}{row['memory_mib']:>7}{row['memory_ratio']:>7}"
         )
     append(options.csv, rows)
 

@@ -24,8 +24,7 @@ from .derived import Derived, derive, is_batch_free, may_be_batch_free, pull_bac
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .graph import Uses, check_finite, check_losses, filled, gradients, is_capturing, powers_of_two, walk
 from .ops.product import Product
-from .planning import ConvLayer, LinearLayer
-from .rules.base import RULES, WRITTEN_OUT, Operation, Phase, ProductOperation, is_in_place, run_plain
+from .rules.base import RULES, WRITTEN_OUT, Operation, Phase, is_in_place, run_plain
 from .rules.elementwise import expand_row
 from .rules.fallback import FallbackOperation
 from .rules.normalization import refuse_batch_statistics
@@ -285,16 +284,6 @@ class Recording(TorchFunctionMode):
         """The parameters that a tracked tensor is or is made of."""
         derived = self._known[id(tracked)]
         return [tracked] if derived is None else derived.leaves()
-
-    def plan(self, batch_size: int) -> list[tuple[str, LinearLayer | ConvLayer]]:
-        """The linear and convolution layers that were recorded, by their weight's name, with shapes for the cost model."""
-        out = []
-        for operation in self.operations:
-            if isinstance(operation, ProductOperation) and operation.weight is not None:
-                layer = operation.layer(batch_size)
-                assert layer is not None
-                out.append((self.name_of(operation.weight), layer))
-        return out
 
     # What the losses reach
 
