@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
@@ -141,7 +142,7 @@ class PerSamplePass(Recording):
             flat[0] = target.clone()  # what the backward pass needs is not what the call writes to
         mine = [k for k, t in enumerate(flat) if isinstance(t, Tensor) and id(t) in self._known]
         others = [k for k, t in enumerate(flat) if isinstance(t, Tensor) and id(t) not in self._known]
-        autocast = autocast_now(leaves[0].device)
+        autocast, func = autocast_now(leaves[0].device), _REWRITTEN.get(func, func)
 
         def run(current, data):
             filled = list(flat)
@@ -242,6 +243,32 @@ class PerSamplePass(Recording):
         """The tracked tensor, were the parameters the ``current`` ones."""
         derived = self._known[id(tracked)]
         return current.get(id(tracked), tracked) if derived is None else derived.replay(current)
+
+
+def _look_up(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx=None,
+    max_norm=None,
+    norm_type=2.0,
+    scale_grad_by_freq=False,
+    sparse=False,
+) -> Tensor:
+    """`F.embedding` whose padding has no gradient under ``vmap``, either: torch's rule for it knows only sample 0's."""
+    y = F.embedding(input, weight, None, max_norm, norm_type, scale_grad_by_freq)  # dense, as gradients are here
+    if padding_idx is None:
+        return y
+    padding = input == (padding_idx if padding_idx >= 0 else padding_idx + weight.size(0))
+    return torch.where(padding.unsqueeze(-1), y.detach(), y)
+
+
+def _look_up_rows(weight: Tensor, indices: Tensor, padding_idx=-1, scale_grad_by_freq=False, sparse=False) -> Tensor:
+    """`torch.embedding`, in which a negative padding_idx is none."""
+    padding = None if padding_idx < 0 else padding_idx
+    return _look_up(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
+
+
+_REWRITTEN: dict[Callable, Callable] = {F.embedding: _look_up, torch.embedding: _look_up_rows}
 
 
 def _refuse_graph(_) -> None:

@@ -264,3 +264,44 @@ def test_a_table_with_a_row_for_each_sample_is_refused():
     second = PerSamplePass(first_pass(model, x, target), FACTOR)
     with pytest.raises(UnsupportedError, match="linear on w does something else on one sample at a time"), second:
         model(x)
+
+
+LOOK_UPS = {
+    "module": nn.Embedding.forward,
+    "negative": lambda m, x: F.embedding(x, m.weight, padding_idx=m.padding_idx - 7),
+    "torch's": lambda m, x: torch.embedding(m.weight, x, m.padding_idx),
+    "torch's, none": lambda m, x: torch.embedding(m.weight, x, -1),
+}
+
+
+class Words(nn.Module):
+    def __init__(self, look_up, padding):
+        super().__init__()
+        self.table, self.look_up = nn.Embedding(7, 4, padding_idx=padding), look_up
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, words):
+        return self.head(torch.tanh(self.look_up(self.table, words)).mean(1))
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("name", LOOK_UPS)
+def test_padding_of_an_embedding_has_no_gradient(name, padding, chunk, monkeypatch):
+    """torch's rule for look-ups in one table per sample masks the padding of sample 0 alone."""
+    if chunk:
+        monkeypatch.setattr("bootgrad.per_sample_pass.CHUNK_BYTES", chunk)
+    torch.manual_seed(0)
+    model = Words(LOOK_UPS[name], padding).double()
+    x, target = torch.randint(0, 7, (5, 6)), torch.randn(5, 3, dtype=torch.float64)
+    x[:, 2] = padding
+    ours = second_pass(PerSamplePass(first_pass(model, x, target), FACTOR), model, x, target)
+    check(ours, oracle(model, x, target, FACTOR))
+    grads = {}
+    for method in ("exact", "finite_difference"):
+        model.zero_grad()
+        reg = bootgrad.GradientRegularizer(model, method=method, reg1=0.1)
+        reg.backward(lambda x, target: loss_of(model(x), target), x, target)
+        grads[method] = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert name == "torch's, none" or not model.table.weight.grad[padding].any()
+    assert (grads["exact"] - grads["finite_difference"]).norm() < 1e-3 * grads["exact"].norm()
