@@ -24,7 +24,7 @@ from .derived import Derived, derive, is_batch_free, may_be_batch_free, pull_bac
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .graph import Uses, check_finite, check_losses, filled, gradients, is_capturing, powers_of_two, walk
 from .ops.product import Product
-from .rules.base import RULES, WRITTEN_OUT, Operation, Phase, is_in_place, run_plain
+from .rules.base import RULES, WRITTEN_OUT, Operation, Phase, is_in_place, is_in_transform, run_plain
 from .rules.elementwise import expand_row
 from .rules.fallback import FallbackOperation
 from .rules.normalization import refuse_batch_statistics
@@ -452,7 +452,7 @@ def _refuse_second_runs(func: Callable) -> None:
             f"{getattr(func, '__name__', func)} is inside of torch.utils.checkpoint, which runs it again in the backward pass, "
             "where nothing is recorded: leave checkpointing out of recorded forward passes"
         )
-    if torch._C._functorch.maybe_current_level() is not None:
+    if is_in_transform():
         raise UnsupportedError(
             f"{getattr(func, '__name__', func)} is inside of a transform of torch.func, where its per-sample gradients cannot "
             "be seen: call the model without vmap, grad or jvp"

@@ -136,10 +136,17 @@ def written_out(func: Callable):
     return register
 
 
+def is_in_transform() -> bool:
+    """Whether the calls of now are inside of a transform of torch.func, which the Functions here have no rules for."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 def run_plain(func: Callable, args: tuple, kwargs: dict) -> Any:
-    """A call without parameters, by its stand-in where there is one."""
+    """A call without parameters, by its stand-in where there is one and where that can be differentiated as torch's own."""
     rule = PLAIN_RULES.get(func)
-    if rule is not None and args and isinstance(args[0], Tensor) and args[0].requires_grad:
+    if rule is None or is_in_transform():
+        return func(*args, **kwargs)
+    if args and isinstance(args[0], Tensor) and args[0].requires_grad:
         out = rule(func, args, kwargs)
         if out is not NotImplemented:
             return out

@@ -7,6 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import bootgrad
 from bootgrad.ops.piecewise import max_pool2d, relu
+from bootgrad.rules.base import StandIns
 
 WINDOWS = pytest.mark.parametrize(
     "window",
@@ -115,3 +116,28 @@ def test_what_a_recording_puts_in_their_place():
     with bootgrad.record(model):
         names += [torch.relu(model(x)).grad_fn.name(), F.max_pool2d(model(x), 2).grad_fn.name()]
     assert names == ["ReluBackward", "MaxPool2dBackward"]
+
+
+@pytest.mark.parametrize("context", [bootgrad.record, lambda model: StandIns()], ids=["record", "StandIns"])
+def test_transforms_of_functions_are_left_to_torch(context):
+    """vmap, grad and jacrev over activations in a model's forward."""
+    model, x = torch.nn.Conv2d(2, 2, 1).double(), spread(2, 2, 4, 4).detach()
+
+    calls = [
+        torch.func.vmap(F.relu),
+        torch.func.vmap(lambda t: torch.relu_(t * 1)),
+        torch.func.vmap(lambda t: F.max_pool2d(t[None], 2)[0]),
+        torch.func.grad(lambda t: F.relu(t).square().sum()),
+        torch.func.grad(lambda t: F.max_pool2d(t, 2).pow(3).sum()),
+        torch.func.jacrev(lambda t: F.max_pool2d(F.relu(t), 2)),
+        torch.func.vmap(torch.func.grad(lambda t: F.max_pool2d(t, 2).square().sum())),
+    ]
+    for call in calls:
+        y = call(model(x))
+        expected = torch.autograd.grad(y.square().sum(), model.weight)[0] if y.requires_grad else None
+        with context(model):
+            ours = call(model(x))
+        torch.testing.assert_close(ours, y)
+        assert ours.requires_grad == y.requires_grad
+        if expected is not None:
+            torch.testing.assert_close(torch.autograd.grad(ours.square().sum(), model.weight)[0], expected)
