@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
-from .graph import check_losses, refuse_losses
+from .graph import check_losses, gradients, refuse_losses, refuse_marked
 from .ops.schema import accumulation_dtype
 from .per_sample import Direction, Zeros, as_parameter_dict
 from .rules.terms import total
@@ -32,7 +32,7 @@ class Center(ABC):
         """C by parameter name, in any floating dtype, or None as long as nothing is known."""
 
     def update(self, mean: Parameters) -> None:
-        """Take in ḡ of a finished step, {name: tensor}; tensors are not changed. A center without memory takes nothing."""
+        """Take in ḡ of a finished step, {name: tensor}, which is not to be changed, and to be copied where it is kept."""
         return
 
     def derivative(self, parameters: Parameters, direction: Parameters) -> dict[str, Tensor] | None:
@@ -130,7 +130,8 @@ class WindowMean(Center):
 
         c_t = (1/n) Σ_{t−n ≤ s < t} ḡ_s,    n = min(k, t)
 
-    The sum is kept in float64, and loses and gains exactly what is stored, so that rounding does not pile up.
+    The sum is kept in float64, and loses and gains exactly what is stored: rounding stays at float64's of the largest gradient
+    that was ever in it.
 
     Args:
         k: length of the window, at least 1.
@@ -257,8 +258,10 @@ class FullBatchMean(Center):
                 refuse_losses(losses)
                 twice = direction is not None
                 grads: Sequence[Tensor | None]
-                grads = torch.autograd.grad(losses.sum(), tensors, create_graph=twice, allow_unused=True)
+                weights = torch.ones_like(losses, requires_grad=twice)
+                grads = gradients(losses, tensors, weights, create_graph=twice, allow_unused=True)
                 if direction is not None:
+                    refuse_marked(grads)
                     grads = _hessian_product(grads, tensors, [direction[n] for n in parameters])
             for (name, p), g in zip(parameters.items(), grads, strict=True):
                 if g is not None:

@@ -193,3 +193,23 @@ def filled(grads: Sequence[Tensor | None], operations: Sequence[Operation], like
         like.new_zeros(o.output_shape, requires_grad=False) if g is None else g
         for g, o in zip(grads, operations, strict=True)
     ]
+
+
+def refuse_marked(grads: Sequence[Tensor | None]) -> None:
+    """Raise where a gradient came through a `once_differentiable` function, at which a penalty's derivative would end.
+
+    It leaves its mark where the weights of the losses required grad.
+    """
+    nodes = [g.grad_fn for g in grads if g is not None and g.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node.name() == "torch::autograd::Error":
+            raise UnsupportedError(
+                "an operation of the model or the loss is an autograd.Function marked once_differentiable, through which a "
+                "penalty would do nothing: write its backward pass in differentiable operations, without the mark"
+            )
+        for successor, _ in node.next_functions:
+            if successor is not None and successor not in seen:
+                seen.add(successor)
+                nodes.append(successor)

@@ -21,7 +21,7 @@ from .graph import answers_at_once
 from .methods.base import Forward, Gradients, Penalties
 from .methods.choice import choose, is_number
 from .methods.random_signs import RandomSigns
-from .methods.subsets import check_leaves, draw, rows
+from .methods.subsets import check_leaves, draw, rows, versions_of
 from .penalties import Distances, Report, reg1, reg2
 from .recording import named_parameters
 from .rules.base import StandIns
@@ -157,7 +157,8 @@ class GradientRegularizer:
 
         Raises:
             As `record.backward`; exceptions of the user's function pass as they are. On any error ``.grad``, the centers and
-            the step are as before, but for one of a hook that waits for ``.grad``: the step is then done.
+            the step are as before, but for one of a hook that waits for ``.grad``, when the step is done, and of a center's
+            own update.
         """
         with ExitStack() as kept:
             report, values, outcome = self._gradients(losses, batch, kept)
@@ -165,7 +166,7 @@ class GradientRegularizer:
         accumulate(outcome.leaves, grads)
         distinct = {id(c): c for c in self.centers.values()}.values()
         sq_mean, mean = outcome.distances.sq_mean, outcome.mean
-        finite = torch.isfinite(sq_mean)
+        finite = torch.isfinite(sq_mean) if outcome.finite is None else torch.isfinite(sq_mean) & outcome.finite
         if not answers_at_once(sq_mean):  # what is not finite is replaced by what the center holds already
             for center in distinct:
                 held = values[id(center)]
@@ -194,9 +195,11 @@ class GradientRegularizer:
         if not callable(losses):
             forward = self._take(losses, batch)
         else:
-            index = None
-            if takes_penalty and (self.fraction < 1 or self._method.repeats):
+            index, self._recording, self._awaits_losses = None, None, False
+            runs_again = takes_penalty and (self.fraction < 1 or self._method.repeats)
+            if runs_again:
                 check_leaves(batch)
+            versions = versions_of(batch)
             if takes_penalty and self.fraction < 1:
                 chosen, others = draw(batch, self.fraction, generator)
                 before = Snapshot(self.model)
@@ -206,20 +209,25 @@ class GradientRegularizer:
                     m, index = chosen.numel(), chosen
                     notes.append(f"the penalties were taken on {m} of {m + others.numel()} samples")
             forward = self._run(losses, batch, index, takes_penalty)
+            if runs_again and versions != versions_of(batch):
+                raise ArgumentError(
+                    "the function changed a tensor of its batch in place, and would do so again in each of the passes that "
+                    f'method="{self.method}" with fraction={self.fraction} takes: let it work on a copy'
+                )
         strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
         distinct = {id(c): c for c in self.centers.values()}
         values = {key: c.value(forward.parameters) for key, c in distinct.items()}
         centers = {name: values[id(c)] for name, c in self.centers.items()}
-        if not takes_penalty:
-            plain = self._method.plain(forward)
-            outcome = Gradients(**vars(plain), distances=Distances(plain.mean, centers))
-            return self._report(outcome, "plain", notes), values, outcome
         taken = {}
-        for name, strength in strengths.items():
+        for name, strength in strengths.items() if takes_penalty else ():
             if strength and centers[name] is None and not isinstance(self.centers[name], BatchMean):
                 notes.append(_FIRST_STEP[name])
             if strength and (name == "reg1" or centers[name] is not None):
                 taken[name] = self.every * strength
+        if not taken and rest is None:
+            plain = self._method.plain(forward)
+            outcome = Gradients(**vars(plain), distances=Distances(plain.mean, centers))
+            return self._report(outcome, "plain", notes), values, outcome
         outcome = self._method.penalized(forward, Penalties(taken, centers, generator), rest)
         for name, strength in taken.items():
             if centers[name] is not None:
@@ -317,7 +325,7 @@ class GradientRegularizer:
         """Go on from a `state_dict` of a regularizer with the same centers and options; on an error, all is as before."""
         before = {name: center.state_dict() for name, center in self.centers.items()}
         try:
-            step = state["step"]
+            step = int(state["step"])
             seed = None if self._seed is None else int(state["seed"])
             for name, center in self.centers.items():
                 center.load_state_dict(state["centers"][name])

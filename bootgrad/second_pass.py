@@ -7,6 +7,7 @@
 Gradients belong inside of both: checkpointed parts of a model run once more in the backward pass.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -70,7 +71,10 @@ class Snapshot:
         """The same tensors as then, in the same places, with the same contents."""
         for owner, name, buffer, contents in self._buffers:
             owner[name] = buffer
-            buffer.data.copy_(contents)  # no new version: what a graph has saved of it is there again
+            if all(
+                stride or size < 2 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)
+            ):  # can be written
+                buffer.data.copy_(contents)  # no new version: what a graph has saved of it is there again
 
     def restore(self) -> None:
         """Buffers and generators."""
@@ -149,13 +153,26 @@ def quotient(moved: Sequence[Tensor | None], grads: Sequence[Tensor | None], ste
 
 
 def check_parameters(parameters: Mapping[str, Tensor]) -> None:
-    """Raise where a parameter is too coarse to be moved a little."""
+    """Raise where a parameter is too coarse to be moved a little, or shares memory with another, and would be moved twice."""
     for name, p in parameters.items():
         if p.dtype not in (torch.float32, torch.float64):
             raise ArgumentError(
                 f"finite differences need parameters in float32 or float64; got {p.dtype} for {name}, which rounds small steps "
                 "away: keep the parameters in float32 (torch.autocast for the rest), or take an exact derivative"
             )
+    spans = sorted((*_span(p), name) for name, p in parameters.items() if p.numel())
+    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
+        if begin < end:
+            raise ArgumentError(
+                f"parameters {name} and {other} share memory, so that finite differences would move both at once: tie them by "
+                "using one parameter twice"
+            )
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """The addresses from a tensor's first byte to behind its last."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
 def check_second(losses: Tensor, batch_size: int) -> Tensor | None:

@@ -5,7 +5,8 @@
 Statistics always speak of the per-sample gradients g_i themselves, whatever weights the losses were reduced with.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from . import graph
 from .accumulation import accumulate, call_hooks, gated
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from .graph import filled, gradients
+from .graph import filled, gradients, refuse_marked
 from .heap import keep_freed_memory
 from .ops.schema import accumulation_dtype
 from .per_sample import Direction, PerSampleGradients, as_parameter_dict
@@ -257,34 +258,17 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         if self.batch_size == 1:
             leaves = list(reach.parameters.values())
             grads = gradients(losses, leaves, weights, create_graph=create_graph, retain_graph=True, allow_unused=True)
-            _refuse_marked(grads)
+            refuse_marked(grads)
             rows = zip(reach.parameters, grads, strict=True)
             terms: dict[str, Term] = {name: DenseTerm(g.unsqueeze(0)) for name, g in rows if g is not None}
         else:
             gys = self.output_gradients(losses, weights, reach.operations, create_graph)
-            _refuse_marked(gys)
+            refuse_marked(gys)
             with torch.set_grad_enabled(create_graph):
                 terms = self.terms(reach.operations, gys)
         if not create_graph:
             terms = {name: term.map(Tensor.detach) for name, term in terms.items()}
         return PerSampleGradients(terms, self.parameters, self.batch_size, create_graph)
-
-
-def _refuse_marked(grads: Sequence[Tensor | None]) -> None:
-    """Raise where a gradient came through a `once_differentiable` function, at which a penalty's derivative would end."""
-    nodes = [g.grad_fn for g in grads if g is not None and g.grad_fn is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if node.name() == "torch::autograd::Error":
-            raise UnsupportedError(
-                "an operation of the model or the loss is an autograd.Function marked once_differentiable, through which a "
-                "penalty would do nothing: write its backward pass in differentiable operations, without the mark"
-            )
-        for successor, _ in node.next_functions:
-            if successor is not None and successor not in seen:
-                seen.add(successor)
-                nodes.append(successor)
 
 
 def _sq_norm(g: Tensor, like: Tensor) -> Tensor:
@@ -334,11 +318,16 @@ class NoiseScale:
         self._weight = self._trace = self._sq_norm = 0.0
 
     def update(self, moments) -> float:
-        """Take in one batch: anything with ``covariance_trace``, ``sq_mean_norm`` and ``batch_size``; returns the value."""
+        """Take in one batch: anything with ``covariance_trace``, ``sq_mean_norm`` and ``batch_size``; returns the value.
+
+        One whose trace is not known, nan as of steps between random signs, is left out.
+        """
         B = moments.batch_size
         if B < 2:
             raise ArgumentError("the noise scale needs batches of at least two samples; got one")
         trace = float(moments.covariance_trace) * B / (B - 1)
+        if math.isnan(trace):
+            return self.value
         sq_norm = float(moments.sq_mean_norm) - trace / B
         new = 1.0 if self.decay == 1 else 1 - self.decay
         self._weight = self._weight * self.decay + new

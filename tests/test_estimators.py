@@ -834,3 +834,89 @@ def test_gradient_hooks_and_losses_of_nothing_are_refused():
         reg.backward(losses_of(model), x, y)
     handle.remove()
     assert reg.step == 0 and all(p.grad is None for p in model.parameters())
+
+
+class Once(torch.autograd.Function):
+    """Marked as differentiable once."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+@pytest.mark.parametrize("options", [dict(reg1=0.1), dict(reg2=0.1, center="zero")])
+def test_signs_refuse_what_ends_a_derivative(options):
+    model, x = small_model(), torch.randn(5, 3, dtype=torch.float64)
+    reg = bootgrad.GradientRegularizer(model, method="random_signs", **options)
+    with pytest.raises(bootgrad.BootgradError, match="once_differentiable"):
+        reg.backward(lambda x: Once.apply(model(x)).sum(1), x)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_center_s_derivative_refuses_what_ends_it():
+    model, x = small_model(), torch.randn(5, 3, dtype=torch.float64)
+    losses = lambda x: Once.apply(model(x)).sum(1)  # noqa: E731
+    center = bootgrad.centers.FullBatchMean([x], losses, differentiable=True)
+    reg = bootgrad.GradientRegularizer(model, reg2=0.5, center=center, method="finite_difference")
+    with pytest.raises(bootgrad.BootgradError, match="once_differentiable"):
+        reg.backward(losses, x[:3])
+
+
+@pytest.mark.parametrize("options", [dict(method="finite_difference"), dict(fraction=0.5)])
+def test_a_function_that_changes_its_batch_is_not_run_again(options):
+    model, x, scale = small_model(), torch.randn(6, 3, dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    reg = bootgrad.GradientRegularizer(model, reg2=0.1, center="zero", **options)
+    with pytest.raises(bootgrad.BootgradError, match="changed a tensor of its batch in place"):
+        reg.backward(lambda x, s: model(x * s.add_(1)).square().sum(1), x, scale)
+    assert all(p.grad is None for p in model.parameters()) and reg.step == 0
+
+
+def test_two_samples_are_not_parted():
+    """One alone would hide that they are coupled."""
+    model, x = small_model(), torch.randn(2, 3, dtype=torch.float64)
+    reg = bootgrad.GradientRegularizer(model, reg1=0.1, fraction=0.5)
+    with pytest.raises(bootgrad.BootgradError, match="samples are coupled"):
+        reg.backward(lambda x: (model(x) - 0.5 * model(x).mean(0)).square().sum(1), x)
+
+
+def test_parameters_that_share_memory_are_not_moved_twice():
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double(), torch.randn(4, 3).double()
+    model[2].weight = nn.Parameter(model[0].weight.data)
+    reg = bootgrad.GradientRegularizer(model, reg2=0.1, center="zero", method="finite_difference")
+    with pytest.raises(bootgrad.BootgradError, match="0.weight and 2.weight share memory"):
+        reg.backward(lambda x: model(x).square().sum(1), x)
+
+
+def test_a_strength_of_zero_makes_a_plain_step():
+    model, x = small_model(), torch.randn(5, 3, dtype=torch.float64)
+    reg = bootgrad.GradientRegularizer(model, reg1=lambda step: 0.0 if step == 0 else 0.1)
+    losses = lambda x: model(x).square().sum(1)  # noqa: E731
+    assert [reg.backward(losses, x).method for _ in range(2)] == ["plain", "exact"]
+
+
+def test_an_unknown_trace_is_left_out_of_the_noise_scale():
+    model, x = small_model(), torch.randn(5, 3, dtype=torch.float64)
+    reg = bootgrad.GradientRegularizer(model, reg1=0.1, method="random_signs", every=2)
+    scale = bootgrad.NoiseScale()
+    for _ in range(4):
+        scale.update(reg.backward(lambda x: model(x).square().sum(1), x))
+    assert scale.steps == 2 and scale.value == scale.value
+
+
+def test_expanded_buffers_are_left_as_they_are():
+    model, x = small_model(), torch.randn(5, 3, dtype=torch.float64)
+    model.register_buffer("mask", torch.ones(1, dtype=torch.float64).expand(2))
+    reg = bootgrad.GradientRegularizer(model, reg2=0.1, center="zero", method="finite_difference")
+    reg.backward(lambda x: (model(x) * model.mask).square().sum(1), x)
+    assert model.mask.tolist() == [1, 1]

@@ -10,6 +10,10 @@ unit that changes sides between θ and θ + ε δ changes the gradient by a fini
 and which no derivative at θ knows of. What comes out is the derivative of a penalty smoothed over steps of that length, with
 noise: the shorter the step, the fewer and the larger the jumps.
 
+**Where a value is detached**, or a backward pass is not that of its forward pass (straight-through estimators), this is another
+quantity: the exact gradient holds what is detached constant, and the second pass, which runs the function anew, moves it. Take
+``method="exact"`` for such models.
+
 The step's length is relative, ε‖δ‖ = epsilon·‖θ‖. In float32, the penalties' gradients of a CNN (two convolutions, group norm,
 two linear layers) on 64 digits, Reg1, Reg2 and random signs, were off by, relative to their norms:
 

@@ -10,6 +10,8 @@ for Σ a_i = 0, and E a_i a_j = δ_ij − 1/B gives Σ_i ‖g_i‖² − B ‖�
 whose mean is (2/m) Σ_i H_i (g_i − c). The variance of the estimate of Reg1 is (2/m²) Σ_{i≠j} ⟨g_i − c, g_j − c⟩² over the
 number of probes, that of its gradient falls likewise: it is small where the deviations are many and nearly orthogonal.
 
+By finite differences, what `finite_difference` says of functions that are not smooth, or detach values, holds here, too.
+
 Letters: ``v`` signs, ``w`` the weights made of them, ``D`` = Σ_i w_i g_i.
 """
 

@@ -12,7 +12,8 @@ from ..errors import ArgumentError
 def draw(batch: tuple, fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Which samples of the batch the penalties are taken on, in ascending order, and which others there are."""
     B = batch_size(batch)
-    m = min(B, max(1, round(fraction * B)))
+    # Two samples stay together: of one alone nobody can tell whether others change its gradient.
+    m = B if B == 2 else min(B, max(1, round(fraction * B)))
     order = torch.randperm(B, generator=generator)
     return order[:m].sort().values, order[m:].sort().values
 
@@ -46,3 +47,8 @@ def check_leaves(batch: tuple) -> None:
                 f"a tensor of the batch, of shape {tuple(t.shape)}, is the result of {t.grad_fn.name()}, whose graph is gone "
                 "after the first of several passes: compute it in the function, or detach it"
             )
+
+
+def versions_of(batch: tuple) -> list[int]:
+    """How often each tensor of the batch was written to."""
+    return [t._version for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and not t.is_inference()]

@@ -84,12 +84,13 @@ class WeightedPass:
             if kind in self._kinds:
                 raise UnsupportedError(f"{what} has no second derivative in torch: {ADVICE}")
         parameters = self._forward.parameters
-        # With weights that require grad, what can be differentiated once says so instead of ending the derivative.
+        # With weights that require grad, what can be differentiated once leaves a mark.
         weights = weights.detach().requires_grad_()
         with second_derivatives():
             grads = graph.gradients(
                 self.losses, list(parameters.values()), weights, create_graph=True, materialize_grads=True
             )
+        graph.refuse_marked(grads)
         return dict(zip(parameters, grads, strict=True))  # type: ignore[arg-type]
 
     @contextmanager
