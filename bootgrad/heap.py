@@ -14,7 +14,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 # Of freed memory at the top of the heap that is kept, and of what is put there: both together, since setting one of them
 # stops glibc from raising the other with what it sees.
 KEPT_BYTES = 2**31 - 1
-HEAP_BYTES = 2**30
+HEAP_BYTES = (2**30, 2**25)  # older versions take no more than the latter
 _VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
@@ -30,9 +30,8 @@ def keep_freed_memory() -> bool:
     try:
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018 — an AttributeError where it is not glibc
-        return sys.platform == "linux" and all(
-            libc.mallopt(option, value)
-            for option, value in ((M_MMAP_THRESHOLD, HEAP_BYTES), (M_TRIM_THRESHOLD, KEPT_BYTES))
-        )
+        if sys.platform != "linux" or not any(libc.mallopt(M_MMAP_THRESHOLD, bytes) for bytes in HEAP_BYTES):
+            return False
+        return bool(libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
     except (AttributeError, OSError):
         return False

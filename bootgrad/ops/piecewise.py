@@ -86,6 +86,7 @@ def relu(x: Tensor, inplace: bool = False) -> Tensor:
 def max_pool2d(x: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False) -> Tensor:
     """`torch.nn.functional.max_pool2d` of a (B, C, H, W)."""
     window = [
-        [v, v] if isinstance(v, int) else list(v) for v in (kernel_size, stride or kernel_size, padding, dilation)
+        [v, v] if isinstance(v, int) else list(v)
+        for v in (kernel_size, kernel_size if stride is None or stride == () else stride, padding, dilation)
     ]
     return MaxPool2d.apply(x, (*window, ceil_mode))
