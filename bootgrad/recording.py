@@ -24,7 +24,7 @@ from .derived import Derived, derive, is_batch_free, may_be_batch_free, pull_bac
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .graph import Uses, check_finite, check_losses, filled, gradients, is_capturing, powers_of_two, walk
 from .ops.product import Product
-from .rules.base import RULES, WRITTEN_OUT, Operation, Phase, is_in_place, is_in_transform, run_plain
+from .rules.base import RULES, WRITTEN_OUT, Operation, Phase, is_in_checkpoint, is_in_place, is_in_transform, run_plain
 from .rules.elementwise import expand_row
 from .rules.fallback import FallbackOperation
 from .rules.normalization import refuse_batch_statistics
@@ -446,8 +446,7 @@ class Recording(TorchFunctionMode):
 
 def _refuse_second_runs(func: Callable) -> None:
     """Raise where the call is inside of something that runs it again, or otherwise than as written."""
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
-    if hooks and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
+    if is_in_checkpoint():
         raise UnsupportedError(
             f"{getattr(func, '__name__', func)} is inside of torch.utils.checkpoint, which runs it again in the backward pass, "
             "where nothing is recorded: leave checkpointing out of recorded forward passes"

@@ -3,6 +3,7 @@
 import functools
 import gc
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import bootgrad
 from bootgrad import BootgradError
+from bootgrad.rules.base import StandIns
 
 pytestmark = pytest.mark.filterwarnings("ignore::bootgrad.BootgradWarning")
 
@@ -385,6 +387,71 @@ def test_checkpointing_is_refused(reentrant):
     model = Model(lambda m, x: forward(m, m.linear(x)))
     with pytest.raises(BootgradError, match="torch.utils.checkpoint"), bootgrad.record(model) as rec:
         rec.backward(model(data()))
+
+
+class PartlyCheckpointed(nn.Module):
+    """What torch computes otherwise than bootgrad: weight normalization, if asked for, ReLU and max pooling."""
+
+    def __init__(self, normed, checkpointed):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.Conv2d(2, 3, 3, padding=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            first = nn.utils.weight_norm(layer) if normed == "by hook" else layer
+        first = nn.utils.parametrizations.weight_norm(layer) if normed == "parametrized" else first
+        self.block = nn.Sequential(first, nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(3, 2, 1), nn.ReLU(inplace=True))
+        self.head, self.checkpointed = nn.Linear(8, 1), checkpointed
+        self.double()
+
+    def forward(self, x):
+        if self.checkpointed:
+            y = torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False)
+        else:
+            y = self.block(x)
+        return self.head(y.flatten(1).tanh()).flatten().square()
+
+
+@pytest.mark.parametrize("derivative", ["exact", "finite_difference"])
+@pytest.mark.parametrize("normed", ["no", "by hook", "parametrized"])
+def test_stand_ins_and_checkpointing(normed, derivative):
+    """What runs again in the backward pass saves the same; a second derivative that torch gets wrong is refused."""
+    grads, x = [], data(4, 2, 4, 4)
+    for checkpointed in (False, True):
+        model = PartlyCheckpointed(normed, checkpointed)
+        torch.manual_seed(3)
+        reg = bootgrad.GradientRegularizer(model, reg1=0.1, method="random_signs", derivative=derivative)
+        if checkpointed and normed != "no" and derivative == "exact":
+            with pytest.raises(BootgradError, match="weight_norm.*leave.*checkpointing.*finite_difference"):
+                reg.backward(model, x)
+            assert all(p.grad is None for p in model.parameters())
+            return
+        reg.backward(model, x)
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("context", [bootgrad.record, lambda model: StandIns()], ids=["record", "StandIns"])
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_checkpointed_parts_without_parameters(context, backward_inside):
+    model, x = Model(lambda m, x: m.linear(x)), data()
+
+    def grads(checkpointed):
+        model.zero_grad()
+        run = (
+            functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+            if checkpointed
+            else lambda f, x: f(x)
+        )
+        with context(model):
+            y = run(lambda t: F.max_pool2d(t.view(4, 1, 2, 2).relu(), 2, 1).exp(), model.linear(x)).sum()
+            if backward_inside:
+                y.backward()
+        if not backward_inside:
+            y.backward()
+        return model.linear.weight.grad
+
+    torch.testing.assert_close(grads(True), grads(False))
 
 
 def test_transforms_of_functions_are_refused():
