@@ -71,9 +71,10 @@ def test_maxima_and_their_places_are_torch_s(window, dtype):
 @pytest.mark.parametrize(
     ("shape", "change", "message"),
     [
-        ((2, 3, 4), {}, "4D|\\(B, C, H, W\\)"),
+        ((3, 4), {}, "3D or 4D|\\(B, C, H, W\\)"),
         ((1, 1, 4, 4), {0: (9, 9)}, "too small|as large as a window"),
         ((1, 1, 4, 4), {2: (2, 2)}, "pad should be|padding must be"),
+        ((1, 1, 9, 9), {2: (2, 2), 3: (4, 4)}, "pad should be|padding must be"),
         ((1, 1, 4, 4), {1: (0, 1)}, "stride"),
     ],
 )
