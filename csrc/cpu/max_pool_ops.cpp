@@ -31,8 +31,8 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x_in, Sizes kernel, Sizes st
   call.planes = x.size(0) * x.size(1);
   for (size_t d = 0; d < 2; ++d) {
     require(kernel[d] >= 1 && stride[d] >= 1 && dilation[d] >= 1, "kernel_size, stride and dilation must be positive");
-    require(padding[d] >= 0 && padding[d] <= kernel[d] / 2,
-            "padding must be between 0 and half of the kernel; got ", shown(padding), " for ", shown(kernel));
+    require(padding[d] >= 0 && padding[d] <= kernel[d] / 2, "padding must be between 0 and half of the kernel; got ",
+            shown(padding), " for ", shown(kernel));
     call.S[d] = x.size(static_cast<int64_t>(d) + 2);
     call.P[d] = windows(call.S[d], kernel[d], stride[d], padding[d], dilation[d], ceil);
     require(call.P[d] > 0, "x must be as large as a window at least; got shape ", shown(sizes_of(x)));
