@@ -24,10 +24,11 @@ from .derived import Derived, derive, is_batch_free, may_be_batch_free, pull_bac
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .graph import Uses, check_finite, check_losses, filled, gradients, is_capturing, powers_of_two, walk
 from .ops.product import Product
-from .rules.base import RULES, WRITTEN_OUT, Operation, Phase, is_in_checkpoint, is_in_place, is_in_transform, run_plain
+from .rules.base import RULES, Operation, Phase, is_in_place
 from .rules.elementwise import expand_row
 from .rules.fallback import FallbackOperation
 from .rules.normalization import refuse_batch_statistics
+from .rules.stand_ins import WRITTEN_OUT, is_in_checkpoint, is_in_transform, run_plain
 from .rules.terms import SumTerm, Term
 
 CHECKS = ("first", "always", "never")

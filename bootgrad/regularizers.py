@@ -24,7 +24,7 @@ from .methods.random_signs import RandomSigns
 from .methods.subsets import check_leaves, draw, rows, versions_of
 from .penalties import Distances, Report, reg1, reg2
 from .recording import named_parameters
-from .rules.base import StandIns
+from .rules.stand_ins import StandIns
 from .second_pass import Replay, Snapshot, same_buffers
 from .statistics import record as Record
 

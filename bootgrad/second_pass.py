@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError
 from .graph import check_finite, check_losses
 from .penalties import total_sq_norm
-from .rules.base import StandIns
+from .rules.stand_ins import StandIns
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError, RecordingError
 from .graph import check_losses, refuse_losses
 from .regularizers import reg1
-from .rules.base import StandIns
+from .rules.stand_ins import StandIns
 from .rules.terms import total
 from .statistics import record
 

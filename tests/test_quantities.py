@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 import bootgrad
 from bootgrad import reference
 from bootgrad.errors import UnsupportedError
-from bootgrad.rules.base import StandIns
+from bootgrad.rules.stand_ins import StandIns
 from bootgrad.rules.terms import recomputed
 
 from .models import SHAPES, Residual, Unknown, loss_of, make

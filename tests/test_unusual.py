@@ -14,7 +14,7 @@ from torch import nn
 
 import bootgrad
 from bootgrad import BootgradError
-from bootgrad.rules.base import StandIns
+from bootgrad.rules.stand_ins import StandIns
 
 pytestmark = pytest.mark.filterwarnings("ignore::bootgrad.BootgradWarning")
 

@@ -6,7 +6,7 @@ Those of ``torch._weight_norm`` are not, up to torch 2.13: through it a penalty'
 import torch
 from torch import Tensor
 
-from .base import written_out
+from .stand_ins import written_out
 
 
 @written_out(torch._weight_norm)

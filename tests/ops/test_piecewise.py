@@ -7,7 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import bootgrad
 from bootgrad.ops.piecewise import max_pool2d, relu
-from bootgrad.rules.base import StandIns
+from bootgrad.rules.stand_ins import StandIns
 
 WINDOWS = pytest.mark.parametrize(
     "window",
