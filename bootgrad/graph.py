@@ -4,7 +4,7 @@ A walk from the losses to the leaves stops at recorded uses of parameters, each 
 is met otherwise reached the losses unseen: an error that names it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -195,21 +195,26 @@ def filled(grads: Sequence[Tensor | None], operations: Sequence[Operation], like
     ]
 
 
+def nodes_behind(tensors: Iterable[Tensor | None]) -> Iterator[Any]:
+    """The nodes of the graphs of tensors, each once, in a fixed order; leaves' nodes are among them."""
+    stack = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        yield node
+        for successor, _ in node.next_functions:
+            if successor is not None and successor not in seen:
+                seen.add(successor)
+                stack.append(successor)
+
+
 def refuse_marked(grads: Sequence[Tensor | None]) -> None:
     """Raise where a gradient came through a `once_differentiable` function, at which a penalty's derivative would end.
 
     It leaves its mark where the weights of the losses required grad.
     """
-    nodes = [g.grad_fn for g in grads if g is not None and g.grad_fn is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if node.name() == "torch::autograd::Error":
-            raise UnsupportedError(
-                "an operation of the model or the loss is an autograd.Function marked once_differentiable, through which a "
-                "penalty would do nothing: write its backward pass in differentiable operations, without the mark"
-            )
-        for successor, _ in node.next_functions:
-            if successor is not None and successor not in seen:
-                seen.add(successor)
-                nodes.append(successor)
+    if any(node.name() == "torch::autograd::Error" for node in nodes_behind(grads)):
+        raise UnsupportedError(
+            "an operation of the model or the loss is an autograd.Function marked once_differentiable, through which a "
+            "penalty would do nothing: write its backward pass in differentiable operations, without the mark"
+        )

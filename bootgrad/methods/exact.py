@@ -44,10 +44,9 @@ class Exact(Method):
         with torch.no_grad():
             own = G.mean()
         mean = whole_mean(own, G.batch_size, rest)
-        centers = penalties.centers if rest is None else {"reg1": penalties.centers["reg1"] or mean}
-        covariance = _covariance(G, values, Distances(own, centers))
-        covariance = whole_covariance(covariance, own, G.batch_size, rest, mean)
         distances = Distances(mean, penalties.centers)
+        around = distances if rest is None else Distances(own, {"reg1": penalties.centers["reg1"] or mean})
+        covariance = whole_covariance(_covariance(G, values, around), own, G.batch_size, rest, mean)
         all_losses, finite = whole_losses(losses, recording.last_reach.finite, rest)
         try:
             grads: list[Tensor | None] = list(torch.autograd.grad(objective, leaves, allow_unused=True))

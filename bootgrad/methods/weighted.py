@@ -120,22 +120,9 @@ def second_derivatives() -> Iterator[None]:
 
 def _survey(losses: Tensor) -> tuple[list[Tensor], set[str]]:
     """The leaves that losses reach, in a fixed order, and the kinds of nodes between."""
-    leaves: list[Tensor] = []
-    kinds: set[str] = set()
-    stack = [losses.grad_fn]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node is None:
-            continue
-        if node.name() == "torch::autograd::AccumulateGrad":
-            leaves.append(node.variable)  # type: ignore[attr-defined]
-        kinds.add(node.name())
-        for successor, _ in node.next_functions:
-            if successor is not None and successor not in seen:
-                seen.add(successor)
-                stack.append(successor)
-    return leaves, kinds
+    nodes = list(graph.nodes_behind([losses]))
+    kinds = {node.name() for node in nodes}
+    return [node.variable for node in nodes if node.name() == "torch::autograd::AccumulateGrad"], kinds
 
 
 @contextmanager
