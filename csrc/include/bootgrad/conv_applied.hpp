@@ -189,7 +189,7 @@ struct ConvApplied : ConvLayer<In> {
           const int64_t p = plan.at_pixel[plan.pos[t] + plan.tap[k]];
           if (p >= 0) m.sources[count++] = m.inner + p * ldp + plan.tap[k];
         }
-        add_up(m.sources, count, m.wide + t * ldt, ldt);
+        add_up<T>(m.sources, count, m.wide + t * ldt, ldt);
       }
     } else {
       for (int64_t r = 0; r < plan.R; ++r)
@@ -213,7 +213,7 @@ struct ConvApplied : ConvLayer<In> {
         const int64_t at = plan.pixel[p] - plan.tap[k], t = at < 0 ? -1 : plan.at_pos[at];
         if (t >= 0) m.sources[count++] = m.inner + t * ldk + tap_max - plan.tap[k] + lead;
       }
-      add_up(m.sources, count, m.wide + p * ldq, ldq);
+      add_up<T>(m.sources, count, m.wide + p * ldq, ldq);
     }
     gemm<T>(plan.pixels, plan.Cg, plan.pixels, {m.wide, m.row_x, m.row_wide}, m.xt, ldc,
             Store<T>{m.out, ldc, ldc, T(1), false, nullptr});
@@ -235,20 +235,6 @@ struct ConvApplied : ConvLayer<In> {
       }
       gemm<T>(valid, plan.Cg, plan.T, {m.inner, m.row_wide, m.row_inner}, m.patches, ldc,
               Store<T>{m.out, ldc, ldc, T(1), true, m.place});
-    }
-  }
-
-  // out = Σ of `sources` vectors, four registers at a time.
-  static void add_up(const T* const* sources, int64_t count, T* out, int64_t length) {
-    for (int64_t i = 0; i < length;) {
-      const int64_t vectors = length - i >= 4 * kLanes<T> ? 4 : 1;
-      Vector<T> sum[4] = {};
-      for (int64_t k = 0; k < count; ++k)
-#pragma GCC unroll 4
-        for (int64_t j = 0; j < 4; ++j)
-          if (j < vectors) sum[j] += load<T>(sources[k] + i + j * kLanes<T>);
-      for (int64_t j = 0; j < vectors; ++j) store<T>(out + i + j * kLanes<T>, sum[j]);
-      i += vectors * kLanes<T>;
     }
   }
 };

@@ -281,26 +281,7 @@ struct ConvGram : ConvLayer<In> {
         const int64_t tap = plan.channels_last ? 0 : plan.tap[k], p = plan.at_pixel[m.column[t] + tap];
         if (p >= 0) m.sources[count++] = m.pixels + p * ldp + tap + from;
       }
-      add_up(m.sources, count, m.uu + t * ldt + from, ldt - from);
-    }
-  }
-
-  // out = Σ of `sources` vectors, four registers at a time.
-  static void add_up(const T* const* sources, int64_t count, T* out, int64_t length) {
-    constexpr int64_t n = kLanes<T>;
-    int64_t i = 0;
-    for (; i + 4 * n <= length; i += 4 * n) {
-      Vector<T> sum[4] = {};
-      for (int64_t k = 0; k < count; ++k)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) sum[j] += load<T>(sources[k] + i + j * n);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) store<T>(out + i + j * n, sum[j]);
-    }
-    for (; i < length; i += n) {
-      Vector<T> sum{};
-      for (int64_t k = 0; k < count; ++k) sum += load<T>(sources[k] + i);
-      store<T>(out + i, sum);
+      add_up<T>(m.sources, count, m.uu + t * ldt + from, ldt - from);
     }
   }
 
@@ -339,7 +320,7 @@ struct ConvGram : ConvLayer<In> {
       }
       const int64_t from = m.pixel[m.run_p[p]] / n * n;
       for (int64_t k = 0; k < count; ++k) m.sources[k] += from;
-      add_up(m.sources, count, m.q + p * ldq + from, ldq - from);
+      add_up<T>(m.sources, count, m.q + p * ldq + from, ldq - from);
     }
     mirror(m.q, ldq, plan.pixels, m.pixel, m.run_p);
     gemm<T>(plan.pixels, plan.Cg, plan.pixels, {m.q, m.row_q, m.pixel}, m.xt, ldc,

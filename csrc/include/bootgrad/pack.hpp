@@ -91,6 +91,26 @@ void sum_rows(const T* rows, int64_t count, int64_t ld, T* out, int64_t lanes) {
   for (int64_t j = 0; j < lanes; ++j) out[j] = static_cast<T>(total[j]);
 }
 
+// out = Σ of `sources` vectors, four registers at a time.
+template <class T>
+void add_up(const T* const* sources, int64_t count, T* out, int64_t length) {
+  constexpr int64_t n = kLanes<T>;
+  int64_t i = 0;
+  for (; i + 4 * n <= length; i += 4 * n) {
+    Vector<T> sum[4] = {};
+    for (int64_t k = 0; k < count; ++k)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sum[j] += load<T>(sources[k] + i + j * n);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) store<T>(out + i + j * n, sum[j]);
+  }
+  for (; i < length; i += n) {
+    Vector<T> sum{};
+    for (int64_t k = 0; k < count; ++k) sum += load<T>(sources[k] + i);
+    store<T>(out + i, sum);
+  }
+}
+
 // Runs body(task, scratch) for every task, tasks handed out one by one. prepare(Carver&) lays out a worker's memory and
 // is called twice: to count, and to place; it returns what body gets. `begin` sees a worker's memory once before its
 // tasks.
