@@ -82,12 +82,10 @@ struct ConvLayer {
       transpose<T>(dxt, ldc, plan.pixels, plan.Cg, out + g * plan.Cg * plan.pixels, plan.pixels, factor);
   }
 
-  // bias[b, o] = Σ_t gy[t, o]
-  void sum_positions(int64_t b, const T* gyt, int64_t stride, int64_t begin, int64_t end) const {
-    T* out = static_cast<T*>(call.bias) + b * plan.O;
-    for (int64_t g = 0; g < plan.groups; ++g)
-      for (int64_t o = begin; o < end; o += kLanes<T>)
-        sum_rows(gyt + g * stride + o, plan.T, ld, out + g * plan.Og + o, end - o < kLanes<T> ? end - o : kLanes<T>);
+  // out[o] = Σ_t gyt[t, o]
+  void sum_positions(const T* gyt, int64_t ld_gyt, int64_t columns, T* out) const {
+    for (int64_t o = 0; o < columns; o += kLanes<T>)
+      sum_rows(gyt + o, plan.T, ld_gyt, out + o, columns - o < kLanes<T> ? columns - o : kLanes<T>);
   }
 
   // Weights [R, ld] as [reached, Og, ldc], kernel positions in the order of the phases.

@@ -94,9 +94,73 @@ struct ConvSum : ConvLayer<In> {
       if (this->copy_x) this->padded_x(b0 + s, m.x + s * x_size);
       T* gyt = m.gyt + s * plan.T * ld;
       this->transposed_gy(b0 + s, gyt, stride, w ? w[b0 + s] : T(1), first, end);
-      if (call.bias) this->sum_positions(b0 + s, gyt, stride, first, end);
+      for (int64_t g = 0; g < plan.groups && call.bias; ++g)
+        this->sum_positions(gyt + g * stride + first, ld, end - first,
+                            static_cast<T*>(call.bias) + (b0 + s) * plan.O + g * plan.Og + first);
     }
     return this->copy_x ? m.x : this->padded_x(b0, nullptr);
+  }
+};
+
+// For each kernel position the output positions at which it meets a pixel and not the margin: in small maps a fifth to
+// a third of the products are with zeros.
+template <class T>
+struct Taps {
+  int64_t *rows, *place;         // [K, Cg] offset of (c, k) in a group's padded x; its row in the weights
+  int64_t *count, *depth, *row;  // [K]; [K, samples·T] offsets of the positions in x and of their rows in gyt
+
+  static Taps take(Carver& c, const ConvPlan& plan, int64_t samples) {
+    return {c.take<int64_t>(plan.R), c.take<int64_t>(plan.R), c.take<int64_t>(plan.K),
+            c.take<int64_t>(plan.K * samples * plan.T), c.take<int64_t>(plan.K * samples * plan.T)};
+  }
+
+  // Products that are not with margins, in hundredths.
+  static int64_t percentage(const ConvPlan& plan) {
+    int64_t met = 100;
+    for (int d = 0; d < 3; ++d) {
+      int64_t pairs = 0;
+      for (int64_t k = 0; k < plan.kernel[d]; ++k)
+        for (int64_t i = 0; i < plan.P[d]; ++i) pairs += meets(plan, d, i, k);
+      if (plan.P[d] > 0) met = met * pairs / (plan.kernel[d] * plan.P[d]);
+    }
+    return met;
+  }
+
+  void fill(const ConvPlan& plan, int64_t samples, int64_t x_size, int64_t ld) const {
+    for (int64_t k = 0; k < plan.K; ++k) {
+      for (int64_t c = 0; c < plan.Cg; ++c)
+        rows[k * plan.Cg + c] = plan.tap[c * plan.K + k], place[k * plan.Cg + c] = c * plan.K + k;
+      const int64_t at[3] = {k / (plan.kernel[1] * plan.kernel[2]), k / plan.kernel[2] % plan.kernel[1],
+                             k % plan.kernel[2]};
+      int64_t *to_depth = depth + k * samples * plan.T, *to_row = row + k * samples * plan.T, n = 0;
+      for (int64_t i = 0; i < plan.P[0]; ++i)
+        for (int64_t j = 0; j < plan.P[1] && meets(plan, 0, i, at[0]); ++j)
+          for (int64_t l = 0; l < plan.P[2] && meets(plan, 1, j, at[1]); ++l)
+            if (meets(plan, 2, l, at[2])) {
+              const int64_t t = (i * plan.P[1] + j) * plan.P[2] + l;
+              to_depth[n] = plan.pos[t], to_row[n++] = t * ld;
+            }
+      count[k] = n;
+      for (int64_t s = 1; s < samples; ++s)
+        for (int64_t m = 0; m < n; ++m)
+          to_depth[s * n + m] = s * x_size + to_depth[m], to_row[s * n + m] = s * plan.T * ld + to_row[m];
+    }
+  }
+
+  // Channels c0 … c0 + channels − 1 of the sum over samples: all rows of the weights that they have.
+  void products(const ConvPlan& plan, int64_t most, int64_t samples, int64_t c0, int64_t channels, int64_t columns,
+                const T* x, const T* gyt, T* sum, int64_t ld, bool add) const {
+    for (int64_t k = 0; k < plan.K; ++k) {
+      const int64_t at = k * most * plan.T, first = k * plan.Cg + c0;
+      gemm_of<T>(channels, columns, samples * count[k], GatheredBoth<T>{{x, rows + first, depth + at}, row + at}, gyt,
+                 0, Store<T>{sum, ld, columns, T(1), add, place + first});
+    }
+  }
+
+ private:
+  static bool meets(const ConvPlan& plan, int d, int64_t position, int64_t k) {
+    const int64_t s = position * plan.stride[d] + k * plan.dilation[d] - plan.padding[d];
+    return plan.channels_last || (s >= 0 && s < plan.S[d]);
   }
 };
 
@@ -106,19 +170,114 @@ struct ConvWeightedSum : ConvSum<In> {
   using typename ConvSum<In>::T;
   using typename ConvSum<In>::Memory;
   using typename ConvSum<In>::Bundle;
+  using ConvSum<In>::plan, ConvSum<In>::runtime, ConvSum<In>::ld, ConvSum<In>::x_size, ConvSum<In>::weights,
+      ConvSum<In>::together;
 
   explicit ConvWeightedSum(const ConvCall& c) : ConvSum<In>(c, false) {}
 
   void run() const {
-    const ConvPlan& plan = this->plan;
-    const int64_t ld = this->ld;
-    this->each_bundle(this->partial_sums(), [&](const Bundle& u, const Memory& m) {
-      const int64_t columns = u.last - u.first;
-      for (int64_t g = 0; g < plan.groups; ++g)
-        gemm<T>(plan.R, columns, u.count * plan.T, {u.x + g * this->x_group(), plan.tap, m.depth},
-                m.gyt + g * this->stride + u.first, ld,
-                Store<T>{u.partial + g * plan.R * ld + u.first, ld, columns, T(1), !u.fresh, nullptr});
-    });
+    if (weights * static_cast<int64_t>(sizeof(T)) > (int64_t{1} << 19) && plan.T > 0 && plan.B > 0)
+      by_panels();
+    else
+      by_bundles();
+  }
+
+ private:
+  // Weights that stay in cache: every task has a sum of its own.
+  void by_bundles() const {
+    const bool skip = plan.Cg >= 32 && Taps<T>::percentage(plan) < 93;
+    Carver carver{0};
+    for (int round = 0;; ++round) {
+      T* partial = carver.take<T>(this->division.blocks * weights);
+      const Taps<T> taps = skip ? Taps<T>::take(carver, plan, together) : Taps<T>{};
+      if (round == 0) {
+        carver = {reinterpret_cast<uintptr_t>(runtime.scratch(kSharedScratch, carver.used))};
+        continue;
+      }
+      if (skip) taps.fill(plan, together, x_size, ld);
+      return this->each_bundle(partial,
+                               [&](const Bundle& u, const Memory& m) { bundle(u, m, skip ? &taps : nullptr); });
+    }
+  }
+
+  void bundle(const Bundle& u, const Memory& m, const Taps<T>* taps) const {
+    const int64_t columns = u.last - u.first;
+    for (int64_t g = 0; g < plan.groups; ++g) {
+      const T *x = u.x + g * this->x_group(), *gyt = m.gyt + g * this->stride + u.first;
+      T* sum = u.partial + g * plan.R * ld + u.first;
+      if (taps)
+        taps->products(plan, together, u.count, 0, plan.Cg, columns, x, gyt, sum, ld, !u.fresh);
+      else
+        gemm<T>(plan.R, columns, u.count * plan.T, {x, plan.tap, m.depth}, gyt, ld,
+                Store<T>{sum, ld, columns, T(1), !u.fresh, nullptr});
+    }
+  }
+
+  // Weights beyond that: operands of many samples are packed by all threads, gy as panels of columns, and a task makes
+  // a block of the weights from all of them, so that the weights pass through memory once and not once per bundle.
+  void by_panels() const {
+    const int64_t vectors = ld / kLanes<T>, panels = (vectors + kMaxVectors - 1) / kMaxVectors;
+    const int64_t width = (vectors + panels - 1) / panels * kLanes<T>;
+    const int64_t gy_size = plan.groups * panels * plan.T * width, copied = this->copy_x ? x_size : 0;
+    const int64_t chunk = plan.T < 1024 ? 1024 / plan.T : 1;  // samples whose panel stays in cache
+    const int64_t fit = (int64_t{1} << 24) / ((copied + gy_size) * static_cast<int64_t>(sizeof(T)));
+    const int64_t most = plan.B < chunk ? plan.B : chunk;
+    int64_t packed = fit / chunk * chunk;
+    if (packed < most) packed = most;
+    if (packed > plan.B) packed = plan.B;
+    int64_t channels = 48;  // a whole number of tiles
+    while (channels > 12 && plan.groups * panels * ((plan.Cg + channels - 1) / channels) < 32) channels /= 2;
+    const int64_t blocks = (plan.Cg + channels - 1) / channels;
+    Carver carver{0};
+    for (int round = 0;; ++round) {
+      T *sum = carver.take<T>(weights), *x = carver.take<T>(packed * copied), *gyt = carver.take<T>(packed * gy_size);
+      const Taps<T> taps = Taps<T>::take(carver, plan, most);
+      if (round == 0) {
+        carver = {reinterpret_cast<uintptr_t>(runtime.scratch(kSharedScratch, carver.used))};
+        continue;
+      }
+      taps.fill(plan, most, x_size, width);
+      const auto nothing = [](Carver&) { return 0; };
+      const auto no_start = [](int) {};
+      for (int64_t b0 = 0; b0 < plan.B; b0 += packed) {
+        const int64_t count = plan.B - b0 < packed ? plan.B - b0 : packed;
+        share(runtime, count, nothing, no_start,
+              [&](int64_t s, int) { pack_panels(b0 + s, x + s * copied, gyt, s, packed, panels, width); });
+        share(runtime, plan.groups * panels * blocks, nothing, no_start, [&](int64_t task, int) {
+          const int64_t block = task % blocks, panel = task / blocks % panels, g = task / blocks / panels;
+          const int64_t c0 = block * channels, o0 = panel * width;
+          const int64_t high = plan.Cg - c0 < channels ? plan.Cg - c0 : channels;
+          const int64_t wide = plan.Og - o0 < width ? plan.Og - o0 : width;
+          const T* panel_gyt = gyt + (g * panels + panel) * packed * plan.T * width;
+          for (int64_t s = 0; s < count; s += most) {
+            const T* from = this->copy_x ? x + s * x_size : this->padded_x(b0 + s, nullptr);
+            taps.products(plan, most, count - s < most ? count - s : most, c0, high, wide, from + g * this->x_group(),
+                          panel_gyt + s * plan.T * width, sum + g * plan.R * ld + o0, ld, b0 + s > 0);
+          }
+        });
+      }
+      if (this->call.sum) combine_groups(*this, sum, 1);
+      return;
+    }
+  }
+
+  // Sample b's planes, margins unwritten, and its gy, w_b times, in place `s` of every panel.
+  void pack_panels(int64_t b, T* x, T* gyt, int64_t s, int64_t packed, int64_t panels, int64_t width) const {
+    if (this->copy_x) this->padded_x(b, x);
+    const T* w = static_cast<const T*>(this->call.w);
+    const T factor = w ? w[b] : T(1);
+    for (int64_t g = 0; g < plan.groups; ++g)
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t o0 = panel * width, wide = plan.Og - o0 < width ? plan.Og - o0 : width;
+        T* out = gyt + ((g * panels + panel) * packed + s) * plan.T * width;
+        if (wide < width) clear(out, plan.T * width);
+        if (plan.channels_last)
+          copy_rows(this->gy_of(b) + o0, plan.O, plan.T, wide, out, width, factor);
+        else
+          transpose<T>(this->gy_of(b) + (g * plan.Og + o0) * plan.T, plan.T, wide, plan.T, out, width, factor);
+        if (this->call.bias)
+          this->sum_positions(out, width, wide, static_cast<T*>(this->call.bias) + b * plan.O + g * plan.Og + o0);
+      }
   }
 };
 

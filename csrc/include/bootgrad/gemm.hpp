@@ -12,13 +12,24 @@ struct Gathered {
   const int64_t* depth;
 };
 
+// The same, and row k of B is b + b_row[k].
+template <class T>
+struct GatheredBoth : Gathered<T> {
+  const int64_t* b_row;
+};
+
+template <class A>
+constexpr bool kListsRows = false;
+template <class T>
+constexpr bool kListsRows<GatheredBoth<T>> = true;
+
 // A longer sum is made in runs of this many terms, and of their sums, so that rounding errors do not pile up in one
 // chain.
 constexpr int64_t kRun = 512;
 
-template <class T, int MR, int NV, class Epilogue>
-__attribute__((noinline)) void tile(const Gathered<T>& a, int64_t m0, int64_t mr, int64_t K, const T* b, int64_t ldb,
-                                    int64_t n0, const Epilogue& epilogue) {
+template <class T, int MR, int NV, class A, class Epilogue>
+__attribute__((noinline)) void tile(const A& a, int64_t m0, int64_t mr, int64_t K, const T* b, int64_t ldb, int64_t n0,
+                                    const Epilogue& epilogue) {
   constexpr int64_t n = kLanes<T>;
   const T* rows[MR];
 #pragma GCC unroll 16
@@ -32,14 +43,21 @@ __attribute__((noinline)) void tile(const Gathered<T>& a, int64_t m0, int64_t mr
   };
   const int64_t* depth = a.depth;
   const int64_t* const end = depth + K;
+  const int64_t* b_row = nullptr;
+  if constexpr (kListsRows<A>) b_row = a.b_row;
   b += n0;
   for (bool first = true;; first = false) {
     each([&](int i, int j) { acc[i][j] = Vector<T>{}; });
     const int64_t* const stop = end - depth > kRun ? depth + kRun : end;
-    for (; depth != stop; ++depth, b += ldb) {
+    for (; depth != stop; ++depth) {
+      const T* row = b;
+      if constexpr (kListsRows<A>)
+        row += *b_row++;
+      else
+        b += ldb;
       Vector<T> bv[NV];
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) bv[j] = load<T>(b + j * n);
+      for (int j = 0; j < NV; ++j) bv[j] = load<T>(row + j * n);
       const int64_t at = *depth;
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) {
@@ -64,8 +82,8 @@ constexpr int kMaxVectors = 2;
 constexpr int kMaxRows[5] = {0, 6, 6, 0, 0};
 #endif
 
-template <class T, int NV, class Epilogue>
-void slab(int64_t M, int64_t K, const Gathered<T>& a, const T* b, int64_t ldb, int64_t n0, const Epilogue& epilogue) {
+template <class T, int NV, class A, class Epilogue>
+void slab(int64_t M, int64_t K, const A& a, const T* b, int64_t ldb, int64_t n0, const Epilogue& epilogue) {
   constexpr int max = kMaxRows[NV];
   constexpr int medium = max == 8 ? 4 : max == 9 ? 6 : 4;
   constexpr int small = max == 9 ? 3 : 2;
@@ -91,9 +109,9 @@ void slab(int64_t M, int64_t K, const Gathered<T>& a, const T* b, int64_t ldb, i
 // Columns beyond N, up to a whole vector, are zeros of B or left out by the epilogue. With `key`, ascending over the
 // rows, a slab of columns that ends at n takes only the rows whose key is below n + slack: the upper triangle of a Gram
 // matrix.
-template <class T, class Epilogue>
-void gemm(int64_t M, int64_t N, int64_t K, const Gathered<T>& a, const T* b, int64_t ldb, const Epilogue& epilogue,
-          const int64_t* key = nullptr, int64_t slack = 0) {
+template <class T, class A, class Epilogue>
+void gemm_of(int64_t M, int64_t N, int64_t K, const A& a, const T* b, int64_t ldb, const Epilogue& epilogue,
+             const int64_t* key = nullptr, int64_t slack = 0) {
   const int64_t vectors = (N + kLanes<T> - 1) / kLanes<T>;
   const int64_t widest = key ? 2 : kMaxVectors, slabs = (vectors + widest - 1) / widest;
   int64_t v = 0, rows = key ? 0 : M;
@@ -111,6 +129,12 @@ void gemm(int64_t M, int64_t N, int64_t K, const Gathered<T>& a, const T* b, int
 #endif
     }
   }
+}
+
+template <class T, class Epilogue>
+void gemm(int64_t M, int64_t N, int64_t K, const Gathered<T>& a, const T* b, int64_t ldb, const Epilogue& epilogue,
+          const int64_t* key = nullptr, int64_t slack = 0) {
+  gemm_of<T>(M, N, K, a, b, ldb, epilogue, key, slack);
 }
 
 // A sum over many tiles, one per lane, with its rounding errors kept beside it (Knuth's two-sum).
