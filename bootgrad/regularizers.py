@@ -274,8 +274,8 @@ class GradientRegularizer:
     def _report(self, outcome: Gradients, method: str, notes: list[str]) -> Report:
         """What the step saw. A penalty that was not taken follows from (1/B) Σ ‖g_i − c‖² = Γ + ‖ḡ − c‖²."""
         covariance, distances, losses = outcome.covariance, outcome.distances, outcome.losses
-        reg1 = outcome.values.get("reg1", covariance + distances.about)
-        reg2 = outcome.values.get("reg2", distances.from_center["reg2"])
+        reg1 = covariance + distances.about if outcome.reg1 is None else outcome.reg1
+        reg2 = distances.from_center["reg2"]
         dtype = losses.dtype
         return Report(
             loss=losses.mean(),

@@ -14,7 +14,7 @@ B addends; the price of u forward-sized products becomes 3 + (m/B)(u − 3).
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -78,12 +78,12 @@ class Gradients(FirstOrder):
 
     Attributes:
         distances: those of ``mean``.
-        values: Reg1 and Reg2, (), where they are known otherwise than as Γ + ‖ḡ − c‖² and ‖ḡ − c‖².
+        reg1: Reg1, (), where it is known otherwise than as Γ + ‖ḡ − c‖².
         notes: for the report.
     """
 
     distances: Distances
-    values: Mapping[str, Tensor] = field(default_factory=dict)
+    reg1: Tensor | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -10,6 +10,7 @@ from ..per_sample import PerSampleGradients
 from ..rules.terms import total
 from ..statistics import difference
 from .base import (
+    Directions,
     FirstOrder,
     Forward,
     Gradients,
@@ -40,13 +41,13 @@ class Exact(Method):
         assert recording.last_reach is not None
         # All parameters: a center may depend on what this batch does not reach.
         leaves = [*forward.parameters.values(), *recording.last_reach.other_leaves]
-        objective, values = _whole(G, losses, penalties) if rest is None else _part(G, losses, penalties, rest)
+        objective, about, value = _objective(G, losses, penalties, rest)
         with torch.no_grad():
             own = G.mean()
         mean = whole_mean(own, G.batch_size, rest)
         distances = Distances(mean, penalties.centers)
-        around = distances if rest is None else Distances(own, {"reg1": penalties.centers["reg1"] or mean})
-        covariance = whole_covariance(_covariance(G, values, around), own, G.batch_size, rest, mean)
+        around = distances if about is penalties.centers["reg1"] and rest is None else Distances(own, {"reg1": about})
+        covariance = whole_covariance(_covariance(G, value, around), own, G.batch_size, rest, mean)
         all_losses, finite = whole_losses(losses, recording.last_reach.finite, rest)
         try:
             grads: list[Tensor | None] = list(torch.autograd.grad(objective, leaves, allow_unused=True))
@@ -61,49 +62,44 @@ class Exact(Method):
         if rest is not None:
             share = rest.losses.numel() / all_losses.numel()
             leaves, grads = combined((1.0, leaves, grads), (share, rest.leaves, rest.grads))
-        return Gradients(all_losses, leaves, grads, mean, covariance, finite, distances, {} if rest else values)
+        return Gradients(all_losses, leaves, grads, mean, covariance, finite, distances)
 
 
-def _whole(G: PerSampleGradients, losses: Tensor, penalties: Penalties) -> tuple[Tensor, dict[str, Tensor]]:
-    """L + λ₁ Reg1 + λ₂ Reg2 of the whole batch, and the penalties' values."""
-    objective = losses.mean()
-    values = {}
-    for name, function in (("reg1", reg1), ("reg2", reg2)):
-        if name in penalties.strengths:
-            value = function(G, penalties.centers[name])  # type: ignore[arg-type]
-            objective = objective + penalties.strengths[name] * value
-            values[name] = value.detach()
-    return objective, values
+def _objective(
+    G: PerSampleGradients, losses: Tensor, penalties: Penalties, rest: FirstOrder | None
+) -> tuple[Tensor, Directions | None, Tensor | None]:
+    """A function whose gradient is that of the samples' part of the batch's objective; a center, and Reg1 about it.
 
-
-def _part(
-    G: PerSampleGradients, losses: Tensor, penalties: Penalties, rest: FirstOrder
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """A function whose gradient is that of m samples' part of the batch's objective, and Reg1 of the samples.
-
-    m/B L_S + λ₁ (1/m) Σ_S ‖g_i − c₁‖² + 2 λ₂ ⟨ḡ_S, ḡ − c₂⟩, with ḡ held constant.
+    L + λ₁ Reg1 + λ₂ Reg2 for a whole batch, else m/B L_S + λ₁ (1/m) Σ_S ‖g_i − c₁‖² + 2 λ₂ ⟨ḡ_S, ḡ − c₂⟩ with ḡ held constant.
+    Both penalties together are one of them about a center that takes the other along, λ₁ (1/m) Σ_S ‖g_i − c‖² with
+    c = c₁ − (λ₂/λ₁)(ḡ − c₂): the same gradient for the price of one.
     """
-    m = G.batch_size
+    lambda_1, lambda_2 = penalties.strength("reg1"), penalties.strength("reg2")
+    c1, c2 = penalties.centers["reg1"], penalties.centers["reg2"]
+    share = 1.0 if rest is None else G.batch_size / (G.batch_size + rest.losses.numel())
+    loss = share * losses.mean()
+    if not lambda_1 and rest is None:
+        return loss + lambda_2 * reg2(G, c2), c1, None  # type: ignore[arg-type]
+    if not lambda_2 and (rest is None or c1 is not None):
+        value = reg1(G, c1)
+        return loss + lambda_1 * value, c1, value.detach()
     with torch.no_grad():
-        mean = whole_mean(G.mean(), m, rest)
-    objective = m / (m + rest.losses.numel()) * losses.mean()
-    values = {}
-    if "reg1" in penalties.strengths:
-        value = reg1(G, penalties.centers["reg1"] or mean)
-        objective = objective + penalties.strengths["reg1"] * value
-        values["reg1"] = value.detach()
-    c = penalties.centers["reg2"]
-    if "reg2" in penalties.strengths and c is not None:
-        inner = total((g * (mean[name] - c[name])).sum() for name, g in G.mean().items())
-        objective = objective + 2 * penalties.strengths["reg2"] * inner
-    return objective, values
+        mean = whole_mean(G.mean(), G.batch_size, rest)
+        away = mean if c2 is None else {name: g - c2[name] for name, g in mean.items()}
+    if not lambda_1:
+        return loss + 2 * lambda_2 * total((g * away[name]).sum() for name, g in G.mean().items()), c1, None
+    about = mean if c1 is None else c1
+    if lambda_2:
+        about = {name: c - lambda_2 / lambda_1 * away[name] for name, c in about.items()}
+    value = reg1(G, about)
+    return loss + lambda_1 * value, about, value.detach()
 
 
 @torch.no_grad()
-def _covariance(G: PerSampleGradients, values: dict[str, Tensor], own: Distances) -> Tensor:
+def _covariance(G: PerSampleGradients, value: Tensor | None, own: Distances) -> Tensor:
     """Γ of the samples, from Reg1 = Γ + ‖ḡ − c‖² where it is there."""
     about = own.about
-    covariance = (values["reg1"].double() - about).clamp(min=0) if "reg1" in values else None
+    covariance = None if value is None else (value.double() - about).clamp(min=0)
     # About a far center Γ is lost in ‖ḡ − c‖²: then it is worth another visit, where to ask does not stop a device.
     if covariance is None or (graph.answers_at_once(about) and about > torch.maximum(own.sq_mean, 100 * covariance)):
         covariance = difference(G.sq_norms().double(), own.sq_mean)

@@ -126,7 +126,7 @@ class RandomSigns(Method):
             for c in (about, mean)
         )
         notes = (f"reg1 and the covariance trace are estimates from {probes} random sign vectors",)
-        return Gradients(losses, leaves, grads, mean, covariance, finite, distances, {"reg1": reg1}, notes)
+        return Gradients(losses, leaves, grads, mean, covariance, finite, distances, reg1, notes)
 
     def _quotients(self, run: WeightedPass, forward: Forward, terms: Sequence[_Term]):
         """As `_double_backward`, by finite differences; and whether the losses of all passes are finite."""

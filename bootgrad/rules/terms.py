@@ -221,10 +221,14 @@ class FactoredTerm(Term):
     def weighted_sum(self, w):  # noqa: D102
         if w is not None:
             return product.weighted_sum(self.product, *self.pair(), w).reshape(self.shape)
-        total = self.visit.weight_grad if self._total is None else self._total
+        if self._total is None:
+            x, gy = self.pair()
+            # Where there are derivatives to make, the norms come with them.
+            made_alone = x.requires_grad or gy.requires_grad
+            self._total = self.product.weight_grad(x.detach(), gy.detach()) if made_alone else self.visit.weight_grad
         if self.differentiable:
-            total = WeightGrad.apply(self.product, *self.pair(), total.dtype, total)
-        return total.reshape(self.shape)
+            return WeightGrad.apply(self.product, *self.pair(), self._total.dtype, self._total).reshape(self.shape)
+        return self._total.reshape(self.shape)
 
     def select(self, index):  # noqa: D102
         return self.map(lambda t: t[index])
