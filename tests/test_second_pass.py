@@ -9,6 +9,8 @@ import bootgrad
 from bootgrad.second_pass import Replay, Snapshot, check_parameters, check_second, displaced, finite_step, quotient
 from bootgrad.second_pass import same_buffers as with_buffers_of
 
+from .methods.steps import small_model
+
 
 class Stateful(nn.Module):
     """Dropout, frozen batch norm, and counts of calls: one in place, one by replacement, one through ``.data``."""
@@ -182,3 +184,19 @@ def test_a_step_of_each_method_is_one_pass_to_the_model(model, options):
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
         if "fraction" not in options:  # in which the samples' numbers are drawn in another order
             assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_parameters_that_share_memory_are_not_moved_twice():
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double(), torch.randn(4, 3).double()
+    model[2].weight = nn.Parameter(model[0].weight.data)
+    reg = bootgrad.GradientRegularizer(model, reg2=0.1, center="zero", method="finite_difference")
+    with pytest.raises(bootgrad.BootgradError, match="0.weight and 2.weight share memory"):
+        reg.backward(lambda x: model(x).square().sum(1), x)
+
+
+def test_expanded_buffers_are_left_as_they_are():
+    model, x = small_model(), torch.randn(5, 3, dtype=torch.float64)
+    model.register_buffer("mask", torch.ones(1, dtype=torch.float64).expand(2))
+    reg = bootgrad.GradientRegularizer(model, reg2=0.1, center="zero", method="finite_difference")
+    reg.backward(lambda x: (model(x) * model.mask).square().sum(1), x)
+    assert model.mask.tolist() == [1, 1]
