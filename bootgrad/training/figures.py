@@ -21,8 +21,9 @@ def draw_run(history: History, title: str, path: Path) -> None:
     figure, axes = _figure(3, 1, (8, 9))
     steps, epochs = history.steps, history.epochs
     for ax, column, colour in ((axes[0], "loss", COLOURS[0]), (axes[1], "covariance_trace", COLOURS[2])):
-        ax.plot(steps["step"], steps[column], color=colour, alpha=0.3, linewidth=1, label="each batch")
-        ax.plot(steps["step"], smooth(steps[column]), color=colour, label="smoothed")
+        at, values = _known(history, column)
+        ax.plot(at, values, color=colour, alpha=0.3, linewidth=1, label="each batch")
+        ax.plot(at, smooth(values), color=colour, label="smoothed")
     axes[0].plot(epochs["step"], epochs["test_loss"], color=COLOURS[1], marker="o", markersize=4, label="test images")
     axes[2].plot(steps["step"], _finite(steps["noise_scale"]), color=COLOURS[3], label="noise scale")
     labels = (("Mean loss", "nats"), _GAMMA, _NOISE)
@@ -30,7 +31,7 @@ def draw_run(history: History, title: str, path: Path) -> None:
         _finish(ax, name, unit)
         ax.legend()
     axes[2].set_xlabel("step")
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     _save(figure, path)
 
 
@@ -42,14 +43,15 @@ def draw_comparison(runs: Mapping[str, History], title: str, path: Path) -> None
         line = {"color": colour, "linestyle": style, "linewidth": 1.8}
         axes[0].plot(steps["step"], smooth(steps["loss"]), label=name, **line)
         axes[1].plot(epochs["step"], epochs["test_loss"], **line)
-        axes[2].plot(steps["step"], smooth(steps["covariance_trace"]), **line)
+        at, traces = _known(history, "covariance_trace")
+        axes[2].plot(at, smooth(traces), **line)
         axes[3].plot(steps["step"], _finite(steps["noise_scale"]), **line)
     labels = (("Training loss, smoothed", "nats"), ("Test loss", "nats"), (_GAMMA[0] + ", smoothed", _GAMMA[1]), _NOISE)
     for ax, (name, unit) in zip(axes, labels, strict=True):
         _finish(ax, name, unit)
     for ax in axes[2:]:
         ax.set_xlabel("step")
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), frameon=False)
     _save(figure, path)
 
@@ -88,6 +90,12 @@ def _finish(ax, title: str, unit: str) -> None:
     ax.set_ylabel(unit)
     ax.grid(True, which="both", alpha=0.25)
     ax.margins(x=0.02)
+
+
+def _known(history: History, column: str) -> tuple[list[float], list[float]]:
+    """The steps at which a column is known, for by random signs Γ is not at each, and its values there."""
+    pairs = [pair for pair in zip(history.steps["step"], history.steps[column], strict=True) if not math.isnan(pair[1])]
+    return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def _finite(values: list[float]) -> list[float]:

@@ -151,6 +151,29 @@ def test_text_of_the_comparison_does_not_overlap(monkeypatch, tmp_path, history)
             assert not a.overlaps(boxes[k]), (texts[i], texts[k])
 
 
+def test_a_long_title_takes_lines(monkeypatch, tmp_path, history):
+    words = "word " * 60
+    for draw, given in ((figures.draw_run, history), (figures.draw_comparison, {"a": history})):
+        with monkeypatch.context() as context:
+            figure, _ = drawn(context, draw, given, words, tmp_path / "long.png")
+        renderer = figure.canvas.get_renderer()
+        box, width = figure._suptitle.get_window_extent(renderer), figure.bbox.width
+        assert 0 <= box.x0 and box.x1 <= width and not box.overlaps(figure.axes[0].title.get_window_extent(renderer))
+
+
+def test_steps_whose_trace_is_unknown_are_left_out_of_its_curves(monkeypatch, tmp_path, history):
+    traces = history.steps["covariance_trace"]
+    traces[1] = traces[2] = NAN
+    with monkeypatch.context() as context:
+        figure, _ = drawn(context, figures.draw_run, history, "title", tmp_path / "run.png")
+    each, smoothed = figure.axes[1].get_lines()
+    assert each.get_xydata().tolist() == [[1, traces[0]], [4, traces[3]]]
+    assert smoothed.get_ydata().tolist() == figures.smooth([traces[0], traces[3]])
+    traces[:] = [NAN] * 4
+    figure, _ = drawn(monkeypatch, figures.draw_comparison, {"a": history}, "title", tmp_path / "c.png")
+    assert not len(figure.axes[2].get_lines()[0].get_xdata())
+
+
 def test_a_run_whose_numbers_cannot_be_drawn_on_logarithmic_axes_is_drawn(tmp_path):
     history = History()
     history.steps.add(**dict.fromkeys(STEP_COLUMNS, 0.0) | {"noise_scale": NAN, "step": 1})
