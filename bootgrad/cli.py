@@ -22,6 +22,13 @@ _OPTIONS = (
     ("--reg1", float, "F", "λ₁, the factor of Reg1 = (1/B) Σ ‖g_i − c‖²"),
     ("--reg2", float, "F", "λ₂, the factor of Reg2 = ‖ḡ − c‖²"),
     ("--center", str, "NAME", "c: batch_mean, zero, ema or window; two with a comma between for Reg1 and Reg2"),
+    ("--method", str, "NAME", "how the penalties' gradient is made: exact; finite_difference, by one more pass at displaced "
+     "parameters; random_signs, an unbiased estimate; auto, the cheapest exact one"),
+    ("--probes", int, "N", "vectors of signs that random_signs averages over"),
+    ("--derivative", str, "NAME", "of random_signs: exact, by double backward, or finite_difference, by first-order passes"),
+    ("--epsilon", float, "F", "length of a finite step relative to the parameters' norm; default: 0.0001"),
+    ("--fraction", float, "F", "share of each batch, chosen at random, that the penalties are taken on"),
+    ("--every", int, "K", "take the penalties on every K-th step, K times as strong"),
     ("--epochs", int, "N", "passes over the training images"),
     ("--batch-size", int, "N", "images in a batch"),
     ("--optimizer", str, "NAME", "adam or sgd"),

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import bootgrad
 from bootgrad.cli import main
 from bootgrad.training import checkpoint, loop, run
-from bootgrad.training.settings import Settings
+from bootgrad.training.settings import ESTIMATOR, Settings
 
 THREADS = str(torch.get_num_threads())
 MODEL = """
@@ -121,6 +121,48 @@ def test_resume_goes_on_to_the_same_numbers(data, tmp_path, capsys):
     models = [checkpoint.read(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "parts")]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
     assert "going on after step 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--method finite_difference --epsilon 0.001",
+        "--method random_signs --probes 2 --derivative finite_difference --every 2",
+        "--method auto --fraction 0.5",
+    ],
+)
+def test_estimators_are_stored_and_gone_on_with(data, tmp_path, capsys, options):
+    options = ("--reg1", "0.05", *options.split())
+    given = {option[2:]: value for option, value in zip(options[::2], options[1::2], strict=True)}
+    assert main(train(data, tmp_path / "whole", "--epochs", "2", *options)) == 0
+    stored = json.loads((tmp_path / "whole" / "run.json").read_text())["settings"]
+    assert {name: str(stored[name]) for name in given} == given
+    line = capsys.readouterr().out.splitlines()[0]
+    assert all(f", {name} {value}" in line for name, value in given.items() if name != "reg1")
+    assert main(train(data, tmp_path / "parts", "--epochs", "1", *options)) == 0
+    assert main(["train", "--resume", "--out", str(tmp_path / "parts"), "--epochs", "2"]) == 0
+    whole, parts = (timeless(read_csv(tmp_path / name / "run.csv")) for name in ("whole", "parts"))
+    assert whole == parts and len(whole) == 8
+    assert main(["train", "--resume", "--out", str(tmp_path / "parts"), "--method", "exact"]) == 2
+    assert f"--method exact differs from the checkpoint's {given['method']}" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_before_there_were_estimators_goes_on(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(train(data, out, "--epochs", "1", "--reg1", "0.05")) == 0
+    state = checkpoint.read(out / "checkpoint.pt")
+    for name in ESTIMATOR:
+        del state["settings"][name]
+    checkpoint.save(out / "checkpoint.pt", state)
+    assert main(["train", "--resume", "--out", str(out), "--fraction", "0.5"]) == 2
+    assert "--fraction 0.5 differs from the checkpoint's 1.0" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(out), "--epochs", "2"]) == 0
+    record = json.loads((out / "run.json").read_text())
+    assert record["steps"] == 8 and record["settings"]["method"] == "exact"
+    del state["settings"]["lr"]
+    checkpoint.save(out / "checkpoint.pt", state)
+    assert main(["train", "--resume", "--out", str(out)]) == 2
+    assert "the checkpoint's settings are not those of bootgrad train" in capsys.readouterr().err
 
 
 def start(*arguments):
@@ -321,6 +363,11 @@ MISTAKES = {
     "train --reg2 inf": "--reg2 must be a finite number of at least 0; got inf",
     "train --reg2 0.1": "--reg2 about the batch mean is identically zero",
     "train --center mean": "--center must be one of batch_mean, zero, ema, window",
+    "train --method lion": "--method must be one of exact, finite_difference, random_signs, auto; got 'lion'",
+    "train --reg1 0.1 --fraction 0": "--fraction must be a number in (0, 1], a share of the batch; got 0.0",
+    "train --reg1 0.1 --every 0": "--every must be a whole number of at least 1",
+    "train --reg1 0.1 --probes 2": "--probes and derivative are options of method",
+    "train --every half": "argument --every: invalid int value: 'half'",
     "train --optimizer lion": "--optimizer must be one of adam, sgd; got lion",
     "train --device tpu": "--device must be cpu, cuda or cuda:N; got 'tpu'",
     "train --device cuda:77": "--device cuda:77: torch sees",
@@ -332,6 +379,7 @@ MISTAKES = {
     "train --out /dev/null/x --train-size 128": "--out /dev/null/x cannot be made or entered",
     "compare --reg1 0.1": "a comparison needs --reg1 and --reg2 above 0, for the variants that have them; got 0.1 and 0",
     "compare --reg1 0.1 --reg2 0.1": "--reg2 about the batch mean is identically zero",
+    "compare --reg1 0.1 --reg2 0.1 --center ema --method lion": "--method must be one of",
     "compare --resume --overwrite": "not allowed with argument",
     "compare --resume here": "unrecognized arguments: here",
     "plan": "the following arguments are required: FILE.py:FUNCTION, --input",

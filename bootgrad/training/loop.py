@@ -9,6 +9,7 @@ Letters: ``N`` training images, ``B`` batch size.
 """
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -59,7 +60,7 @@ class Trainer:
         self.regularizer = None
         if not settings.is_plain:
             self.regularizer = bootgrad.GradientRegularizer(
-                self.model, reg1=settings.reg1, reg2=settings.reg2, center=settings.centers
+                self.model, reg1=settings.reg1, reg2=settings.reg2, center=settings.centers, **settings.estimator
             )
         self.noise_scale = bootgrad.NoiseScale(decay=_NOISE_SCALE_DECAY)
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -68,7 +69,7 @@ class Trainer:
         self.order = torch.empty(0, dtype=torch.long)
         self._plain_model = copy.deepcopy(self.model)
         self._plain_optimizer = self._make_optimizer(self._plain_model)
-        self._is_warm = False
+        self._steps_here = 0  # of this process
 
     @property
     def steps_per_epoch(self) -> int:
@@ -82,7 +83,10 @@ class Trainer:
 
     @property
     def cost(self) -> tuple[float, float]:
-        """Median seconds of a step and of a plain one, over the pairs measured side by side; nan before the first."""
+        """Median seconds of a step and of a plain one, over the pairs measured side by side; nan before the first.
+
+        With penalties on every k-th step, a pair's step is the mean of the last k, of which one has them.
+        """
         pairs = self.history.pairs
         if not len(pairs):
             return float("nan"), float("nan")
@@ -190,11 +194,15 @@ class Trainer:
     def _step(self) -> None:
         x, y = self._batch()
         seconds, (loss, moments, reg1, reg2) = self._timed(self._take_step, x, y)
-        if not self._is_warm:  # a first step also checks the batch dimension and allocates: no pair comes from it
+        every = 1 if self.regularizer is None else self.settings.every
+        is_place = self.position % _PLAIN_EVERY == min(_PLAIN_EVERY, self.steps_per_epoch) // 2
+        if not self._steps_here:  # a first step also checks the batch dimension and allocates: no pair comes from it
             self._take_plain_step(x, y)
-            self._is_warm = True
-        elif self.position % _PLAIN_EVERY == min(_PLAIN_EVERY, self.steps_per_epoch) // 2:
-            self.history.pairs.add(seconds=seconds, plain_seconds=self._timed(self._take_plain_step, x, y)[0])
+        elif is_place and self._steps_here >= every:
+            recent = [*self.history.steps["seconds"][-every:], seconds][-every:]
+            plain = self._timed(self._take_plain_step, x, y)[0]
+            self.history.pairs.add(seconds=statistics.fmean(recent), plain_seconds=plain)
+        self._steps_here += 1
         self.noise_scale.update(moments)
         self.position += 1
         self.history.steps.add(
@@ -261,7 +269,7 @@ class Trainer:
             train_loss=statistics.fmean(losses),
             test_loss=loss,
             test_accuracy=accuracy,
-            covariance_trace=statistics.fmean(traces),
+            covariance_trace=_known_mean(traces),
             noise_scale=self.noise_scale.value,
             seconds_per_step=ours,
             plain_seconds_per_step=plain,
@@ -277,3 +285,9 @@ class Trainer:
                 f"the checkpoint is of another model: {name} must be {ours.get(name, 'absent')} for these images; "
                 f"got {theirs.get(name, 'none')}: give --data the images it was trained on"
             )
+
+
+def _known_mean(values: list[float]) -> float:
+    """The mean of those that are known, for by random signs Γ is on no step without Reg1; nan where none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(known) if known else math.nan

@@ -26,7 +26,7 @@ from .environment import device_info, versions
 from .figures import draw_comparison, draw_run
 from .history import EPOCH_COLUMNS, finite, write_csv
 from .loop import Trainer, TrainingError
-from .settings import SETTING_NAMES, Settings
+from .settings import ESTIMATOR, SETTING_NAMES, Settings
 
 CHECKPOINT = "checkpoint.pt"
 MAY_CHANGE = (
@@ -198,9 +198,11 @@ def compare(
 
 
 def _resumed_settings(stored: Any, given: Mapping[str, Any]) -> Settings:
-    """The checkpoint's settings, with those given that may change."""
-    if not isinstance(stored, dict) or set(stored) != set(SETTING_NAMES):
+    """The checkpoint's settings, with those given that may change; one of before there were estimators has the default."""
+    defaults = {name: getattr(Settings, name) for name in ESTIMATOR}
+    if not isinstance(stored, dict) or set(defaults | stored) != set(SETTING_NAMES):
         raise DataError("the checkpoint's settings are not those of bootgrad train: start anew")
+    stored = defaults | stored
     for name, value in given.items():
         if name not in MAY_CHANGE and value != stored[name]:
             option = name.replace("_", "-")

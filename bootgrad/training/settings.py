@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 
+import bootgrad
+
 from ..errors import ArgumentError
 
 CENTERS = ("batch_mean", "zero", "ema", "window")
 OPTIMIZERS = ("adam", "sgd")
+ESTIMATOR = ("method", "probes", "derivative", "epsilon", "fraction", "every")  # of `GradientRegularizer`
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Settings:
         train_size: how many of the training images are used, the first ones; all when None.
         reg1, reg2: the factors λ₁ and λ₂; both zero is a plain run, whose statistics are recorded all the same.
         center: what Reg1 and Reg2 measure deviations from: one name, or Reg1's and Reg2's with a comma between.
+        method, probes, derivative, epsilon, fraction, every: how the penalties' gradient is made, as `GradientRegularizer`
+            takes them; of no effect in a plain run.
         threads: of torch's CPU kernels; torch's own choice when None. Part of the settings since sums depend on it.
     """
 
@@ -30,6 +35,12 @@ class Settings:
     reg1: float = 0.0
     reg2: float = 0.0
     center: str = "batch_mean"
+    method: str = "exact"
+    probes: int = 1
+    derivative: str = "exact"
+    epsilon: float | None = None
+    fraction: float = 1.0
+    every: int = 1
     epochs: int = 10
     batch_size: int = 128
     optimizer: str = "adam"
@@ -65,6 +76,8 @@ class Settings:
                 "--reg2 about the batch mean is identically zero: give it another center, "
                 "for example --center ema or --center batch_mean,ema"
             )
+        _check_estimator(self.estimator)
+        _check("every", "below 2⁶³", self.every, self.every < 1 << 63)
         _check_device(self.device)
 
     @property
@@ -74,11 +87,17 @@ class Settings:
         return {"reg1": names[0], "reg2": names[-1]}
 
     @property
+    def estimator(self) -> dict[str, Any]:
+        """How the penalties' gradient is made, as options of `GradientRegularizer`."""
+        return {name: getattr(self, name) for name in ESTIMATOR}
+
+    @property
     def penalty(self) -> str:
-        """The penalties, for people."""
+        """The penalties, and what is not the default of how they are taken, for people."""
         if self.is_plain:
             return "plain"
-        return f"λ₁ = {self.reg1:g}, λ₂ = {self.reg2:g}, center {self.center}"
+        others = [f", {name} {value}" for name, value in self.estimator.items() if value != getattr(Settings, name)]
+        return f"λ₁ = {self.reg1:g}, λ₂ = {self.reg2:g}, center {self.center}{''.join(others)}"
 
     @property
     def is_plain(self) -> bool:
@@ -104,6 +123,15 @@ def _is_number(value: Any) -> bool:
 
 def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_estimator(options: dict[str, Any]) -> None:
+    """Let the library judge, on a model of nothing: its messages begin with the option's name."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # from which a regularizer draws its seed
+            bootgrad.GradientRegularizer(torch.nn.Linear(1, 1, device="meta"), reg1=1.0, **options)
+    except ArgumentError as error:
+        raise ArgumentError(f"--{error}") from None
 
 
 def _check_device(name: str) -> None:

@@ -4,12 +4,13 @@ Letters: g_i the gradient of sample i by plain autograd, ḡ their mean, c the c
 """
 
 import math
+import statistics
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from bootgrad import BootgradError
+from bootgrad import BootgradError, GradientRegularizer
 from bootgrad.errors import ArgumentError, DataError
 from bootgrad.training import checkpoint
 from bootgrad.training.data import ImageData
@@ -18,6 +19,7 @@ from bootgrad.training.model import reference_cnn
 from bootgrad.training.settings import Settings
 
 SMALL = {"batch_size": 4, "epochs": 2, "threads": torch.get_num_threads()}
+EXACT = {"method": "exact", "probes": 1, "derivative": "exact", "epsilon": None, "fraction": 1.0, "every": 1}
 TIMES = ("seconds", "plain_seconds", "seconds_per_step", "plain_seconds_per_step")
 
 
@@ -129,10 +131,63 @@ def flat(tensors):
     return torch.cat([t.flatten() for t in tensors])
 
 
+ESTIMATORS = {
+    "differences": {"method": "finite_difference", "epsilon": 1e-3},
+    "signs": {"method": "random_signs", "probes": 2},
+    "signs by differences": {"method": "random_signs", "derivative": "finite_difference"},
+    "a fraction": {"fraction": 0.5},
+    "every third step": {"every": 3},
+    "all": {"method": "random_signs", "derivative": "finite_difference", "fraction": 0.75, "every": 3},
+    "auto": {"method": "auto"},
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_run_with_an_estimator_by_hand(name):
+    options = {"reg1": 0.02, "reg2": 0.03, **ESTIMATORS[name]}
+    data, settings = images(), Settings(**SMALL, **options, center="ema", optimizer="sgd", lr=0.05, seed=3)
+    trainer = run(Trainer(settings, data))
+
+    torch.manual_seed(3)
+    model = reference_cnn((1, 8, 6), 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    reg = GradientRegularizer(model, **options, center="ema")
+    exact = run(Trainer(Settings(**{**settings.as_dict(), **EXACT}), data))
+    for k, (x, y) in enumerate(batches(data, settings)):
+        optimizer.zero_grad()
+        report = reg.backward(lambda x, y: F.cross_entropy(model(x), y, reduction="none"), x, y)
+        optimizer.step()
+        for column in ("loss", "covariance_trace", "reg1", "sq_mean_norm"):
+            ours = trainer.history.steps[column][k]
+            assert ours == pytest.approx(float(getattr(report, column)), rel=1e-4, nan_ok=True)
+    differ = [not torch.equal(a, b) for a, b in zip(trainer.model.parameters(), exact.model.parameters(), strict=True)]
+    assert any(differ) == (name != "auto")
+    for a, b in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_an_epoch_s_trace_is_the_mean_of_those_that_are_known():
+    options = {"method": "random_signs", "every": 3, "center": "ema"}
+    trainer = run(Trainer(Settings(**SMALL, **options, reg1=0.05), images()))
+    traces = trainer.history.steps["covariance_trace"]
+    assert [k for k, trace in enumerate(traces) if not math.isnan(trace)] == [0, 3, 6]
+    assert trainer.history.epochs["covariance_trace"] == [statistics.fmean([traces[0], traces[3]]), traces[6]]
+    trainer = run(Trainer(Settings(**SMALL, **options, reg2=0.05), images()))
+    assert all(map(math.isnan, trainer.history.epochs["covariance_trace"] + trainer.history.epochs["noise_scale"]))
+
+
+def test_the_price_of_penalties_now_and_then_is_a_mean_over_steps():
+    """Pairs are taken in the third of four steps, from the fourth step of a process on: its first is in none."""
+    history = run(Trainer(Settings(**{**SMALL, "epochs": 3}, reg1=0.05, every=3), images())).history
+    seconds = history.steps["seconds"]
+    assert history.pairs["seconds"] == [statistics.fmean(seconds[4:7]), statistics.fmean(seconds[8:11])]
+
+
 RUNS = {
     "plain, adam": {},
     "reg1 about the batch mean, sgd": {"reg1": 0.05, "optimizer": "sgd", "lr": 0.01},
     "both, ema, adam": {"reg1": 0.05, "reg2": 0.1, "center": "ema"},
+    **{name: {"reg1": 0.05, "reg2": 0.1, "center": "ema", **options} for name, options in ESTIMATORS.items()},
     "both, window and zero, sgd": {"reg1": 0.05, "reg2": 0.1, "center": "window,zero", "optimizer": "sgd", "lr": 0.01},
 }
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from bootgrad import BootgradError
+from bootgrad.cli import _OPTIONS
+from bootgrad.methods.choice import EPSILON
 from bootgrad.training.settings import SETTING_NAMES, Settings
 
 NAN, INF = float("nan"), float("inf")
@@ -24,6 +26,11 @@ BAD = [
     *[("center", value) for value in ("", "mean", "ema,", "ema,ema,ema", ",", None, 3)],
     *[("optimizer", value) for value in ("", "lion", None, [])],
     *[("device", value) for value in ("", "gpu", "cuda:x", "meta", "cuda:99", None)],
+    *[("method", value) for value in ("", "lion", None, [])],
+    *[("derivative", value) for value in ("", "auto", None)],
+    *[(name, value) for name in ("probes", "every") for value in (0, -1, 1.5, "2", None, True)],
+    ("every", 10**400),
+    *[("fraction", value) for value in (0.0, -0.5, 1.1, NAN, INF, "1", None, True)],
     ("data", None),
     ("data_root", 7),
 ]
@@ -45,11 +52,44 @@ def test_reg2_needs_a_center_other_than_the_batch_mean():
     assert Settings(reg2=0.1, center="window").centers == {"reg1": "window", "reg2": "window"}
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"probes": 2}, "--probes and derivative are options of method"),
+        ({"derivative": "finite_difference"}, "--probes and derivative are options of method"),
+        ({"method": "finite_difference", "probes": 2}, "--probes and derivative are options of method"),
+        ({"epsilon": 0.01}, "--epsilon is the step of finite differences"),
+        ({"method": "random_signs", "epsilon": 0.01}, "--epsilon is the step of finite differences"),
+        *[({"method": "finite_difference", "epsilon": e}, "--epsilon must be") for e in (0.0, 1.0, -0.1, NAN, "1")],
+    ],
+)
+@pytest.mark.parametrize("penalty", [{}, {"reg1": 0.1}])
+def test_estimators_are_refused_by_option_in_plain_runs_too(options, message, penalty):
+    with pytest.raises(BootgradError, match=f"^{message}"):
+        Settings(**options, **penalty)
+
+
+def test_checking_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    Settings(method="random_signs", fraction=0.5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_step_of_differences_is_the_documented_one():
+    (text,) = (text for option, _, _, text in _OPTIONS if option == "--epsilon")
+    assert float(text.rpartition("default: ")[2]) == EPSILON
+
+
 def test_plainness_and_words():
     assert Settings().is_plain and Settings().penalty == "plain"
     regularized = Settings(reg1=0.125, reg2=0.5, center="ema")
     assert not regularized.is_plain and regularized.penalty == "λ₁ = 0.125, λ₂ = 0.5, center ema"
     assert Settings(**regularized.as_dict()) == regularized
+    assert Settings(method="random_signs", probes=2, every=4).penalty == "plain"
+    cheap = Settings(reg1=0.5, method="finite_difference", epsilon=1e-5, fraction=0.25)
+    assert (
+        cheap.penalty == "λ₁ = 0.5, λ₂ = 0, center batch_mean, method finite_difference, epsilon 1e-05, fraction 0.25"
+    )
     assert tuple(regularized.as_dict()) == SETTING_NAMES
 
 
