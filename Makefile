@@ -14,7 +14,7 @@ DEVICE ?= cuda
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --no-build-isolation --constraint $(VENV)/constraints.txt
-CXX_FILES = $(shell find csrc tests \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+CXX_FILES = $(shell find csrc tests benchmarks \( -name '*.c' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 BUILD_INPUTS = setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: help demo test test-all lint format bench bench-peers gpu-report wheel clean
@@ -60,6 +60,7 @@ bench: $(VENV)/.dev
 	for model in reference mixed; do $(BIN)/python -m benchmarks.training_step --model $$model; done
 	$(BIN)/python -m benchmarks.training_step --model resnet18 --batch 64 --rounds 7 --processes 1
 	$(BIN)/python -m benchmarks.cost_model
+	$(BIN)/python -m benchmarks.ceilings
 
 # PEERS: options, as --quick or --data cifar.npz; --help names them.
 bench-peers:
