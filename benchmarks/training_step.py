@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -96,27 +96,31 @@ def high_water_mark() -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure_memory(options: argparse.Namespace, variant: str) -> int:
-    """Bytes that three steps of a variant raise the high-water mark by: the median of fresh processes."""
-    command = [sys.executable, "-m", "benchmarks.training_step", "--memory-of", variant, "--model", options.model]
-    command += ["--batch", str(options.batch), "--threads", str(options.threads)]
+def measure_memory(module: str, variant: str, options: Sequence[str], processes: int) -> float:
+    """Bytes that three steps of a variant raise the high-water mark by: the median of fresh processes.
+
+    Args:
+        module: what they run, with ``--memory-of``; it prints `memory_rise` last.
+        variant: the step.
+        options: further ones of the module.
+        processes: how many, one after another.
+    """
+    command = [sys.executable, "-m", module, "--memory-of", variant, *options]
     # The heap's history differs from process to process by 10 % and more.
     rises = [
         int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-        for _ in range(options.processes)
+        for _ in range(processes)
     ]
     return statistics.median(rises)
 
 
-def report_memory(options: argparse.Namespace) -> None:
+def memory_rise(model: torch.nn.Module, step: Callable[[], None]) -> int:
     """The other end of `measure_memory`."""
-    model, variants, *_ = build(options.model, options.batch)
-    step = variants[options.memory_of]
     before = high_water_mark()
     for _ in range(3):
         model.zero_grad()
         step()
-    print(high_water_mark() - before)
+    return high_water_mark() - before
 
 
 def main() -> None:
@@ -133,12 +137,13 @@ def main() -> None:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.memory_of:
-        return report_memory(options)
     model, variants, x, y = build(options.model, options.batch)
+    if options.memory_of:
+        return print(memory_rise(model, variants[options.memory_of]))
     check(model, x, y)
     times = measure_time(model, variants, options.rounds)
-    memory = {name: measure_memory(options, name) for name in variants}
+    same = ["--model", options.model, "--batch", str(options.batch), "--threads", str(options.threads)]
+    memory = {name: measure_memory("benchmarks.training_step", name, same, options.processes) for name in variants}
     rows = []
     for name, values in times.items():
         ratios = sorted(t / p for t, p in zip(values, times["plain"], strict=True))
