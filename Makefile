@@ -61,6 +61,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.training_step --model resnet18 --batch 64 --rounds 7 --processes 1
 	$(BIN)/python -m benchmarks.cost_model
 	$(BIN)/python -m benchmarks.ceilings
+	$(BIN)/python -m benchmarks.growth
 
 # PEERS: options, as --quick or --data cifar.npz; --help names them.
 bench-peers:
