@@ -74,6 +74,11 @@ class LinearLayer:
         return self.T * self.O * self.I
 
     @property
+    def unpadded(self) -> float:
+        """The share of the forward products that are with entries of x: all of them."""
+        return 1.0
+
+    @property
     def weight_entries(self) -> int:
         """Entries of the weight, and of a G_i."""
         return self.O * self.I
@@ -117,6 +122,16 @@ class ConvLayer:
         """Output positions."""
         geometry = zip(self.S, self.K, self.stride, self.padding, self.dilation, strict=True)
         return math.prod([(s + 2 * p - d * (k - 1) - 1) // st + 1 for s, k, st, p, d in geometry])
+
+    @property
+    def unpadded(self) -> float:
+        """The share of the forward products that are with pixels, and not with the zeros around them."""
+        share = 1.0
+        for s, k, stride, p, d in zip(self.S, self.K, self.stride, self.padding, self.dilation, strict=True):
+            positions = range(-p, s + p - d * (k - 1), stride)
+            inside = sum(0 <= at + d * j < s for at in positions for j in range(k))
+            share *= inside / max(1, k * len(positions))
+        return share
 
     @property
     def weight_entries(self) -> int:
@@ -246,9 +261,10 @@ def _cost(layer: Layer, path: str, purpose: str, centered: bool, summed: bool, i
         if purpose == "applied":  # a Gram matrix of x with another input has no symmetry: as the derivatives alone
             operations, entries = count(True)[0] - operations, count(True)[1]
             path = "direct"  # every operation is made once
-        # The weight gradient, c ∗ x and cᵀ ∗ gy are whole forward-sized products here.
+        # The weight gradient, c ∗ x and cᵀ ∗ gy are whole forward-sized products here; those with margins take no time.
         products = unit * ((summed or purpose == "statistics") + centered * (1 + grad))
-    return Cost(operations + products, itemsize * entries, _time(path, operations, entries) + products)
+    time = _time(path, operations, entries) + products * layer.unpadded
+    return Cost(operations + products, itemsize * entries, time)
 
 
 def _time(path: str, operations: float, entries: float) -> float:

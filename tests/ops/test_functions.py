@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 import bootgrad
-from bootgrad import ops
+from bootgrad import ops, planning
 from bootgrad.ops.convolution import ConvProduct
 from bootgrad.ops.linear import LinearProduct
 from bootgrad.ops.product import CovarianceTrace, InputGrad, Output, SqNorms, SqNormsGrad, WeightGrad
@@ -126,6 +126,27 @@ def test_the_kept_derivatives_have_derivatives(layer):
         return SqNormsGrad.apply(product, x, gy, center, alpha, dx, dgy)
 
     assert gradcheck(kept, (x, gy, center, alpha))
+
+
+@pytest.mark.parametrize("mask", [(True, True, True), (False, True, False)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_products_with_a_large_center_apart(stride, mask, monkeypatch):
+    """A center that no cache holds is multiplied for all samples at once."""
+    monkeypatch.setattr(planning, "choose_path", lambda *_: "gram")
+    product = ConvProduct((3, 3), (stride,) * 2, (1, 1), (1, 1), 1)
+    x, center = (t.detach() for t in (random(3, 130, 4, 4), random(120, 130, 3, 3)))
+    assert product._multiplies_apart(x, center) and not product._multiplies_apart(x.half(), center)
+    gy = torch.randn_like(product.output(x, center))
+    ours = product.sq_norms_with_grad(x, gy, center, mask)
+    x, gy = (t.requires_grad_() for t in (x, gy))
+    rows = product.rows(x, gy)
+    s = (rows - center).flatten(1).square().sum(1)
+    expected = s, *torch.autograd.grad(s.sum(), (x, gy), retain_graph=True), rows.sum(0)
+    for a, b, wanted in zip(ours, expected, (True, *mask), strict=True):
+        if wanted:
+            torch.testing.assert_close(a, b.detach(), rtol=1e-11, atol=1e-10)
+        else:
+            assert a is None
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
