@@ -2,7 +2,12 @@
 
 Their derivative does not change with the input, except where pieces meet. Torch's second derivative by the input is therefore a
 tensor of zeros, which it makes and adds: two passes over each activation of a double backward pass. Here it is not there.
+
+Where a ReLU's output is pooled and then let go, gradients pass both at once: to the maxima's places where the maxima are
+positive, and not by way of a gradient for every entry of that output, which has no other reader.
 """
+
+import weakref
 
 import torch
 from torch import Tensor
@@ -12,7 +17,7 @@ _aten = torch.ops.aten
 
 
 class Relu(Function):
-    """y = max(x, 0), in place or not."""
+    """y = max(x, 0), in place or not; and a stand-in for y, without content, whose gradient is x's as it is."""
 
     @staticmethod
     def forward(ctx, x, inplace):
@@ -21,12 +26,23 @@ class Relu(Function):
             ctx.mark_dirty(x)
         y = x.relu_() if inplace else x.relu()
         ctx.save_for_backward(y)
-        return y
+        ctx.set_materialize_grads(False)
+        return y, y.new_empty(1).expand(y.shape)
 
     @staticmethod
-    def backward(ctx, gy):
+    def backward(ctx, gy, behind):
         """Differentiate by x."""
-        return ReluGrad.apply(gy, *ctx.saved_tensors), None
+        gx = None if gy is None else ReluGrad.apply(gy, *ctx.saved_tensors)
+        return gx if behind is None else behind if gx is None else gx + behind, None
+
+
+def _note_hook(ctx, tensor):
+    ctx.is_watched = True
+    return torch._C._FunctionBase._register_hook_dict(ctx, tensor)
+
+
+# What torch calls on the node of a tensor that gets its first hook.
+Relu._backward_cls._register_hook_dict = _note_hook  # type: ignore[attr-defined]
 
 
 class ReluGrad(Function):
@@ -45,42 +61,62 @@ class ReluGrad(Function):
 
 
 class MaxPool2d(Function):
-    """Max pooling of (B, C, H, W)."""
+    """Max pooling of x (B, C, H, W), the output of ``node`` if that is a ReLU's, for which ``behind`` stands."""
 
     @staticmethod
-    def forward(ctx, x, window):
+    def forward(ctx, x, behind, alive, node, window):
         """Compute y, and remember where each maximum was."""
         y, index = torch.ops.bootgrad.max_pool2d(x, *window)
-        ctx.save_for_backward(x, index)
-        ctx.window = window
+        ctx.save_for_backward(index, None if behind is None else y)
+        ctx.size, ctx.alive, ctx.node = x.shape[2:], alive, node
         return y
 
     @staticmethod
     def backward(ctx, gy):
-        """Differentiate by x."""
-        x, index = ctx.saved_tensors
-        return MaxPool2dGrad.apply(gy, x.detach(), index, ctx.window), None
+        """Differentiate by x, or by what the ReLU was given where nobody is left to see the gradient between."""
+        index, y = ctx.saved_tensors
+        unseen = y is not None and ctx.alive() is None and not getattr(ctx.node, "is_watched", False)
+        gx = MaxPool2dGrad.apply(gy, index, y.detach() if unseen else None, ctx.size)
+        return (None, gx, None, None, None) if unseen else (gx, None, None, None, None)
 
 
 class MaxPool2dGrad(Function):
-    """gy put back to where the maxima were: linear in gy, with a gather as its adjoint."""
+    """gy put back to where the maxima were, those that are positive where y is given: linear, with a gather as its adjoint."""
 
     @staticmethod
-    def forward(ctx, gy, x, index, window):
-        """Compute gx; of x only the shape is read."""
-        ctx.save_for_backward(index)
-        return _aten.max_pool2d_with_indices_backward(gy, x, *window, index)
+    def forward(ctx, gy, index, y, size):
+        """Compute gx."""
+        ctx.save_for_backward(index, y)
+        ctx.size = size
+        return torch.ops.bootgrad.max_pool2d_backward(gy, index, y, size)
 
     @staticmethod
     def backward(ctx, h):
         """Differentiate by gy."""
-        (index,) = ctx.saved_tensors
-        return h.flatten(2).gather(2, index.flatten(2)).view(index.shape), None, None, None
+        return MaxPool2dGather.apply(h, *ctx.saved_tensors, ctx.size), None, None, None
+
+
+class MaxPool2dGather(Function):
+    """The adjoint of `MaxPool2dGrad`, of which that is the adjoint in turn."""
+
+    @staticmethod
+    def forward(ctx, h, index, y, size):
+        """Take h from where the maxima were."""
+        ctx.save_for_backward(index, y)
+        ctx.size = size
+        return torch.ops.bootgrad.max_pool2d_gather(h, index, y)
+
+    @staticmethod
+    def backward(ctx, gy):
+        """Differentiate by h."""
+        return MaxPool2dGrad.apply(gy, *ctx.saved_tensors, ctx.size), None, None, None
 
 
 def relu(x: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.relu`."""
-    return Relu.apply(x, inplace)
+    y, behind = Relu.apply(x, inplace)
+    y._bootgrad_behind = behind
+    return y
 
 
 def max_pool2d(x: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False) -> Tensor:
@@ -89,4 +125,8 @@ def max_pool2d(x: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_
         [v, v] if isinstance(v, int) else list(v)
         for v in (kernel_size, kernel_size if stride is None or stride == () else stride, padding, dilation)
     ]
-    return MaxPool2d.apply(x, (*window, ceil_mode))
+    # The stand-in is for what x was when the ReLU returned it, and not for what was made of it in place since.
+    behind, node = getattr(x, "_bootgrad_behind", None), x.grad_fn
+    if behind is None or node is None or behind.grad_fn is not node:
+        return MaxPool2d.apply(x, None, None, None, (*window, ceil_mode))
+    return MaxPool2d.apply(x, behind, weakref.ref(x), node, (*window, ceil_mode))

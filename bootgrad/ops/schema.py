@@ -93,6 +93,10 @@ POOLING_SCHEMAS = {
     "max_pool2d": (
         "(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode) -> (Tensor, Tensor)"
     ),
+    # (B, C, *size)  gy added up where the maxima were, and (B, C, *P), its adjoint: h there. With y, the maxima (B, C, *P) of a
+    # ReLU's output, its derivative, too: zero where y ≤ 0.
+    "max_pool2d_backward": "(Tensor gy, Tensor index, Tensor? y, int[] size) -> Tensor",
+    "max_pool2d_gather": "(Tensor h, Tensor index, Tensor? y) -> Tensor",
 }
 
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -431,3 +435,13 @@ def _(u, a, b, gy, x, weight, mean, rstd):
 @_fake("max_pool2d")
 def _(x, kernel_size, stride, padding, dilation, ceil_mode):
     return torch.ops.aten.max_pool2d_with_indices(x, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+@_fake("max_pool2d_backward")
+def _(gy, index, y, size):
+    return gy.new_empty((*gy.shape[:2], *size))
+
+
+@_fake("max_pool2d_gather")
+def _(h, index, y):
+    return h.new_empty(index.shape)

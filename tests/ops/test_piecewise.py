@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 import bootgrad
+from bootgrad.ops.backends import eager_pooling
 from bootgrad.ops.piecewise import max_pool2d, relu
 from bootgrad.rules.stand_ins import StandIns
 
@@ -36,6 +37,115 @@ def test_max_pool2d(window):
     torch.testing.assert_close(max_pool2d(x, **window), F.max_pool2d(x, **window))
     assert gradcheck(lambda x: max_pool2d(x, **window), x)
     assert gradgradcheck(lambda x: max_pool2d(x, **window), x)
+
+
+@WINDOWS
+@pytest.mark.parametrize("inplace", [False, True])
+def test_pooling_what_a_relu_let_go(window, inplace):
+    x = spread(2, 2, 5, 4)
+
+    def ours(x):
+        return max_pool2d(relu(x * 1, inplace), **window)
+
+    y = ours(x)
+    h = torch.randn_like(y, requires_grad=True)
+    expected = torch.autograd.grad(F.max_pool2d(F.relu(x), **window), x, h)[0]
+    torch.testing.assert_close(torch.autograd.grad(y, x, h)[0], expected)
+    assert gradcheck(ours, x)
+    assert gradgradcheck(ours, x)
+
+
+def read_later(y):
+    return torch.autograd.grad(max_pool2d(y, 2).square().sum(), y, retain_graph=True)[0]
+
+
+def read_retained(y):
+    y.retain_grad()
+    max_pool2d(y, 2).square().sum().backward(retain_graph=True)
+    return y.grad
+
+
+def read_by_a_hook(y):
+    seen = []
+    y.register_hook(seen.append)
+    max_pool2d(y, 2).square().sum().backward(retain_graph=True)
+    return seen[0]
+
+
+def read_by_a_late_hook(y):
+    seen = []
+    p = max_pool2d(y, 2)
+    y.register_hook(seen.append)
+    return p, seen
+
+
+@pytest.mark.parametrize("read", [read_later, read_retained, read_by_a_hook])
+def test_gradients_between_relu_and_pooling_are_there_for_those_who_look(read):
+    x = spread(2, 2, 5, 4)
+    y = F.relu(x)
+    expected = torch.autograd.grad(F.max_pool2d(y, 2).square().sum(), y)[0]
+    torch.testing.assert_close(read(relu(x)), expected)
+
+
+def test_hooks_of_a_relu_s_output_run_and_change_the_gradient_when_it_is_gone():
+    x = spread(2, 2, 5, 4)
+    p, seen = read_by_a_late_hook(relu(x))
+    p.square().sum().backward()
+    expected = torch.autograd.grad(F.max_pool2d(F.relu(x), 2).square().sum(), x)[0]
+    assert len(seen) == 1
+    torch.testing.assert_close(x.grad, expected)
+
+    def pooled(x):
+        y = relu(x)
+        p = max_pool2d(y, 2)
+        y.register_hook(lambda g: 3 * g)
+        return p
+
+    torch.testing.assert_close(torch.autograd.grad(pooled(x).square().sum(), x)[0], 3 * expected)
+
+
+def test_other_readers_of_a_relu_s_output():
+    x = spread(2, 2, 6, 4)
+
+    def function(x, relu, max_pool2d):
+        y = relu(x)
+        out = max_pool2d(y, 2).square().sum() + (y * y[:, :1]).sum()
+        return out + max_pool2d(max_pool2d(relu(x), 2), 3, 1, 1).pow(2).sum()
+
+    ours, theirs = function(x, relu, max_pool2d), function(x, F.relu, F.max_pool2d)
+    for a, b in zip(*(torch.autograd.grad(f, x, create_graph=True) for f in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(*(torch.autograd.grad(g.square().sum(), x)[0] for g in (a, b)))
+    with torch.no_grad():
+        assert not max_pool2d(relu(x), 2).requires_grad
+
+
+def test_the_ways_of_adjoints_of_pooling():
+    torch.manual_seed(0)
+    for shape, window in (((2, 3, 28, 28), (2, 2, 0)), ((1, 2, 7, 5), (3, 1, 1)), ((0, 2, 4, 4), (2, 2, 0))):
+        k, stride, padding = ((v, v) for v in window)
+        for dtype in DTYPES:
+            x = torch.randn(shape).to(dtype)
+            y, index = torch.ops.aten.max_pool2d_with_indices(x, k, stride, padding)
+            gy, h = torch.randn(y.shape).to(dtype), torch.randn(shape).to(dtype)
+            for mask in (None, y):
+                for name, arguments in (("backward", (gy, index, mask, shape[2:])), ("gather", (h, index, mask))):
+                    ours = getattr(torch.ops.bootgrad, f"max_pool2d_{name}")(*arguments)
+                    plain = getattr(eager_pooling, f"max_pool2d_{name}")(
+                        *(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments)
+                    )
+                    torch.testing.assert_close(ours, plain.to(dtype))
+    gy = torch.randn(2, 3, 2, 2)
+    index = torch.randint(16, gy.shape)
+    for arguments in ((gy, index, gy, [4, 4]), (gy, index, None, [4, 4])):
+        torch.library.opcheck(torch.ops.bootgrad.max_pool2d_backward.default, arguments)
+        torch.library.opcheck(torch.ops.bootgrad.max_pool2d_gather.default, (torch.randn(2, 3, 4, 4), *arguments[1:3]))
+    for wrong in (16, -1):
+        index[1, 0, 1, 1] = wrong
+        with pytest.raises((RuntimeError, IndexError), match="index"):
+            torch.ops.bootgrad.max_pool2d_backward(gy, index, None, [4, 4])
+        with pytest.raises((RuntimeError, IndexError), match="index"):
+            torch.ops.bootgrad.max_pool2d_gather(torch.randn(2, 3, 4, 4), index, None)
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

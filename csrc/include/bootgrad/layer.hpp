@@ -113,6 +113,18 @@ struct MaxPoolCall {
   void* index;    // [planes, P] int64: where the maximum is in its plane
 };
 
+// The adjoints of max pooling: out at index += in, or out = in at index.
+struct MaxPoolGradCall {
+  const Runtime* runtime;
+  DType dtype;
+  int64_t planes, size, windows;  // entries of a plane of x, and of y
+  bool gather;
+  const void* in;        // [planes, windows], or [planes, size] to gather from
+  const int64_t* index;  // [planes, windows], checked
+  const void* y;         // [planes, windows] or null: where y ≤ 0 nothing passes
+  void* out;             // [planes, size], or [planes, windows]
+};
+
 // One instruction set's implementations.
 struct Kernels {
   const char* name;
@@ -122,6 +134,8 @@ struct Kernels {
   // the double backward pass where there is dgy, else the backward pass
   void (*group_norm)(const GroupNormCall&);
   void (*max_pool)(const MaxPoolCall&);
+  // False where an index is out of its plane.
+  bool (*max_pool_grad)(const MaxPoolGradCall&);
 };
 
 }  // namespace bootgrad

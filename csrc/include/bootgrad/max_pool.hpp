@@ -108,6 +108,53 @@ struct MaxPool {
   }
 };
 
+// Both adjoints, a plane at a time, so that zeros are written where they will be added to.
+template <class In>
+bool max_pool_grad_of(const MaxPoolGradCall& call) {
+  using T = Compute<In>;
+  const int64_t size = call.size, windows = call.windows;
+  const In *in = static_cast<const In*>(call.in), *y = static_cast<const In*>(call.y);
+  In* out = static_cast<In*>(call.out);
+  const int64_t plane = size > windows ? size : windows, together = plane < 16384 ? 16384 / (plane + 1) + 1 : 1;
+  int wrong = 0;
+  const auto passes = [&](int64_t i) { return !y || !(widen(y[i]) <= 0); };
+  share(
+      *call.runtime, (call.planes + together - 1) / together, [&](Carver& c) { return c.take<T>(size); }, [](T*) {},
+      [&](int64_t task, T* sum) {
+        const int64_t end = (task + 1) * together < call.planes ? (task + 1) * together : call.planes;
+        bool outside = false;
+        for (int64_t p = task * together; p < end; ++p) {
+          const int64_t* index = call.index + p * windows;
+          for (int64_t j = 0; j < windows; ++j) outside |= static_cast<uint64_t>(index[j]) >= static_cast<uint64_t>(size);
+          if (outside) break;
+          if (call.gather) {
+            const In* from = in + p * size;
+            for (int64_t j = 0; j < windows; ++j) {
+              const bool passed = passes(p * windows + j);
+              narrow(passed ? widen(from[index[j]]) : T(0), out[p * windows + j]);
+            }
+            continue;
+          }
+          clear(sum, size);
+          for (int64_t j = 0; j < windows; ++j)
+            sum[index[j]] += passes(p * windows + j) ? widen(in[p * windows + j]) : T(0);
+          copy_rows(sum, size, 1, size, out + p * size, size, T(1));
+        }
+        if (outside) __atomic_store_n(&wrong, 1, __ATOMIC_RELAXED);
+      });
+  return wrong == 0;
+}
+
+inline bool max_pool_grad(const MaxPoolGradCall& call) {
+  switch (call.dtype) {
+    case DType::f32: return max_pool_grad_of<float>(call);
+    case DType::f64: return max_pool_grad_of<double>(call);
+    case DType::bf16: return max_pool_grad_of<bf16>(call);
+    case DType::f16: return max_pool_grad_of<f16>(call);
+  }
+  return false;
+}
+
 inline void max_pool(const MaxPoolCall& call) {
   switch (call.dtype) {
     case DType::f32: return MaxPool<float>(call).run();
