@@ -110,47 +110,84 @@ struct MaxPool {
 
 // Both adjoints, a plane at a time, so that zeros are written where they will be added to.
 template <class In>
-bool max_pool_grad_of(const MaxPoolGradCall& call) {
+struct MaxPoolGrad {
   using T = Compute<In>;
+  static constexpr int64_t n = kLanes<T>;
+
+  explicit MaxPoolGrad(const MaxPoolGradCall& c) : call(c) {}
+
+  // False where an index is out of its plane.
+  bool run() const {
+    const int64_t plane = size > windows ? size : windows, together = 16384 / (plane + 1) + 1;
+    int wrong = 0;
+    share(
+        *call.runtime, (call.planes + together - 1) / together,
+        [&](Carver& c) { return Memory{c.take<T>(windows), c.take<T>(size)}; }, [](const Memory&) {},
+        [&](int64_t task, const Memory& m) {
+          const int64_t end = (task + 1) * together < call.planes ? (task + 1) * together : call.planes;
+          for (int64_t p = task * together; p < end; ++p)
+            if (!(call.gather ? gather(p, m) : scatter(p, m))) __atomic_store_n(&wrong, 1, __ATOMIC_RELAXED);
+        });
+    return wrong == 0;
+  }
+
+ private:
+  struct Memory {
+    T *values, *sum;  // [windows], [size]
+  };
+
+  const MaxPoolGradCall& call;
   const int64_t size = call.size, windows = call.windows;
-  const In *in = static_cast<const In*>(call.in), *y = static_cast<const In*>(call.y);
-  In* out = static_cast<In*>(call.out);
-  const int64_t plane = size > windows ? size : windows, together = plane < 16384 ? 16384 / (plane + 1) + 1 : 1;
-  int wrong = 0;
-  const auto passes = [&](int64_t i) { return !y || !(widen(y[i]) <= 0); };
-  share(
-      *call.runtime, (call.planes + together - 1) / together, [&](Carver& c) { return c.take<T>(size); }, [](T*) {},
-      [&](int64_t task, T* sum) {
-        const int64_t end = (task + 1) * together < call.planes ? (task + 1) * together : call.planes;
-        bool outside = false;
-        for (int64_t p = task * together; p < end; ++p) {
-          const int64_t* index = call.index + p * windows;
-          for (int64_t j = 0; j < windows; ++j) outside |= static_cast<uint64_t>(index[j]) >= static_cast<uint64_t>(size);
-          if (outside) break;
-          if (call.gather) {
-            const In* from = in + p * size;
-            for (int64_t j = 0; j < windows; ++j) {
-              const bool passed = passes(p * windows + j);
-              narrow(passed ? widen(from[index[j]]) : T(0), out[p * windows + j]);
-            }
-            continue;
-          }
-          clear(sum, size);
-          for (int64_t j = 0; j < windows; ++j)
-            sum[index[j]] += passes(p * windows + j) ? widen(in[p * windows + j]) : T(0);
-          copy_rows(sum, size, 1, size, out + p * size, size, T(1));
-        }
-        if (outside) __atomic_store_n(&wrong, 1, __ATOMIC_RELAXED);
-      });
-  return wrong == 0;
-}
+
+  bool inside(const int64_t* index) const {
+    uint64_t largest = 0;
+    for (int64_t j = 0; j < windows; ++j) {
+      const uint64_t at = static_cast<uint64_t>(index[j]);
+      largest = at > largest ? at : largest;
+    }
+    return windows == 0 || largest < static_cast<uint64_t>(size);
+  }
+
+  // to[j] = from[j], zero where y ≤ 0
+  template <class From, class To>
+  void pass(const From* from, const In* y, To* to) const {
+    int64_t j = 0;
+    for (; y && j + n <= windows; j += n)
+      store_narrow(to + j, load_wide(y + j) <= Vector<T>{} ? Vector<T>{} : load_wide(from + j));
+    for (; j < windows; ++j) narrow(y && widen(y[j]) <= 0 ? T(0) : widen(from[j]), to[j]);
+  }
+
+  const In* y_of(int64_t p) const { return call.y ? static_cast<const In*>(call.y) + p * windows : nullptr; }
+
+  bool scatter(int64_t p, const Memory& m) const {
+    const int64_t* index = call.index + p * windows;
+    if (!inside(index)) return false;
+    In* out = static_cast<In*>(call.out) + p * size;
+    T* sum = m.sum;
+    if constexpr (sizeof(In) == sizeof(T)) sum = out;
+    pass(static_cast<const In*>(call.in) + p * windows, y_of(p), m.values);
+    clear(sum, size);
+    for (int64_t j = 0; j < windows; ++j) sum[index[j]] += m.values[j];
+    if constexpr (sizeof(In) != sizeof(T)) copy_rows(sum, size, 1, size, out, size, T(1));
+    return true;
+  }
+
+  bool gather(int64_t p, const Memory& m) const {
+    const int64_t* index = call.index + p * windows;
+    if (!inside(index)) return false;
+    const In* in = static_cast<const In*>(call.in) + p * size;
+    for (int64_t j = 0; j < windows; ++j) m.values[j] = widen(in[index[j]]);
+    pass(m.values, y_of(p), static_cast<In*>(call.out) + p * windows);
+    return true;
+  }
+};
 
 inline bool max_pool_grad(const MaxPoolGradCall& call) {
   switch (call.dtype) {
-    case DType::f32: return max_pool_grad_of<float>(call);
-    case DType::f64: return max_pool_grad_of<double>(call);
-    case DType::bf16: return max_pool_grad_of<bf16>(call);
-    case DType::f16: return max_pool_grad_of<f16>(call);
+    case DType::f32: return MaxPoolGrad<float>(call).run();
+    case DType::f64: return MaxPoolGrad<double>(call).run();
+    case DType::bf16: return MaxPoolGrad<bf16>(call).run();
+    case DType::f16: return MaxPoolGrad<f16>(call).run();
   }
   return false;
 }
