@@ -292,6 +292,8 @@ class GradientRegularizer:
 
     def _add_center_derivative(self, parameters, outcome: Gradients, c, center: Center, strength: float) -> None:
         """A penalty's derivative by c is −2 λ (ḡ − c); a differentiable center takes it on to θ."""
+        if type(center).derivative is Center.derivative:  # a constant
+            return
         extra = center.derivative(parameters, {n: g - c[n] for n, g in outcome.mean.items()})
         places = {id(leaf): k for k, leaf in enumerate(outcome.leaves)}
         for name, derivative in (extra or {}).items():

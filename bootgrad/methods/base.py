@@ -150,19 +150,19 @@ def whole_mean(mean: dict[str, Tensor], m: int, rest: FirstOrder | None) -> dict
     if rest is None:
         return mean
     share = m / (m + rest.losses.numel())
-    return {name: share * g + (1 - share) * rest.mean[name] for name, g in mean.items()}
+    return dict(
+        zip(mean, torch._foreach_lerp([rest.mean[name] for name in mean], list(mean.values()), share), strict=True)
+    )
 
 
 @torch.no_grad()
-def whole_covariance(
-    covariance: Tensor, mean: Directions, m: int, rest: FirstOrder | None, whole: Directions
-) -> Tensor:
+def whole_covariance(covariance: Tensor, mean: Directions, m: int, rest: FirstOrder | None) -> Tensor:
     """Γ of the batch from the parts' own: Σ_parts share (Γ_part + ‖ḡ_part − ḡ‖²)."""
     if rest is None:
         return covariance
     share = m / (m + rest.losses.numel())
-    own, other = (Distances(part, {"reg1": whole}).about for part in (mean, rest.mean))
-    return share * (covariance + own) + (1 - share) * (rest.covariance + other)
+    apart = Distances(mean, {"reg1": rest.mean}).about
+    return share * covariance + (1 - share) * rest.covariance + share * (1 - share) * apart
 
 
 def whole_losses(losses: Tensor, finite: Tensor | None, rest: FirstOrder | None) -> tuple[Tensor, Tensor | None]:
@@ -192,6 +192,12 @@ def combined(*parts: tuple[float | Tensor, Sequence[Tensor], Sequence[Tensor | N
     for weight, own, grads in parts:
         for leaf, g in zip(own, grads, strict=True):
             leaves[id(leaf)] = leaf
-            if g is not None:
-                sums[id(leaf)] = sums[id(leaf)] + weight * g if id(leaf) in sums else weight * g
+            if g is None:
+                continue
+            if id(leaf) not in sums:
+                sums[id(leaf)] = g if isinstance(weight, float) and weight == 1 else weight * g
+            elif isinstance(weight, float):
+                sums[id(leaf)] = torch.add(sums[id(leaf)], g, alpha=weight)
+            else:
+                sums[id(leaf)] = sums[id(leaf)] + weight * g
     return list(leaves.values()), [sums.get(key) for key in leaves]

@@ -50,7 +50,7 @@ class Exact(Method):
         mean = whole_mean(own, G.batch_size, rest)
         distances = Distances(mean, penalties.centers)
         around = distances if about is penalties.centers["reg1"] and rest is None else Distances(own, {"reg1": about})
-        covariance = whole_covariance(_covariance(G, value, around), own, G.batch_size, rest, mean)
+        covariance = whole_covariance(_covariance(G, value, around), own, G.batch_size, rest)
         all_losses, finite = whole_losses(losses, recording.last_reach.finite, rest)
         try:
             grads: list[Tensor | None] = list(torch.autograd.grad(objective, leaves, allow_unused=True))

@@ -82,7 +82,7 @@ class FiniteDifference(Method):
         mean = whole_mean(first.mean, m, rest)
         losses, finite = whole_losses(first.losses, first.finite, rest)
         distances = Distances(mean, penalties.centers)
-        covariance = whole_covariance(first.covariance, first.mean, m, rest, mean)
+        covariance = whole_covariance(first.covariance, first.mean, m, rest)
         parts = [(m / losses.numel(), first.leaves, first.grads)]
         if rest is not None:
             parts.append((rest.losses.numel() / losses.numel(), rest.leaves, rest.grads))
