@@ -95,22 +95,23 @@ def per_sample(factors: Tensor, like: Tensor) -> Tensor:
 
 
 class Output(Function):
-    """y = W ∗ x."""
+    """y = W ∗ x + b."""
 
     @staticmethod
-    def forward(ctx, product, x, weight):
+    def forward(ctx, product, x, weight, bias=None):
         """Compute y."""
         ctx.product = product
         ctx.save_for_backward(x, weight)
-        return product.output(x, weight)
+        return product.output(x, weight, bias)
 
     @staticmethod
     def backward(ctx, gy):
-        """Differentiate by x and W."""
-        x, weight = ctx.saved_tensors
-        gx = InputGrad.apply(ctx.product, gy, weight, x.detach()) if ctx.needs_input_grad[1] else None
-        gw = WeightGrad.apply(ctx.product, x, gy, weight.dtype) if ctx.needs_input_grad[2] else None
-        return None, gx, gw
+        """Differentiate by x, W and b."""
+        (x, weight), needs = ctx.saved_tensors, ctx.needs_input_grad
+        gx = InputGrad.apply(ctx.product, gy, weight, x.detach()) if needs[1] else None
+        gw = WeightGrad.apply(ctx.product, x, gy, weight.dtype) if needs[2] else None
+        gb = ctx.product.bias_grad(gy) if needs[3:] == (True,) else None
+        return None, gx, gw, gb
 
 
 class InputGrad(Function):

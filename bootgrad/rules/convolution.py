@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.convolution import ConvProduct, expand
+from ..ops.product import Output
 from .base import ProductOperation, Recorder, rule
+from .stand_ins import plain_rule
 
 
 @rule(torch.conv1d, torch.conv2d, torch.conv3d)
@@ -40,3 +42,33 @@ def _apply(
     product = ConvProduct(kernel, stride, expand(padding, n), dilation, groups)
     tracked = (t if recorder.is_tracked(t) else None for t in (weight, bias))
     return ProductOperation(recorder, func.__name__, product, *tracked)(input, weight, bias)
+
+
+@plain_rule(torch.conv1d, torch.conv2d, torch.conv3d)
+def _unrecorded(func, args, kwargs):
+    return _apply_unrecorded(*args, **kwargs)
+
+
+def _apply_unrecorded(input: Tensor, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """Torch's own but for the weight's gradient, which the compiled library makes in less time, and without reordering x."""
+    n = weight.dim() - 2
+    if (
+        not (weight.requires_grad and _sums_on_this_cpu(input))
+        or groups != 1
+        or isinstance(padding, str)
+        or input.dim() != n + 2
+        or torch.is_autocast_enabled("cpu")
+        or weight.dtype != input.dtype
+        or not input.numel()
+    ):
+        return NotImplemented
+    product = ConvProduct(tuple(weight.shape[2:]), expand(stride, n), expand(padding, n), expand(dilation, n), groups)
+    return Output.apply(product, input, weight, bias)
+
+
+def _sums_on_this_cpu(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and torch._C._dispatch_has_kernel_for_dispatch_key("bootgrad::conv_weighted_sum", "CPU")
+    )
