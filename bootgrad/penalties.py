@@ -128,7 +128,11 @@ class Distances:
 
     @torch.no_grad()
     def __init__(self, mean: Mapping[str, Tensor], centers: Mapping[str, Mapping[str, Tensor] | None]):
-        """Measure ``mean``."""
+        """Measure ``mean``; of none, which was not made, all is nan."""
+        if not mean:
+            self.sq_mean = torch.full((), torch.nan, dtype=torch.float64)
+            self.from_center = {name: None if c is None else self.sq_mean for name, c in centers.items()}
+            return
         self.sq_mean = total_sq_norm(mean.values())
         known: dict[int, Tensor] = {}  # both penalties may have one center
         for c in centers.values():

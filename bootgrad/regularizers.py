@@ -78,6 +78,9 @@ class GradientRegularizer:
         derivative: of ``"random_signs"``: ``"exact"``, by double backward, or ``"finite_difference"``, by first-order passes
             alone, which run compiled models, fused attention and reentrant checkpointing, too. (Parameters that a reentrantly
             checkpointed part has from outside of the model receive the passes' gradients: leave them out of such parts.)
+        statistics: whether reports tell Γ, ‖ḡ‖² and what follows from them. If not, they are nan, and what only they need
+            is not made: norms on steps and samples without a penalty, and of ``"exact"`` about a constant center a product
+            of each layer. Reg1 is then that of the samples that it was taken on, and nan where Reg2 was taken along.
         epsilon: length of a finite step relative to ‖θ‖; 0.0001. Parameters must be float32 or wider; under autocast to half
             precision, steps that are shorter than its rounding are lost in it.
 
@@ -99,6 +102,7 @@ class GradientRegularizer:
         probes: int = 1,
         derivative: str = "exact",
         epsilon: float | None = None,
+        statistics: bool = True,
     ):
         """Check the options; nothing is computed yet."""
         if not isinstance(model, nn.Module):
@@ -114,7 +118,7 @@ class GradientRegularizer:
             )
         self.model = model
         self.strengths = {"reg1": reg1, "reg2": reg2}
-        self.fraction, self.every = fraction, every
+        self.fraction, self.every, self.statistics = fraction, every, bool(statistics)
         self.step = 0
         for name, strength in self.strengths.items():
             self._strength(name, strength if not callable(strength) else 0.0)
@@ -167,7 +171,9 @@ class GradientRegularizer:
         distinct = {id(c): c for c in self.centers.values()}.values()
         sq_mean, mean = outcome.distances.sq_mean, outcome.mean
         finite = torch.isfinite(sq_mean) if outcome.finite is None else torch.isfinite(sq_mean) & outcome.finite
-        if not answers_at_once(sq_mean):  # what is not finite is replaced by what the center holds already
+        if not mean:  # all centers are constant
+            pass
+        elif not answers_at_once(sq_mean):  # what is not finite is replaced by what the center holds already
             for center in distinct:
                 held = values[id(center)]
                 center.update({n: torch.where(finite, g, 0 if held is None else held[n]) for n, g in mean.items()})
@@ -228,7 +234,14 @@ class GradientRegularizer:
             plain = self._method.plain(forward)
             outcome = Gradients(**vars(plain), distances=Distances(plain.mean, centers))
             return self._report(outcome, "plain", notes), values, outcome
-        outcome = self._method.penalized(forward, Penalties(taken, centers, generator), rest)
+        wants_mean = (
+            self.statistics
+            or "reg2" in taken
+            or centers["reg1"] is None
+            or any(type(c).update is not Center.update for c in distinct.values())
+        )
+        penalties = Penalties(taken, centers, generator, self.statistics, wants_mean)
+        outcome = self._method.penalized(forward, penalties, rest)
         for name, strength in taken.items():
             if centers[name] is not None:
                 self._add_center_derivative(forward.parameters, outcome, centers[name], self.centers[name], strength)
@@ -241,7 +254,7 @@ class GradientRegularizer:
             return function(*(batch if index is None else rows(batch, index)))
 
         replay = Replay(self.model, call) if penalized and self._method.repeats else None
-        recording = Record(self.model) if self._method.records else None
+        recording = Record(self.model) if self._method.records and (penalized or self.statistics) else None
         with recording or StandIns():
             losses = call()
         m = None if index is None else index.numel()

@@ -40,12 +40,15 @@ class Forward:
 class Penalties:
     """λ by the penalties that are taken, the centers of both, and the random numbers of this step.
 
-    A center is None where Reg1 is about the batch mean, and where Reg2 cannot be taken.
+    A center is None where Reg1 is about the batch mean, and where Reg2 cannot be taken. ``statistics`` says whether Γ is
+    wanted, and ``mean`` whether ḡ is: what the penalties themselves do not need is not made otherwise.
     """
 
     strengths: Mapping[str, float]
     centers: Mapping[str, Directions | None]
     generator: torch.Generator
+    statistics: bool = True
+    mean: bool = True
 
     def strength(self, name: str) -> float:
         """λ, zero for a penalty that is not taken."""
@@ -59,7 +62,7 @@ class FirstOrder:
     Attributes:
         losses: (n,), detached.
         leaves, grads: the gradient by leaf of the graph, None where it is not reached.
-        mean: ḡ by parameter name.
+        mean: ḡ by parameter name; empty where it was not made.
         covariance: Γ of the n samples about their own mean, (), float64; nan where nothing tells it.
         finite: whether the losses are, where that was not waited for.
     """

@@ -22,6 +22,7 @@ from .base import (
     whole_losses,
     whole_mean,
 )
+from .weighted import unrecorded
 
 
 class Exact(Method):
@@ -30,8 +31,8 @@ class Exact(Method):
     name = "exact"
 
     def plain(self, forward: Forward) -> FirstOrder:
-        """One recorded backward pass."""
-        return first_order(forward)
+        """One backward pass, with Γ where it was recorded."""
+        return first_order(forward) if forward.recording else unrecorded(forward)
 
     def penalized(self, forward: Forward, penalties: Penalties, rest: FirstOrder | None) -> Gradients:
         """One backward pass through the objective."""
@@ -41,16 +42,20 @@ class Exact(Method):
         assert recording.last_reach is not None
         # All parameters: a center may depend on what this batch does not reach.
         leaves = [*forward.parameters.values(), *recording.last_reach.other_leaves]
-        if not penalties.strength("reg1"):
+        if penalties.statistics and not penalties.strength("reg1"):
             with torch.no_grad():
                 G.sq_norms()  # for Γ, in the visit that makes ḡ
         objective, about, value = _objective(G, losses, penalties, rest)
         with torch.no_grad():
-            own = G.mean()
-        mean = whole_mean(own, G.batch_size, rest)
+            own = G.mean() if penalties.mean else {}
+        mean = whole_mean(own, G.batch_size, rest) if own else {}
         distances = Distances(mean, penalties.centers)
-        around = distances if about is penalties.centers["reg1"] and rest is None else Distances(own, {"reg1": about})
-        covariance = whole_covariance(_covariance(G, value, around), own, G.batch_size, rest)
+        covariance = torch.full_like(distances.sq_mean, torch.nan)
+        if penalties.statistics:
+            around = (
+                distances if about is penalties.centers["reg1"] and rest is None else Distances(own, {"reg1": about})
+            )
+            covariance = whole_covariance(_covariance(G, value, around), own, G.batch_size, rest)
         all_losses, finite = whole_losses(losses, recording.last_reach.finite, rest)
         try:
             grads: list[Tensor | None] = list(torch.autograd.grad(objective, leaves, allow_unused=True))
@@ -65,7 +70,9 @@ class Exact(Method):
         if rest is not None:
             share = rest.losses.numel() / all_losses.numel()
             leaves, grads = combined((1.0, leaves, grads), (share, rest.leaves, rest.grads))
-        return Gradients(all_losses, leaves, grads, mean, covariance, finite, distances)
+        # About a center that takes Reg2 along, the value is not Reg1's.
+        estimate = None if penalties.statistics or penalties.strength("reg2") else value
+        return Gradients(all_losses, leaves, grads, mean, covariance, finite, distances, estimate)
 
 
 def _objective(

@@ -47,6 +47,7 @@ from .base import (
     whole_losses,
     whole_mean,
 )
+from .weighted import unrecorded
 
 
 class FiniteDifference(Method):
@@ -68,8 +69,8 @@ class FiniteDifference(Method):
         self.epsilon = epsilon
 
     def plain(self, forward: Forward) -> FirstOrder:
-        """One recorded backward pass."""
-        return first_order(forward)
+        """One backward pass, with Γ where it was recorded."""
+        return first_order(forward) if forward.recording else unrecorded(forward)
 
     def penalized(self, forward: Forward, penalties: Penalties, rest: FirstOrder | None) -> Gradients:
         """A first pass with its statistics, and one at displaced parameters."""

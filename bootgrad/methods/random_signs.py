@@ -38,7 +38,7 @@ from .base import (
     whole_losses,
     whole_mean,
 )
-from .weighted import WeightedPass, second_derivatives
+from .weighted import WeightedPass, second_derivatives, unrecorded
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,7 @@ class RandomSigns(Method):
 
     def plain(self, forward: Forward) -> FirstOrder:
         """One backward pass; Γ is not known, nan."""
-        pass_ = WeightedPass(forward)
-        grads = pass_.gradient(torch.full_like(forward.losses, 1 / forward.losses.numel()), last=True)
-        mean = mean_by_name(forward.parameters, pass_.leaves, grads)
-        unknown = torch.full_like(Distances(mean, {}).sq_mean, torch.nan)
-        return FirstOrder(forward.losses.detach(), pass_.leaves, grads, mean, unknown, pass_.finite)
+        return unrecorded(forward)
 
     def penalized(self, forward: Forward, penalties: Penalties, rest: FirstOrder | None) -> Gradients:
         """The mean gradient, and one or two more passes for each penalty and probe."""

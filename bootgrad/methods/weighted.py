@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import graph
 from ..errors import RecordingError, UnsupportedError
 from ..second_pass import traceless
-from .base import Forward
+from .base import FirstOrder, Forward, mean_by_name
 
 _REENTRANT = "CheckpointFunctionBackward"
 _COMPILED = "CompiledFunctionBackward"
@@ -101,6 +101,15 @@ class WeightedPass:
             return
         with traceless(self._forward.replay.model):
             yield
+
+
+def unrecorded(forward: Forward) -> FirstOrder:
+    """The plain gradient from one backward pass of which nothing was recorded; Γ is not known, nan."""
+    run = WeightedPass(forward)
+    grads = run.gradient(torch.full_like(forward.losses, 1 / forward.losses.numel(), requires_grad=False), last=True)
+    mean = mean_by_name(forward.parameters, run.leaves, grads)
+    unknown = torch.full((), torch.nan, dtype=torch.float64, device=forward.losses.device)
+    return FirstOrder(forward.losses.detach(), run.leaves, grads, mean, unknown, run.finite)
 
 
 @contextmanager

@@ -1,0 +1,69 @@
+"""Steps whose reports tell nothing that the penalties do not need: the same gradients, from fewer products."""
+
+import pytest
+import torch
+
+from bootgrad.per_sample import PerSampleGradients
+
+from .steps import CENTERS, data, gradient_of, losses_of, regularizer
+
+
+@pytest.mark.parametrize("center", CENTERS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reg1": 0.0},
+        {"reg2": 0.0},
+        {"reg2": 0.0, "fraction": 0.5},
+        {"fraction": 0.5},
+        {"every": 2},
+        {"method": "finite_difference"},
+        {"method": "finite_difference", "fraction": 0.5},
+        {"method": "random_signs"},
+    ],
+    ids=str,
+)
+def test_gradients_are_the_same(center, options):
+    model, x, y = data(B=6)
+    told, bare = [], []
+    for statistics, out in ((True, told), (False, bare)):
+        torch.manual_seed(1)
+        reg = regularizer(model, CENTERS[center], statistics=statistics, **options)
+        for _ in range(3):
+            out.append(gradient_of(reg, losses_of(model), x, y))
+    for (expected, full), (ours, report) in zip(told, bare, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(report.loss, full.loss)
+        if "method" not in options and report.method == "exact":
+            assert report.covariance_trace.isnan() and report.noise_scale.isnan()
+            both = options.get("reg1", 1) and options.get("reg2", 1) and "every" not in options
+            if "fraction" not in options and not both and not report.reg1.isnan():
+                torch.testing.assert_close(report.reg1, full.reg1)
+
+
+def test_about_zero_no_mean_is_made(monkeypatch):
+    model, x, y = data()
+    full = gradient_of(regularizer(model, "zero", reg2=0.0), losses_of(model), x, y)[1]
+
+    def refuse(self, *_):
+        raise AssertionError("a mean was made")
+
+    monkeypatch.setattr(PerSampleGradients, "mean", refuse)
+    monkeypatch.setattr(PerSampleGradients, "_mean", refuse)
+    reg = regularizer(model, "zero", reg2=0.0, statistics=False)
+    for _ in range(2):
+        report = gradient_of(reg, losses_of(model), x, y)[1]
+        torch.testing.assert_close(report.reg1, full.reg1)
+        assert report.sq_mean_norm.isnan() and report.notes == ()
+
+
+def test_moving_centers_get_their_mean():
+    model, x, y = data()
+    regs = [regularizer(model, "ema", reg2=0.0, statistics=s) for s in (True, False)]
+    for reg in regs:
+        for _ in range(2):
+            gradient_of(reg, losses_of(model), x, y)
+    states = [reg.state_dict()["centers"]["reg1"] for reg in regs]
+    for name, average in states[0]["average"].items():
+        torch.testing.assert_close(states[1]["average"][name], average)
