@@ -42,6 +42,8 @@ class Exact(Method):
         assert recording.last_reach is not None
         # All parameters: a center may depend on what this batch does not reach.
         leaves = [*forward.parameters.values(), *recording.last_reach.other_leaves]
+        if not penalties.mean:
+            G._forgo_mean()
         if penalties.statistics and not penalties.strength("reg1"):
             with torch.no_grad():
                 G.sq_norms()  # for Γ, in the visit that makes ḡ

@@ -65,6 +65,10 @@ class Term(ABC):
         """Σ_i ‖g_i − ḡ‖², where ``mean`` is the value of ḡ."""
         return self.sq_norms(self.weighted_sum(None) / self.batch_size).sum()
 
+    def forgo_sum(self) -> None:
+        """From now on make Σ_i g_i where it is asked for, and not along with norms."""
+        return
+
     def gram(self) -> Tensor:
         """⟨g_i, g_j⟩, (B, B), by blocks of rows."""
         blocks = list(self.chunks())
@@ -174,6 +178,7 @@ class FactoredTerm(Term):
         """Note the versions of x and gy."""
         self._versions = self.x._version, self.gy._version
         self._total: Tensor | None = None  # Σ G_i, a value without a graph, once it is known
+        self._takes_total = True  # beside norms, where it comes along or takes a product of its own
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """(x, gy), which must be as they were when the term was made."""
@@ -185,6 +190,9 @@ class FactoredTerm(Term):
 
     def map(self, function):  # noqa: D102
         return FactoredTerm(self.product, *map(function, self.pair()), self.shape, self.inner)
+
+    def forgo_sum(self) -> None:  # noqa: D102
+        self._takes_total = False
 
     @functools.cached_property
     def visit(self) -> LayerStatistics:
@@ -207,7 +215,9 @@ class FactoredTerm(Term):
         if center is None and not self.differentiable:
             return self.visit.sq_norms
         center = None if center is None else center.reshape(self.inner)
-        s, total = product.sq_norms_and_sum(self.product, *self.pair(), center, self._total is None)
+        s, total = product.sq_norms_and_sum(
+            self.product, *self.pair(), center, self._takes_total and self._total is None
+        )
         self._total = total if self._total is None else self._total
         return s
 
