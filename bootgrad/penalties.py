@@ -130,7 +130,8 @@ class Distances:
     def __init__(self, mean: Mapping[str, Tensor], centers: Mapping[str, Mapping[str, Tensor] | None]):
         """Measure ``mean``; of none, which was not made, all is nan."""
         if not mean:
-            self.sq_mean = torch.full((), torch.nan, dtype=torch.float64)
+            device = next((t.device for c in centers.values() if c for t in c.values()), None)
+            self.sq_mean = torch.full((), torch.nan, dtype=torch.float64, device=device)
             self.from_center = {name: None if c is None else self.sq_mean for name, c in centers.items()}
             return
         self.sq_mean = total_sq_norm(mean.values())

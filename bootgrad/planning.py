@@ -128,9 +128,11 @@ class ConvLayer:
         """The share of the forward products that are with pixels, and not with the zeros around them."""
         share = 1.0
         for s, k, stride, p, d in zip(self.S, self.K, self.stride, self.padding, self.dilation, strict=True):
-            positions = range(-p, s + p - d * (k - 1), stride)
-            inside = sum(0 <= at + d * j < s for at in positions for j in range(k))
-            share *= inside / max(1, k * len(positions))
+            n, inside = (s + 2 * p - d * (k - 1) - 1) // stride + 1, 0
+            for j in range(k):  # positions i with 0 ≤ i·stride + j·d − p < s
+                first, end = (max(0, -(-(edge + p - j * d) // stride)) for edge in (0, s))
+                inside += max(0, min(n, end) - first)
+            share *= inside / max(1, k * n)
         return share
 
     @property

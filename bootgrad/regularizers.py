@@ -37,6 +37,12 @@ _FIRST_STEP = {
 }
 
 
+def _moves(center: Center) -> bool:
+    """Whether a center asks for the mean gradient, to follow it or to be differentiated."""
+    constant = (Center.update, Center.derivative)
+    return any(getattr(f, "__func__", f) not in constant for f in (center.update, center.derivative))
+
+
 class GradientRegularizer:
     """Backward passes with λ₁ Reg1 + λ₂ Reg2 added to the mean loss, for a plain training loop.
 
@@ -78,9 +84,10 @@ class GradientRegularizer:
         derivative: of ``"random_signs"``: ``"exact"``, by double backward, or ``"finite_difference"``, by first-order passes
             alone, which run compiled models, fused attention and reentrant checkpointing, too. (Parameters that a reentrantly
             checkpointed part has from outside of the model receive the passes' gradients: leave them out of such parts.)
-        statistics: whether reports tell Γ, ‖ḡ‖² and what follows from them. If not, they are nan, and what only they need
-            is not made: norms on steps and samples without a penalty, and of ``"exact"`` about a constant center a product
-            of each layer. Reg1 is then that of the samples that it was taken on, and nan where Reg2 was taken along.
+        statistics: whether reports are to tell Γ, ‖ḡ‖² and what follows from them at any price. If not, they are nan where the
+            penalties do not bring them along: no norms are made on steps and samples without a penalty, and by ``"exact"``
+            none for Γ, and about a constant center no ḡ, a product of each layer less. Reg1 is then that of the samples it
+            was taken on, and nan where Reg2 was taken, too.
         epsilon: length of a finite step relative to ‖θ‖; 0.0001. Parameters must be float32 or wider; under autocast to half
             precision, steps that are shorter than its rounding are lost in it.
 
@@ -235,10 +242,7 @@ class GradientRegularizer:
             outcome = Gradients(**vars(plain), distances=Distances(plain.mean, centers))
             return self._report(outcome, "plain", notes), values, outcome
         wants_mean = (
-            self.statistics
-            or "reg2" in taken
-            or centers["reg1"] is None
-            or any(type(c).update is not Center.update for c in distinct.values())
+            self.statistics or "reg2" in taken or centers["reg1"] is None or any(_moves(c) for c in distinct.values())
         )
         penalties = Penalties(taken, centers, generator, self.statistics, wants_mean)
         outcome = self._method.penalized(forward, penalties, rest)

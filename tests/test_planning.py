@@ -8,6 +8,8 @@ import sys
 import timeit
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from bootgrad import planning
 from bootgrad.planning import ConvLayer, LinearLayer, choose_path, cost
@@ -178,3 +180,14 @@ def test_imports_the_standard_library_only():
 def test_output_positions():
     layer = ConvLayer(1, 1, (9, 1), 1, (3, 1), (2, 1), (1, 0), (2, 1), 1)
     assert layer.T == math.prod([(9 + 2 - 2 * 2 - 1) // 2 + 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("S", "K", "stride", "padding", "dilation"),
+    [((7,), (3,), (1,), (1,), (1,)), ((9, 4), (3, 5), (2, 1), (1, 2), (2, 1)), ((2,), (7,), (3,), (6,), (1,))],
+)
+def test_the_share_of_products_with_pixels(S, K, stride, padding, dilation):
+    layer = planning.ConvLayer(1, 1, S, 1, K, stride, padding, dilation)
+    convolve = (F.conv1d, F.conv2d)[len(S) - 1]
+    met = convolve(torch.ones(1, 1, *S), torch.ones(1, 1, *K), None, stride, padding, dilation)
+    assert layer.unpadded == pytest.approx(met.sum().item() / (met.numel() * math.prod(K)))

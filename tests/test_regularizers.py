@@ -524,3 +524,27 @@ def test_a_noise_scale_takes_over_a_whole_state_or_nothing():
     with pytest.raises(bootgrad.BootgradError, match="not a state_dict"):
         average.load_state_dict({"decay": 0.5, "steps": 3, "parts": [1.0]})
     assert average.state_dict() == before
+
+
+@pytest.mark.parametrize("lambda1", [1.0, 0.1, 1e-3, 1e-20, 1e-40])
+@pytest.mark.parametrize("center", ["zero", {"reg1": "batch_mean", "reg2": "zero"}], ids=["zero", "batch mean"])
+def test_one_penalty_may_be_much_the_stronger(lambda1, center):
+    """In one visit or in two, the gradient is right, and so is the report."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    x, target = torch.randn(8, 5), torch.randint(3, (8,))
+
+    def losses(x, y):
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    def step(**options):
+        model.zero_grad()
+        report = bootgrad.GradientRegularizer(model, center=center, **options).backward(losses, x, target)
+        return flat_grad(model), report
+
+    plain = step(reg1=1e-45)[0]
+    only_1, only_2, (both, report) = step(reg1=1.0), step(reg2=1.0)[0], step(reg1=lambda1, reg2=1.0)
+    torch.testing.assert_close(both, only_2 + lambda1 * (only_1[0] - plain), rtol=1e-4, atol=1e-6)
+    for name in ("reg1", "covariance_trace", "sq_mean_norm", "reg2"):
+        torch.testing.assert_close(getattr(report, name), getattr(only_1[1], name), rtol=1e-3, atol=1e-6)
+    assert report.notes == ()

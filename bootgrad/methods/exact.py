@@ -24,6 +24,8 @@ from .base import (
 )
 from .weighted import unrecorded
 
+LARGEST_RATIO = 10.0  # λ₂/λ₁ up to which one visit is made for both penalties
+
 
 class Exact(Method):
     """λ₁ Reg1 + λ₂ Reg2 differentiated as they are: no bias, no variance on the whole batch; 2.0 to 3.0 plain steps."""
@@ -84,7 +86,8 @@ def _objective(
 
     L + λ₁ Reg1 + λ₂ Reg2 for a whole batch, else m/B L_S + λ₁ (1/m) Σ_S ‖g_i − c₁‖² + 2 λ₂ ⟨ḡ_S, ḡ − c₂⟩ with ḡ held constant.
     Both penalties together are one of them about a center that takes the other along, λ₁ (1/m) Σ_S ‖g_i − c‖² with
-    c = c₁ − (λ₂/λ₁)(ḡ − c₂): the same gradient for the price of one.
+    c = c₁ − (λ₂/λ₁)(ḡ − c₂): the same gradient for the price of one. Where λ₂ is much the larger, that would be far away, and Γ
+    lost in the distance.
     """
     lambda_1, lambda_2 = penalties.strength("reg1"), penalties.strength("reg2")
     c1, c2 = penalties.centers["reg1"], penalties.centers["reg2"]
@@ -98,11 +101,13 @@ def _objective(
     with torch.no_grad():
         mean = whole_mean(G.mean(), G.batch_size, rest)
         away = mean if c2 is None else {name: g - c2[name] for name, g in mean.items()}
-    if not lambda_1:
-        return loss + 2 * lambda_2 * total((g * away[name]).sum() for name, g in G.mean().items()), c1, None
     about = mean if c1 is None else c1
-    if lambda_2:
+    if 0 < lambda_2 <= LARGEST_RATIO * lambda_1:
         about = {name: c - lambda_2 / lambda_1 * away[name] for name, c in about.items()}
+    elif lambda_2:
+        loss = loss + 2 * lambda_2 * total((g * away[name]).sum() for name, g in G.mean().items())
+    if not lambda_1:
+        return loss, c1, None
     value = reg1(G, about)
     return loss + lambda_1 * value, about, value.detach()
 
@@ -113,6 +118,8 @@ def _covariance(G: PerSampleGradients, value: Tensor | None, own: Distances) -> 
     about = own.about
     covariance = None if value is None else (value.double() - about).clamp(min=0)
     # About a far center Γ is lost in ‖ḡ − c‖²: then it is worth another visit, where to ask does not stop a device.
-    if covariance is None or (graph.answers_at_once(about) and about > torch.maximum(own.sq_mean, 100 * covariance)):
+    if covariance is None or (
+        graph.answers_at_once(about) and not about <= torch.maximum(own.sq_mean, 100 * covariance)
+    ):
         covariance = difference(G.sq_norms().double(), own.sq_mean)
     return covariance

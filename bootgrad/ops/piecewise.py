@@ -4,7 +4,8 @@ Their derivative does not change with the input, except where pieces meet. Torch
 tensor of zeros, which it makes and adds: two passes over each activation of a double backward pass. Here it is not there.
 
 Where a ReLU's output is pooled and then let go, gradients pass both at once: to the maxima's places where the maxima are
-positive, and not by way of a gradient for every entry of that output, which has no other reader.
+positive, and not by way of a gradient for every entry of that output, which has no other reader. A hook of the output is a
+reader; an edge that was taken of it (`get_gradient_edge`) and pre-hooks of its node are not seen.
 """
 
 import weakref
@@ -27,7 +28,7 @@ class Relu(Function):
         y = x.relu_() if inplace else x.relu()
         ctx.save_for_backward(y)
         ctx.set_materialize_grads(False)
-        return y, y.new_empty(1).expand(y.shape)
+        return y, y.new_empty(()).expand(y.shape)
 
     @staticmethod
     def backward(ctx, gy, behind):
@@ -67,28 +68,28 @@ class MaxPool2d(Function):
     def forward(ctx, x, behind, alive, node, window):
         """Compute y, and remember where each maximum was."""
         y, index = torch.ops.bootgrad.max_pool2d(x, *window)
-        ctx.save_for_backward(index, None if behind is None else y)
+        ctx.save_for_backward(index, None if behind is None else y.le(0))  # y itself may be changed in place
         ctx.size, ctx.alive, ctx.node = x.shape[2:], alive, node
         return y
 
     @staticmethod
     def backward(ctx, gy):
         """Differentiate by x, or by what the ReLU was given where nobody is left to see the gradient between."""
-        index, y = ctx.saved_tensors
-        unseen = y is not None and ctx.alive() is None and not getattr(ctx.node, "is_watched", False)
-        gx = MaxPool2dGrad.apply(gy, index, y.detach() if unseen else None, ctx.size)
+        index, blocked = ctx.saved_tensors
+        unseen = blocked is not None and ctx.alive() is None and not getattr(ctx.node, "is_watched", False)
+        gx = MaxPool2dGrad.apply(gy, index, blocked if unseen else None, ctx.size)
         return (None, gx, None, None, None) if unseen else (gx, None, None, None, None)
 
 
 class MaxPool2dGrad(Function):
-    """gy put back to where the maxima were, those that are positive where y is given: linear, with a gather as its adjoint."""
+    """gy put back to where the maxima were, but for those that are ``blocked``: linear, with a gather as its adjoint."""
 
     @staticmethod
-    def forward(ctx, gy, index, y, size):
+    def forward(ctx, gy, index, blocked, size):
         """Compute gx."""
-        ctx.save_for_backward(index, y)
+        ctx.save_for_backward(index, blocked)
         ctx.size = size
-        return torch.ops.bootgrad.max_pool2d_backward(gy, index, y, size)
+        return torch.ops.bootgrad.max_pool2d_backward(gy, index, blocked, size)
 
     @staticmethod
     def backward(ctx, h):
@@ -100,11 +101,11 @@ class MaxPool2dGather(Function):
     """The adjoint of `MaxPool2dGrad`, of which that is the adjoint in turn."""
 
     @staticmethod
-    def forward(ctx, h, index, y, size):
+    def forward(ctx, h, index, blocked, size):
         """Take h from where the maxima were."""
-        ctx.save_for_backward(index, y)
+        ctx.save_for_backward(index, blocked)
         ctx.size = size
-        return torch.ops.bootgrad.max_pool2d_gather(h, index, y)
+        return torch.ops.bootgrad.max_pool2d_gather(h, index, blocked)
 
     @staticmethod
     def backward(ctx, gy):
@@ -115,7 +116,7 @@ class MaxPool2dGather(Function):
 def relu(x: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.relu`."""
     y, behind = Relu.apply(x, inplace)
-    y._bootgrad_behind = behind
+    y._bootgrad_behind = behind, y._version
     return y
 
 
@@ -125,8 +126,9 @@ def max_pool2d(x: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_
         [v, v] if isinstance(v, int) else list(v)
         for v in (kernel_size, kernel_size if stride is None or stride == () else stride, padding, dilation)
     ]
-    # The stand-in is for what x was when the ReLU returned it, and not for what was made of it in place since.
-    behind, node = getattr(x, "_bootgrad_behind", None), x.grad_fn
-    if behind is None or node is None or behind.grad_fn is not node:
+    # The stand-in is for x as the ReLU returned it, and not for what was made of it in place since.
+    behind, version = getattr(x, "_bootgrad_behind", (None, 0))
+    node = x.grad_fn
+    if behind is None or node is None or behind.grad_fn is not node or version != x._version:
         return MaxPool2d.apply(x, None, None, None, (*window, ceil_mode))
     return MaxPool2d.apply(x, behind, weakref.ref(x), node, (*window, ceil_mode))

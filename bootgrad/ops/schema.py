@@ -93,10 +93,10 @@ POOLING_SCHEMAS = {
     "max_pool2d": (
         "(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode) -> (Tensor, Tensor)"
     ),
-    # (B, C, *size)  gy added up where the maxima were, and (B, C, *P), its adjoint: h there. With y, the maxima (B, C, *P) of a
-    # ReLU's output, its derivative, too: zero where y ≤ 0.
-    "max_pool2d_backward": "(Tensor gy, Tensor index, Tensor? y, int[] size) -> Tensor",
-    "max_pool2d_gather": "(Tensor h, Tensor index, Tensor? y) -> Tensor",
+    # (B, C, *size)  gy added up where the maxima were, and (B, C, *P), its adjoint: h there. Nothing passes where a maximum is
+    # ``blocked``, (B, C, *P) of bool or absent, as it is where a ReLU before the pooling has no slope.
+    "max_pool2d_backward": "(Tensor gy, Tensor index, Tensor? blocked, int[] size) -> Tensor",
+    "max_pool2d_gather": "(Tensor h, Tensor index, Tensor? blocked) -> Tensor",
 }
 
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -438,10 +438,10 @@ def _(x, kernel_size, stride, padding, dilation, ceil_mode):
 
 
 @_fake("max_pool2d_backward")
-def _(gy, index, y, size):
+def _(gy, index, blocked, size):
     return gy.new_empty((*gy.shape[:2], *size))
 
 
 @_fake("max_pool2d_gather")
-def _(h, index, y):
+def _(h, index, blocked):
     return h.new_empty(index.shape)

@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x_in, Sizes kernel, Sizes st
 }
 
 // Between planes of x, whose spatial size is the last two of `full`, and the windows' maxima.
-Tensor adjoint(const Tensor& in_any, const Tensor& index_any, const std::optional<Tensor>& y_any, const Sizes& full,
-               bool gather) {
+Tensor adjoint(const Tensor& in_any, const Tensor& index_any, const std::optional<Tensor>& blocked_any,
+               const Sizes& full, bool gather) {
   const char* name = gather ? "h" : "gy";
   const Sizes windows = sizes_of(index_any);
   require(windows.size() == 4, "index must be (B, C, H, W); got shape ", shown(windows));
@@ -61,12 +61,13 @@ Tensor adjoint(const Tensor& in_any, const Tensor& index_any, const std::optiona
   const Sizes in_shape = sizes_of(in_any), &expected = gather ? full : windows;
   require(in_shape == expected, name, " must have shape ", shown(expected), "; got ", shown(in_shape));
   check_pair(in_any, in_any);
-  if (y_any)
-    require(sizes_of(*y_any) == windows && y_any->scalar_type() == in_any.scalar_type(), "y must have the shape ",
-            shown(windows), " of index and the dtype of ", name, "; got shape ", shown(sizes_of(*y_any)));
+  if (blocked_any)
+    require(sizes_of(*blocked_any) == windows && blocked_any->scalar_type() == ScalarType::Bool,
+            "blocked must be of bool and have the shape ", shown(windows), " of index; got shape ",
+            shown(sizes_of(*blocked_any)));
   const Tensor in = packed(in_any), index = packed(index_any);
-  std::optional<Tensor> y;
-  if (y_any) y = packed(*y_any);
+  std::optional<Tensor> blocked;
+  if (blocked_any) blocked = packed(*blocked_any);
   Tensor out = allocate(in, gather ? windows : full, in.scalar_type());
   MaxPoolGradCall call{};
   call.runtime = &runtime();
@@ -76,24 +77,24 @@ Tensor adjoint(const Tensor& in_any, const Tensor& index_any, const std::optiona
   call.gather = gather;
   call.in = pointer(in);
   call.index = static_cast<const int64_t*>(pointer(index));
-  call.y = pointer(y);
+  call.blocked = static_cast<const bool*>(pointer(blocked));
   call.out = result(out);
   if (call.planes > 0 && call.out)
     require(kernels().max_pool_grad(call), "index must be places in planes of ", call.size, " entries");
   return out;
 }
 
-Tensor max_pool2d_backward(const Tensor& gy, const Tensor& index, std::optional<Tensor> y, Sizes size) {
+Tensor max_pool2d_backward(const Tensor& gy, const Tensor& index, std::optional<Tensor> blocked, Sizes size) {
   require(size.size() == 2 && gy.dim() == 4 && size[0] >= 0 && size[1] >= 0,
           "size must have 2 numbers, and gy 4 dimensions; got ", shown(size), " and shape ", shown(sizes_of(gy)));
-  return adjoint(gy, index, y, {gy.size(0), gy.size(1), size[0], size[1]}, false);
+  return adjoint(gy, index, blocked, {gy.size(0), gy.size(1), size[0], size[1]}, false);
 }
 
-Tensor max_pool2d_gather(const Tensor& h, const Tensor& index, std::optional<Tensor> y) {
+Tensor max_pool2d_gather(const Tensor& h, const Tensor& index, std::optional<Tensor> blocked) {
   require(h.dim() == 4 && index.dim() == 4 && h.size(0) == index.size(0) && h.size(1) == index.size(1),
           "h and index must be (B, C, H, W) of one B and C; got shapes ", shown(sizes_of(h)), " and ",
           shown(sizes_of(index)));
-  return adjoint(h, index, y, sizes_of(h), true);
+  return adjoint(h, index, blocked, sizes_of(h), true);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -358,6 +359,44 @@ void check_max_pool(int64_t planes, int64_t H, int64_t W, int64_t kernel, int64_
   }
 }
 
+// Both adjoints, with and without blocked windows; an index out of its plane is told.
+template <class In>
+void check_max_pool_grad(int64_t planes, int64_t size, int64_t windows) {
+  const size_t n = static_cast<size_t>(planes * windows), full = static_cast<size_t>(planes * size);
+  std::vector<int64_t> index(n);
+  const std::vector<In> gy = draw<In>(planes * windows), h = draw<In>(planes * size);
+  const std::unique_ptr<bool[]> blocked(new bool[n + 1]);
+  for (size_t i = 0; i < n; ++i) index[i] = static_cast<int64_t>(i * 7) % size, blocked[i] = i % 3 == 0;
+  for (n_threads = 1; n_threads <= 3; n_threads += 2)
+    for (int kind = 0; kind < 4; ++kind) {
+      const bool gather = kind & 1, masked = kind & 2;
+      std::vector<In> out(gather ? n : full);
+      std::vector<double> expected(out.size());
+      for (size_t i = 0; i < n; ++i) {
+        const size_t at = i / static_cast<size_t>(windows) * static_cast<size_t>(size) + static_cast<size_t>(index[i]);
+        const bool passes = !(masked && blocked[i]);
+        if (gather)
+          expected[i] = passes ? value(h[at]) : 0;
+        else if (passes)
+          expected[at] += value(gy[i]);
+      }
+      const void* in = gather ? static_cast<const void*>(h.data()) : gy.data();
+      MaxPoolGradCall call{&runtime,  Format<In>::dtype, planes,
+                           size,      windows,           gather,
+                           in,        index.data(),      masked ? blocked.get() : nullptr,
+                           out.data()};
+      bool right = tested::max_pool_grad(call);
+      for (size_t i = 0; i < out.size(); ++i)
+        right = right && std::fabs(value(out[i]) - expected[i]) <= 0.02 * (1 + std::fabs(expected[i]));
+      if (n > 0) {
+        index[n - 1] += size;
+        right = right && !tested::max_pool_grad(call);
+        index[n - 1] -= size;
+      }
+      if (!right) std::printf("max pool grad of kind %d\n", kind), ++failures;
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -408,6 +447,13 @@ int main() {
     check_max_pool<double>(p[0], p[1], p[2], p[3], p[4], p[5], p[6]);
     check_max_pool<bf16>(p[0], p[1], p[2], p[3], p[4], p[5], p[6]);
     check_max_pool<f16>(p[0], p[1], p[2], p[3], p[4], p[5], p[6]);
+  }
+  const int64_t adjoints[][3] = {{3, 36, 9}, {40, 20, 33}, {1, 1, 1}, {0, 4, 1}, {5, 784, 196}};
+  for (const auto& a : adjoints) {
+    check_max_pool_grad<float>(a[0], a[1], a[2]);
+    check_max_pool_grad<double>(a[0], a[1], a[2]);
+    check_max_pool_grad<bf16>(a[0], a[1], a[2]);
+    check_max_pool_grad<f16>(a[0], a[1], a[2]);
   }
   std::printf("%d failures\n", failures);
   return failures != 0;

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bootgrad.centers import Center
 from bootgrad.ops.convolution import ConvProduct
 from bootgrad.per_sample import PerSampleGradients
 
@@ -78,3 +79,22 @@ def test_moving_centers_get_their_mean():
     states = [reg.state_dict()["centers"]["reg1"] for reg in regs]
     for name, average in states[0]["average"].items():
         torch.testing.assert_close(states[1]["average"][name], average)
+
+
+class Anchored(Center):
+    """c = θ/2, differentiated, which nothing moves."""
+
+    def value(self, parameters):
+        return {name: p.detach() / 2 for name, p in parameters.items()}
+
+    def derivative(self, parameters, direction):
+        return {name: d / 2 for name, d in direction.items()}
+
+
+def test_differentiable_centers_get_their_mean():
+    model, x, y = data()
+    grads = [
+        gradient_of(regularizer(model, Anchored(), reg2=0.0, statistics=s), losses_of(model), x, y)[0]
+        for s in (True, False)
+    ]
+    torch.testing.assert_close(*grads)

@@ -120,6 +120,34 @@ def test_other_readers_of_a_relu_s_output():
         assert not max_pool2d(relu(x), 2).requires_grad
 
 
+def test_changes_in_place_around_pooling():
+    x = spread(2, 2, 6, 4)
+
+    def after(x, relu, max_pool2d):
+        p = max_pool2d(relu(x), 2)
+        p *= 3
+        p += 1
+        return p.pow(3).sum()
+
+    ours, theirs = (torch.autograd.grad(after(x, *f), x)[0] for f in ((relu, max_pool2d), (F.relu, F.max_pool2d)))
+    torch.testing.assert_close(ours, theirs)
+
+    def before(relu, max_pool2d):
+        y = relu(x * 1)
+        with torch.no_grad():
+            y -= 0.5  # behind the graph's back
+        return max_pool2d(y, 2)
+
+    for functions in ((relu, max_pool2d), (F.relu, F.max_pool2d)):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(before(*functions).sum(), x)
+
+
+def test_relu_of_a_scalar():
+    x = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(relu, x) and relu(x).shape == ()
+
+
 def test_the_ways_of_adjoints_of_pooling():
     torch.manual_seed(0)
     for shape, window in (((2, 3, 28, 28), (2, 2, 0)), ((1, 2, 7, 5), (3, 1, 1)), ((0, 2, 4, 4), (2, 2, 0))):
@@ -128,16 +156,17 @@ def test_the_ways_of_adjoints_of_pooling():
             x = torch.randn(shape).to(dtype)
             y, index = torch.ops.aten.max_pool2d_with_indices(x, k, stride, padding)
             gy, h = torch.randn(y.shape).to(dtype), torch.randn(shape).to(dtype)
-            for mask in (None, y):
+            for mask in (None, y.le(0)):
                 for name, arguments in (("backward", (gy, index, mask, shape[2:])), ("gather", (h, index, mask))):
                     ours = getattr(torch.ops.bootgrad, f"max_pool2d_{name}")(*arguments)
-                    plain = getattr(eager_pooling, f"max_pool2d_{name}")(
-                        *(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments)
-                    )
+                    twice = [
+                        a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments
+                    ]
+                    plain = getattr(eager_pooling, f"max_pool2d_{name}")(*twice)
                     torch.testing.assert_close(ours, plain.to(dtype))
     gy = torch.randn(2, 3, 2, 2)
     index = torch.randint(16, gy.shape)
-    for arguments in ((gy, index, gy, [4, 4]), (gy, index, None, [4, 4])):
+    for arguments in ((gy, index, gy.le(0), [4, 4]), (gy, index, None, [4, 4])):
         torch.library.opcheck(torch.ops.bootgrad.max_pool2d_backward.default, arguments)
         torch.library.opcheck(torch.ops.bootgrad.max_pool2d_gather.default, (torch.randn(2, 3, 4, 4), *arguments[1:3]))
     for wrong in (16, -1):

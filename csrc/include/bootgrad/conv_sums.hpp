@@ -114,6 +114,10 @@ struct Taps {
             c.take<int64_t>(plan.K * samples * plan.T), c.take<int64_t>(plan.K * samples * plan.T)};
   }
 
+  static int64_t bytes(const ConvPlan& plan, int64_t samples) {
+    return 2 * plan.K * samples * plan.T * static_cast<int64_t>(sizeof(int64_t));
+  }
+
   // Products that are not with margins, in hundredths.
   static int64_t percentage(const ConvPlan& plan) {
     int64_t met = 100;
@@ -176,7 +180,8 @@ struct ConvWeightedSum : ConvSum<In> {
   explicit ConvWeightedSum(const ConvCall& c) : ConvSum<In>(c, false) {}
 
   void run() const {
-    if (weights * static_cast<int64_t>(sizeof(T)) > (int64_t{1} << 19) && plan.T > 0 && plan.B > 0)
+    const bool listed = Taps<T>::bytes(plan, 1) <= int64_t{1} << 24;
+    if (weights * static_cast<int64_t>(sizeof(T)) > (int64_t{1} << 19) && plan.T > 0 && plan.B > 0 && listed)
       by_panels();
     else
       by_bundles();
@@ -185,7 +190,8 @@ struct ConvWeightedSum : ConvSum<In> {
  private:
   // Weights that stay in cache: every task has a sum of its own.
   void by_bundles() const {
-    const bool skip = plan.Cg >= 32 && Taps<T>::percentage(plan) < 93;
+    const bool skip =
+        plan.Cg >= 32 && Taps<T>::bytes(plan, together) < int64_t{1} << 19 && Taps<T>::percentage(plan) < 93;
     Carver carver{0};
     for (int round = 0;; ++round) {
       T* partial = carver.take<T>(this->division.blocks * weights);
@@ -219,8 +225,10 @@ struct ConvWeightedSum : ConvSum<In> {
     const int64_t vectors = ld / kLanes<T>, panels = (vectors + kMaxVectors - 1) / kMaxVectors;
     const int64_t width = (vectors + panels - 1) / panels * kLanes<T>;
     const int64_t gy_size = plan.groups * panels * plan.T * width, copied = this->copy_x ? x_size : 0;
-    const int64_t chunk = plan.T < 1024 ? 1024 / plan.T : 1;  // samples whose panel stays in cache
-    const int64_t fit = (int64_t{1} << 24) / ((copied + gy_size) * static_cast<int64_t>(sizeof(T)));
+    const int64_t sample = (copied + gy_size) * static_cast<int64_t>(sizeof(T)), limit = int64_t{1} << 24;
+    int64_t chunk = plan.T < 1024 ? 1024 / plan.T : 1;  // samples whose panel stays in cache
+    while (chunk > 1 && (chunk * sample > limit || Taps<T>::bytes(plan, chunk) > limit)) chunk /= 2;
+    const int64_t fit = limit / sample;
     const int64_t most = plan.B < chunk ? plan.B : chunk;
     int64_t packed = fit / chunk * chunk;
     if (packed < most) packed = most;
@@ -251,8 +259,9 @@ struct ConvWeightedSum : ConvSum<In> {
           const T* panel_gyt = gyt + (g * panels + panel) * packed * plan.T * width;
           for (int64_t s = 0; s < count; s += most) {
             const T* from = this->copy_x ? x + s * x_size : this->padded_x(b0 + s, nullptr);
-            taps.products(plan, most, count - s < most ? count - s : most, c0, high, wide, from + g * this->x_group(),
-                          panel_gyt + s * plan.T * width, sum + g * plan.R * ld + o0, ld, b0 + s > 0);
+            taps.products(plan, most, count - s < most ? count - s : most, c0, high, round_up<T>(wide),
+                          from + g * this->x_group(), panel_gyt + s * plan.T * width, sum + g * plan.R * ld + o0, ld,
+                          b0 + s > 0);
           }
         });
       }

@@ -121,7 +121,7 @@ struct MaxPoolGradCall {
   bool gather;
   const void* in;        // [planes, windows], or [planes, size] to gather from
   const int64_t* index;  // [planes, windows], checked
-  const void* y;         // [planes, windows] or null: where y ≤ 0 nothing passes
+  const bool* blocked;   // [planes, windows] or null: where nothing passes
   void* out;             // [planes, size], or [planes, windows]
 };
 

@@ -112,7 +112,6 @@ struct MaxPool {
 template <class In>
 struct MaxPoolGrad {
   using T = Compute<In>;
-  static constexpr int64_t n = kLanes<T>;
 
   explicit MaxPoolGrad(const MaxPoolGradCall& c) : call(c) {}
 
@@ -148,16 +147,13 @@ struct MaxPoolGrad {
     return windows == 0 || largest < static_cast<uint64_t>(size);
   }
 
-  // to[j] = from[j], zero where y ≤ 0
+  // to[j] = from[j], zero where nothing passes
   template <class From, class To>
-  void pass(const From* from, const In* y, To* to) const {
-    int64_t j = 0;
-    for (; y && j + n <= windows; j += n)
-      store_narrow(to + j, load_wide(y + j) <= Vector<T>{} ? Vector<T>{} : load_wide(from + j));
-    for (; j < windows; ++j) narrow(y && widen(y[j]) <= 0 ? T(0) : widen(from[j]), to[j]);
+  void pass(const From* from, int64_t p, To* to) const {
+    if (!call.blocked) return copy_rows(from, windows, 1, windows, to, windows, T(1));
+    const bool* blocked = call.blocked + p * windows;
+    for (int64_t j = 0; j < windows; ++j) narrow(blocked[j] ? T(0) : widen(from[j]), to[j]);
   }
-
-  const In* y_of(int64_t p) const { return call.y ? static_cast<const In*>(call.y) + p * windows : nullptr; }
 
   bool scatter(int64_t p, const Memory& m) const {
     const int64_t* index = call.index + p * windows;
@@ -165,7 +161,7 @@ struct MaxPoolGrad {
     In* out = static_cast<In*>(call.out) + p * size;
     T* sum = m.sum;
     if constexpr (sizeof(In) == sizeof(T)) sum = out;
-    pass(static_cast<const In*>(call.in) + p * windows, y_of(p), m.values);
+    pass(static_cast<const In*>(call.in) + p * windows, p, m.values);
     clear(sum, size);
     for (int64_t j = 0; j < windows; ++j) sum[index[j]] += m.values[j];
     if constexpr (sizeof(In) != sizeof(T)) copy_rows(sum, size, 1, size, out, size, T(1));
@@ -177,7 +173,7 @@ struct MaxPoolGrad {
     if (!inside(index)) return false;
     const In* in = static_cast<const In*>(call.in) + p * size;
     for (int64_t j = 0; j < windows; ++j) m.values[j] = widen(in[index[j]]);
-    pass(m.values, y_of(p), static_cast<In*>(call.out) + p * windows);
+    pass(m.values, p, static_cast<In*>(call.out) + p * windows);
     return true;
   }
 };
