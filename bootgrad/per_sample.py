@@ -230,6 +230,11 @@ class PerSampleGradients:
                 self._means[attached] = {name: t / self.batch_size for name, t in self._by_parameter(None).items()}
             return self._means[attached]
 
+    def _mean_values(self) -> dict[str, Tensor]:
+        """ḡ without a graph, kept from one call to the next."""
+        with torch.no_grad():
+            return self._mean()
+
     def _direction(self, value: Direction, what: str) -> dict[str, Tensor]:
         return as_parameter_dict(value, self._parameters, what)
 

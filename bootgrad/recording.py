@@ -24,7 +24,7 @@ from .derived import Derived, derive, is_batch_free, may_be_batch_free, pull_bac
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .graph import Uses, check_finite, check_losses, filled, gradients, is_capturing, powers_of_two, walk
 from .ops.product import Product
-from .rules.base import RULES, Operation, Phase, is_in_place
+from .rules.base import RULES, Operation, Phase, ProductOperation, is_in_place
 from .rules.elementwise import expand_row
 from .rules.fallback import FallbackOperation
 from .rules.normalization import refuse_batch_statistics
@@ -254,6 +254,10 @@ class Recording(TorchFunctionMode):
         """Whether the operation's probe is read now."""
         return self.phase is Phase.STATISTICS and id(operation) in self._probed
 
+    def takes_visit(self, operation: Operation) -> bool:
+        """Whether a penalty will visit the operation's weight in the graph that is made now."""
+        return self.phase is Phase.OUTPUTS and id(operation) in self._probed
+
     def center_of(self, tracked: Tensor) -> Tensor | None:
         """The present center's part for a tracked tensor that has a probe."""
         if self._centers is None:
@@ -384,10 +388,18 @@ class Recording(TorchFunctionMode):
     # Gradients of outputs, and terms
 
     def output_gradients(
-        self, losses: Tensor, weights: Tensor, operations: Sequence[Operation], create_graph: bool = False
+        self,
+        losses: Tensor,
+        weights: Tensor,
+        operations: Sequence[Operation],
+        create_graph: bool = False,
+        visited: Sequence[Operation] = (),
     ) -> list[Tensor]:
-        """Gy of each operation under the losses Σ w_i ℓ_i; no gradient of a parameter is computed."""
-        with self.in_phase(Phase.OUTPUTS):
+        """Gy of each operation under the losses Σ w_i ℓ_i; no gradient of a parameter is computed.
+
+        Where a graph is made, one with places for a penalty to visit the weights of ``visited`` at.
+        """
+        with self.in_phase(Phase.OUTPUTS, visited):
             edges = [o.edge for o in operations]
             options = dict(retain_graph=True, create_graph=create_graph, allow_unused=True)
             return filled(gradients(losses, edges, weights, **options), operations, losses)
@@ -403,13 +415,24 @@ class Recording(TorchFunctionMode):
                     parts.setdefault(self._names[id(leaf)], []).append(own)
         return {name: p[0] if len(p) == 1 else SumTerm(p) for name, p in parts.items()}
 
-    def split(self, operations: Sequence[Operation]) -> tuple[list[Operation], list[Operation]]:
-        """Operations whose probe can be read, and the others: parameters used twice, weights made from parameters."""
+    def _count_uses(self, operations: Sequence[Operation]) -> dict[int, int]:
+        """How often each parameter is used, by id."""
         uses: dict[int, int] = {}
         for operation in operations:
             for tracked in operation.tracked:
                 for leaf in self.leaves(tracked):
                     uses[id(leaf)] = uses.get(id(leaf), 0) + 1
+        return uses
+
+    def products(self, operations: Sequence[Operation]) -> list[Operation]:
+        """Products with a parameter itself that no other operation uses: one visit of (x, gy) tells all about it."""
+        uses = self._count_uses(operations)
+        weights = ((o, o.weight) for o in operations if isinstance(o, ProductOperation))
+        return [o for o, w in weights if w is not None and self._known[id(w)] is None and uses[id(w)] == 1]
+
+    def split(self, operations: Sequence[Operation]) -> tuple[list[Operation], list[Operation]]:
+        """Operations whose probe can be read, and the others: parameters used twice, weights made from parameters."""
+        uses = self._count_uses(operations)
 
         def readable(tracked: Tensor) -> bool:
             derived = self._known[id(tracked)]

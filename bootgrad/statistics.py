@@ -250,6 +250,10 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         Raises:
             As `backward`.
         """
+        return self._per_sample_gradients(losses, create_graph)
+
+    def _per_sample_gradients(self, losses: Tensor, create_graph: bool, visited: bool = False) -> PerSampleGradients:
+        """As `per_sample_gradients`; where they can be, weights are held as `VisitedTerm`, once differentiable."""
         self.last_reach = reach = self.reach(losses)
         if create_graph and losses.device.type == "cpu":
             keep_freed_memory()
@@ -262,9 +266,10 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             rows = zip(reach.parameters, grads, strict=True)
             terms: dict[str, Term] = {name: DenseTerm(g.unsqueeze(0)) for name, g in rows if g is not None}
         else:
-            gys = self.output_gradients(losses, weights, reach.operations, create_graph)
+            visits = self.products(reach.operations) if visited else []
+            gys = self.output_gradients(losses, weights, reach.operations, create_graph, visits)
             refuse_marked(gys)
-            with torch.set_grad_enabled(create_graph):
+            with torch.set_grad_enabled(create_graph), self.in_phase(Phase.OUTPUTS, visits):
                 terms = self.terms(reach.operations, gys)
         if not create_graph:
             terms = {name: term.map(Tensor.detach) for name, term in terms.items()}

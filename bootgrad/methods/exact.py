@@ -1,13 +1,18 @@
 """The penalties' own derivative, through the differentiable matrix of the per-sample gradients."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .. import graph
 from ..errors import UnsupportedError
-from ..penalties import Distances, reg1, reg2
-from ..per_sample import PerSampleGradients
-from ..rules.terms import total
+from ..ops.product import Visit
+from ..penalties import Distances, total_sq_norm
+from ..per_sample import PerSampleGradients, Zeros
+from ..rules.terms import VisitedTerm, total
 from ..statistics import difference
 from .base import (
     Directions,
@@ -40,27 +45,16 @@ class Exact(Method):
         """One backward pass through the objective."""
         recording, losses = forward.recording, forward.losses
         assert recording is not None
-        G = recording.per_sample_gradients(losses, create_graph=True)
+        G = recording._per_sample_gradients(losses, create_graph=True, visited=True)
         assert recording.last_reach is not None
         # All parameters: a center may depend on what this batch does not reach.
         leaves = [*forward.parameters.values(), *recording.last_reach.other_leaves]
+        all_losses, finite = whole_losses(losses, recording.last_reach.finite, rest)
         if not penalties.mean:
             G._forgo_mean()
-        if penalties.statistics and not penalties.strength("reg1"):
-            with torch.no_grad():
-                G.sq_norms()  # for Γ, in the visit that makes ḡ
-        objective, about, value = _objective(G, losses, penalties, rest)
-        with torch.no_grad():
-            own = G.mean() if penalties.mean else {}
-        mean = whole_mean(own, G.batch_size, rest) if own else {}
-        distances = Distances(mean, penalties.centers)
-        covariance = torch.full_like(distances.sq_mean, torch.nan)
-        if penalties.statistics:
-            around = (
-                distances if about is penalties.centers["reg1"] and rest is None else Distances(own, {"reg1": about})
-            )
-            covariance = whole_covariance(_covariance(G, value, around), own, G.batch_size, rest)
-        all_losses, finite = whole_losses(losses, recording.last_reach.finite, rest)
+        penalty = _Penalty(G, penalties, rest)
+        share = G.batch_size / all_losses.numel()
+        objective = share * losses.mean() + penalty.zero
         try:
             grads: list[Tensor | None] = list(torch.autograd.grad(objective, leaves, allow_unused=True))
         except RuntimeError as error:
@@ -70,56 +64,160 @@ class Exact(Method):
                     'or method="random_signs" with derivative="finite_difference", an estimate'
                 ) from error
             raise
+        own = G._mean_values() if penalties.mean else {}
+        mean = whole_mean(own, G.batch_size, rest) if own else {}
+        distances = Distances(mean, penalties.centers)
+        covariance = torch.full_like(distances.sq_mean, torch.nan)
+        if penalties.statistics:
+            covariance = whole_covariance(penalty.covariance(own), own, G.batch_size, rest)
+        reg1 = penalty.norms().mean() if penalty.tells_reg1 and not penalties.statistics else None
         recording.release()
         if rest is not None:
-            share = rest.losses.numel() / all_losses.numel()
-            leaves, grads = combined((1.0, leaves, grads), (share, rest.leaves, rest.grads))
-        # About a center that takes Reg2 along, the value is not Reg1's.
-        estimate = None if penalties.statistics or penalties.strength("reg2") else value
-        return Gradients(all_losses, leaves, grads, mean, covariance, finite, distances, estimate)
+            leaves, grads = combined((1.0, leaves, grads), (1 - share, rest.leaves, rest.grads))
+        return Gradients(all_losses, leaves, grads, mean, covariance, finite, distances, reg1)
 
 
-def _objective(
-    G: PerSampleGradients, losses: Tensor, penalties: Penalties, rest: FirstOrder | None
-) -> tuple[Tensor, Directions | None, Tensor | None]:
-    """A function whose gradient is that of the samples' part of the batch's objective; a center, and Reg1 about it.
+@dataclass(frozen=True)
+class _Directions:
+    """c and ḡ − c₂ by parameter, made when they are used: none is held for all parameters at once.
 
-    L + λ₁ Reg1 + λ₂ Reg2 for a whole batch, else m/B L_S + λ₁ (1/m) Σ_S ‖g_i − c₁‖² + 2 λ₂ ⟨ḡ_S, ḡ − c₂⟩ with ḡ held constant.
-    Both penalties together are one of them about a center that takes the other along, λ₁ (1/m) Σ_S ‖g_i − c‖² with
-    c = c₁ − (λ₂/λ₁)(ḡ − c₂): the same gradient for the price of one. Where λ₂ is much the larger, that would be far away, and Γ
-    lost in the distance.
+    c is ``base``, less ``ratio`` = λ₂/λ₁ times the other where it takes Reg2 along.
     """
-    lambda_1, lambda_2 = penalties.strength("reg1"), penalties.strength("reg2")
-    c1, c2 = penalties.centers["reg1"], penalties.centers["reg2"]
-    share = 1.0 if rest is None else G.batch_size / (G.batch_size + rest.losses.numel())
-    loss = share * losses.mean()
-    if not lambda_1 and rest is None:
-        return loss + lambda_2 * reg2(G, c2), c1, None  # type: ignore[arg-type]
-    if not lambda_2 and (rest is None or c1 is not None):
-        value = reg1(G, c1)
-        return loss + lambda_1 * value, c1, value.detach()
-    with torch.no_grad():
-        mean = whole_mean(G.mean(), G.batch_size, rest)
-        away = mean if c2 is None else {name: g - c2[name] for name, g in mean.items()}
-    about = mean if c1 is None else c1
-    if 0 < lambda_2 <= LARGEST_RATIO * lambda_1:
-        about = {name: c - lambda_2 / lambda_1 * away[name] for name, c in about.items()}
-    elif lambda_2:
-        loss = loss + 2 * lambda_2 * total((g * away[name]).sum() for name, g in G.mean().items())
-    if not lambda_1:
-        return loss, c1, None
-    value = reg1(G, about)
-    return loss + lambda_1 * value, about, value.detach()
+
+    base: Directions
+    mean: Directions
+    c2: Directions | None
+    ratio: float
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether c is known to be zero."""
+        return isinstance(self.base, Zeros) and not self.ratio
+
+    def away(self, name: str) -> Tensor:
+        """ḡ − c₂."""
+        return self.mean[name] if self.c2 is None else self.mean[name] - self.c2[name]
+
+    def center(self, name: str) -> Tensor | None:
+        """c, None for zero."""
+        if not self.ratio:
+            return None if self.is_zero else self.base[name]
+        return self.base[name] - self.ratio * self.away(name)
 
 
-@torch.no_grad()
-def _covariance(G: PerSampleGradients, value: Tensor | None, own: Distances) -> Tensor:
-    """Γ of the samples, from Reg1 = Γ + ‖ḡ − c‖² where it is there."""
-    about = own.about
-    covariance = None if value is None else (value.double() - about).clamp(min=0)
-    # About a far center Γ is lost in ‖ḡ − c‖²: then it is worth another visit, where to ask does not stop a device.
-    if covariance is None or (
-        graph.answers_at_once(about) and not about <= torch.maximum(own.sq_mean, 100 * covariance)
-    ):
-        covariance = difference(G.sq_norms().double(), own.sq_mean)
+class _Penalty:
+    """λ₁ Reg1 + λ₂ Reg2 as something to differentiate, and what its visits tell when that is done.
+
+    It has the gradient of λ₁ (1/m) Σ_S ‖g_i − c₁‖² + 2 λ₂ ⟨ḡ_S, ḡ − c₂⟩ with c₁ and ḡ − c₂ held constant, c₁ = ḡ about the
+    batch mean. Both together are one of them about a center that takes the other along, c = c₁ − (λ₂/λ₁)(ḡ − c₂): the same
+    gradient for the price of one. Where λ₂ is much the larger, c would be far away, and Γ lost in the distance.
+
+    Attributes:
+        zero: (), has the gradient.
+        tells_reg1: whether the norms are those of Reg1.
+    """
+
+    def __init__(self, G: PerSampleGradients, penalties: Penalties, rest: FirstOrder | None):
+        """Ask G's terms for what the penalties need; the pairs of visited ones go as they are differentiated."""
+        a, b = penalties.strength("reg1") / G.batch_size, 2 * penalties.strength("reg2") / G.batch_size
+        c1, c2 = penalties.centers["reg1"], penalties.centers["reg2"]
+        self._G = G
+        self._visited = {name: term for name, term in G._terms.items() if isinstance(term, VisitedTerm)}
+        self._sq_norms: Tensor | None = None  # ‖g_i‖², (B,), for Γ
+        if penalties.statistics and not a:
+            with torch.no_grad():
+                self._sq_norms = G.sq_norms()  # in the visit that makes ḡ
+        self._own_mean: Directions = G._mean_values() if b or (a and c1 is None) else {}
+        if self._own_mean:
+            for term in self._visited.values():
+                term.forget_total()
+        mean = whole_mean(dict(self._own_mean), G.batch_size, rest) if self._own_mean else {}
+        along = 0 < b <= 2 * LARGEST_RATIO * a
+        self._directions = _Directions(mean if c1 is None else c1, mean, c2, b / (2 * a) if along else 0.0)
+        self.tells_reg1 = bool(a and not b)
+        self._about_own_mean = self.tells_reg1 and c1 is None and rest is None
+        # Layer by layer Γ is told from the distance, where there is one and a question does not stop a device.
+        self._tells_apart = (
+            penalties.statistics
+            and not (self._about_own_mean or self._directions.is_zero)
+            and graph.answers_at_once(next(iter(G.parameters.values())))
+        )
+        self._covariances: list[Tensor] = []
+        self._others: Tensor | None = None  # ‖g_i − c‖², (B,), of all terms that are not visited
+        parts = self._ask(a, 0.0 if along else b, penalties.mean and not self._own_mean) if a or b else []
+        self.zero: Tensor | float = total(parts) if parts else 0.0
+
+    def _ask(self, a: float, b: float, sums: bool) -> list[Tensor]:
+        """Scalars with the gradients of a Σ_i ‖g_i − c‖² + b ⟨Σ_i g_i, ḡ − c₂⟩; the visits make ``sums``, too."""
+        parts, others = [], []
+        for name, term in self._G._terms.items():
+            if isinstance(term, VisitedTerm):
+                center, away = (partial(f, name) for f in (self._directions.center, self._directions.away))
+                parts.append(term.ask((a, b), center, away, sums))
+                if a and self._tells_apart:
+                    term.visit.then = partial(_note_covariance, self._covariances, self._own_mean.get(name))
+                continue
+            if a:
+                others.append(term.sq_norms(self._directions.center(name)))
+            if b:
+                parts.append(b * (term.weighted_sum(None) * self._directions.away(name)).sum())
+        if others:
+            value = total(others)
+            parts.append(a * value.sum())
+            self._others = value.detach()
+        return parts
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """‖g_i − c‖², (B,), after the backward pass; what the losses do not reach has its share, too."""
+        parts = [term.visited_norms() for term in self._visited.values()]
+        out = total(parts if self._others is None else [*parts, self._others])
+        absent = [self._directions.center(name) for name in self._G.parameters if name not in self._G._terms]
+        distances = [c for c in absent if c is not None]
+        return out + total_sq_norm(distances).to(out.dtype) if distances else out
+
+    @torch.no_grad()
+    def covariance(self, mean: Directions) -> Tensor:
+        """Γ of the rows, (), float64, after the backward pass; ``mean`` is theirs."""
+        if self._sq_norms is not None:
+            return difference(self._sq_norms.double(), total_sq_norm(mean.values()))
+        value = self.norms().double().mean()
+        if self._about_own_mean:
+            return value
+        if not self._tells_apart:
+            return (value - self._distance(mean)).clamp(min=0)
+        if self._others is None:
+            return total(self._covariances)
+        others = {name: term for name, term in self._G._terms.items() if name not in self._visited}
+        own = {name: mean[name] for name in others}
+        about, sq_mean = self._distance(own), total_sq_norm(own.values())
+
+        def again() -> Tensor:
+            return total(term.sq_norms() for term in others.values())
+
+        return total([*self._covariances, _covariance(self._others, about, sq_mean, again)])
+
+    def _distance(self, mean: Directions) -> Tensor:
+        """‖ḡ − c‖² over the parameters of ``mean``, (), float64."""
+        centers = ((g, self._directions.center(name)) for name, g in mean.items())
+        return total_sq_norm([g if c is None else g - c for g, c in centers])
+
+
+def _note_covariance(
+    found: list[Tensor], mean: Tensor | None, visit: Visit, center: Tensor | None, x: Tensor, gy: Tensor
+) -> None:
+    """Append Γ of a layer that was visited about a center; its mean gradient is known, or was made on the way."""
+    assert visit.sq_norms is not None and center is not None
+    if mean is None:
+        assert visit.total is not None
+        mean = visit.total / x.size(0)
+    about, sq_mean = total_sq_norm([mean.reshape(center.shape) - center]), total_sq_norm([mean])
+    found.append(_covariance(visit.sq_norms, about, sq_mean, lambda: visit.product.sq_norms(x, gy, None)))
+
+
+def _covariance(norms: Tensor, about: Tensor, sq_mean: Tensor, again: Callable[[], Tensor]) -> Tensor:
+    """Γ from ‖g_i − c‖² and ‖ḡ − c‖²; or from ‖g_i‖², made again, where c is so far away that Γ is lost in the distance."""
+    covariance = (norms.double().mean() - about).clamp(min=0)
+    if not about <= torch.maximum(sq_mean, 100 * covariance):
+        covariance = difference(again().double(), sq_mean)
     return covariance

@@ -200,7 +200,8 @@ class ConvProduct(Product):
         dx, dgy, total = (t if wanted else None for t, wanted in zip(rest, mask, strict=True))
         if apart is not None:  # ‖G_i − c‖² = ‖G_i‖² − 2 ⟨gy_i, c ∗ x_i⟩ + ‖c‖²
             y = self.output(x, apart)
-            inner, square = (y * gy).flatten(1).sum(1, dtype=torch.float64), apart.double().square().sum()
+            inner = (y * gy).flatten(1).sum(1, dtype=torch.float64)
+            square = torch.linalg.vector_norm(apart, dtype=torch.float64).square()
             s = (s.double() - 2 * inner + square).clamp(min=0).to(s.dtype)
             if dgy is not None:
                 dgy.sub_(y, alpha=2)

@@ -14,11 +14,13 @@ Letters as in `ops.schema`. A `Product` is immutable and knows the geometry; it 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from ..planning import ConvLayer, LinearLayer
 from .schema import accumulation_dtype
@@ -242,6 +244,81 @@ def _adjoint(ctx, x: Tensor, gy: Tensor, center: Tensor | None, alpha: Tensor) -
         return SqNormsGrad.apply(ctx.product, x, gy, center, alpha, *kept)
     dx, dgy = (None if d is None else d.mul_(per_sample(alpha, d)) for d in kept)
     return dx, dgy
+
+
+class Visit:
+    """A layer's share of a penalty, whose derivatives are made when the penalty's backward pass comes to the layer.
+
+    Of a Σ_i ‖G_i − c‖² + b ⟨Σ_i G_i, v⟩, either part where its factor is not zero. `Visited` puts it in the graph as a zero:
+    made among the nodes of the pass that made gy, it is differentiated when that pass is, layer by layer, so that x and gy go
+    one by one, and of the derivatives by gy one waits at a time.
+
+    Attributes:
+        factors: a and b.
+        center, direction: make c, None for zero, and v, when the visit is made.
+        sum_wanted: whether Σ_i G_i is to be made along with the norms.
+        then: called with this, c, x and gy after the norms were made.
+        sq_norms: ‖G_i − c‖², (B,), after the visit.
+        total: Σ_i G_i, where it is known.
+    """
+
+    def __init__(self, product: Product):
+        """A visit of a layer with this product."""
+        self.product = product
+        self.factors = (0.0, 0.0)
+        self.sum_wanted = False
+        self.center: Callable[[], Tensor | None] = _nothing
+        self.direction: Callable[[], Tensor | None] = _nothing
+        self.then: Callable[[Visit, Tensor | None, Tensor, Tensor], None] | None = None
+        self.sq_norms: Tensor | None = None
+        self.total: Tensor | None = None
+
+    def make(
+        self, x: Tensor, gy: Tensor, mask: tuple[bool, bool], scale: Tensor | float = 1.0
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """``scale`` times the derivatives by x and gy that ``mask`` asks for; the norms come along."""
+        dx = dgy = None
+        a, b = self.factors
+        if a:
+            c = self.center()
+            s, dx, dgy, total = self.product.sq_norms_with_grad(x, gy, c, (*mask, self.sum_wanted))
+            self.sq_norms, self.total = s, self.total if total is None else total
+            if self.then is not None:
+                self.then(self, c, x, gy)
+            dx, dgy = (None if d is None else d.mul_(a * scale) for d in (dx, dgy))
+        if b:
+            v = self.direction()
+            assert v is not None
+            v = (v * (b * scale)).to(x.dtype)
+            dx = _added(dx, self.product.input_grad(gy, v, x)) if mask[0] else None
+            dgy = _added(dgy, self.product.output(x, v)) if mask[1] else None
+        return dx, dgy
+
+
+def _nothing() -> None:
+    return None
+
+
+def _added(t: Tensor | None, more: Tensor) -> Tensor:
+    """``more``, added to ``t`` in place where there is one."""
+    return more if t is None else t.add_(more)
+
+
+class Visited(Function):
+    """Zero, (), in the place of what a `Visit` differentiates."""
+
+    @staticmethod
+    def forward(ctx, visit, x, gy):
+        """Keep x and gy until the visit."""
+        ctx.visit = visit
+        ctx.save_for_backward(x, gy)
+        return torch.zeros((), dtype=accumulation_dtype(x.dtype), device=x.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, alpha):
+        """Visit the layer."""
+        return None, *ctx.visit.make(*ctx.saved_tensors, ctx.needs_input_grad[1:], alpha)
 
 
 class SqNormsGrad(Function):

@@ -24,10 +24,10 @@ from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..errors import RecordingError
-from ..ops.product import InputGrad, Product, WeightGrad
+from ..ops.product import InputGrad, Product, Visit, Visited, WeightGrad
 from ..ops.schema import accumulation_dtype
 from ..planning import ConvLayer, LinearLayer
-from .terms import DenseTerm, FactoredTerm, Term
+from .terms import DenseTerm, FactoredTerm, Term, VisitedTerm
 
 
 class Phase(Enum):
@@ -80,6 +80,9 @@ class Recorder(Protocol):
 
     def takes_statistics(self, operation: "Operation") -> bool:
         """Whether the operation's probe is read in the present backward pass."""
+
+    def takes_visit(self, operation: "Operation") -> bool:
+        """Whether a penalty will visit the operation's weight in the graph of the present backward pass."""
 
     def center_of(self, tracked: Tensor) -> Tensor | None:
         """The center about which statistics are taken, shaped as ``tracked``; None when there is none."""
@@ -238,6 +241,15 @@ class ProductOperation(Operation):
         product, x, gy, inner = self.product.factor(x, gy, self.weight.shape, batch_size)
         return FactoredTerm(product, x, gy, self.weight.shape, inner)
 
+    def visited(self, x: Tensor, gy: Tensor) -> VisitedTerm | None:
+        """The weight's term with a visit in the graph that is made now; None where there is nothing to differentiate."""
+        assert self.weight is not None
+        product, x, gy_of_samples, inner = self.product.factor(x, gy, self.weight.shape, self.recorder.batch_size)
+        if not (x.requires_grad or gy_of_samples.requires_grad):
+            return None
+        visit = Visit(product)
+        return VisitedTerm(product, self.weight.shape, inner, visit, Visited.apply(visit, x, gy_of_samples))
+
     def bias_rows(self, gy: Tensor, batch_size: int) -> Tensor:
         """The bias's rows, (B, O)."""
         rows = self.product.bias_rows(gy)
@@ -246,7 +258,10 @@ class ProductOperation(Operation):
     def terms(self, gy, batch_size):  # noqa: D102
         out: list[Term] = []
         if self.weight is not None:
-            out.append(self.factored(self.saved()[0], gy, batch_size))
+            term = self.recorder.by_product(self, gy)
+            if term is None and self.recorder.takes_visit(self):  # the pass ended before this operation's node
+                term = self.visited(self.saved()[0], gy)
+            out.append(self.factored(self.saved()[0], gy, batch_size) if term is None else term)
         if self.bias is not None:
             out.append(DenseTerm(self.bias_rows(gy, batch_size)))
         return out
@@ -286,6 +301,9 @@ class RecordedProduct(Function):
         """Differentiate by what the phase asks for."""
         operation, (x, weight) = ctx.operation, ctx.saved_tensors
         phase, product = operation.phase, operation.product
+        if phase is Phase.OUTPUTS and operation.recorder.takes_visit(operation):
+            # Before the input's gradient: a later node would be differentiated earlier.
+            operation.recorder.keep_by_product(operation, gy, operation.visited(x, gy))
         like_x = gy.new_empty(1).expand(ctx.x_shape) if x is None else x.detach()
         gx = InputGrad.apply(product, gy, weight, like_x) if ctx.needs_input_grad[2] else None
         gw = gb = probe = None

@@ -21,7 +21,7 @@ from torch.autograd import Function
 
 from ..errors import RecordingError
 from ..ops import product
-from ..ops.product import CovarianceTrace, LayerStatistics, Product, WeightGrad
+from ..ops.product import CovarianceTrace, LayerStatistics, Product, Visit, WeightGrad
 from ..ops.schema import accumulation_dtype
 
 CHUNK_BYTES = 64 * 2**20
@@ -195,7 +195,7 @@ class FactoredTerm(Term):
         self._takes_total = False
 
     @functools.cached_property
-    def visit(self) -> LayerStatistics:
+    def statistics(self) -> LayerStatistics:
         """Σ G_i and ‖G_i‖² in one visit, values without a graph."""
         x, gy = self.pair()
         with torch.no_grad():
@@ -213,7 +213,7 @@ class FactoredTerm(Term):
 
     def sq_norms(self, center=None):  # noqa: D102
         if center is None and not self.differentiable:
-            return self.visit.sq_norms
+            return self.statistics.sq_norms
         center = None if center is None else center.reshape(self.inner)
         s, total = product.sq_norms_and_sum(
             self.product, *self.pair(), center, self._takes_total and self._total is None
@@ -235,13 +235,75 @@ class FactoredTerm(Term):
             x, gy = self.pair()
             # Where there are derivatives to make, the norms come with them.
             made_alone = x.requires_grad or gy.requires_grad
-            self._total = self.product.weight_grad(x.detach(), gy.detach()) if made_alone else self.visit.weight_grad
+            self._total = (
+                self.product.weight_grad(x.detach(), gy.detach()) if made_alone else self.statistics.weight_grad
+            )
         if self.differentiable:
             return WeightGrad.apply(self.product, *self.pair(), self._total.dtype, self._total).reshape(self.shape)
         return self._total.reshape(self.shape)
 
     def select(self, index):  # noqa: D102
         return self.map(lambda t: t[index])
+
+
+class VisitedTerm(FactoredTerm):
+    """Rows of a product whose (x, gy) are held by the graph alone, and let go after a penalty has visited them there."""
+
+    def __init__(self, product: Product, shape: torch.Size, inner: torch.Size, visit: Visit, token: Tensor):
+        """Stand for the rows whose pair the node of ``token`` holds, a `Visited`."""
+        self.product, self.shape, self.inner, self.visit, self._token = product, shape, inner, visit, token
+        self._batch_size, self._takes_total = self.x.size(0), True
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(x, gy), until the visit."""
+        return self._token.grad_fn.saved_tensors  # type: ignore[union-attr]  # a Function's node; the stub is any node's
+
+    x = property(lambda self: self.pair()[0])  # type: ignore[assignment]
+    gy = property(lambda self: self.pair()[1])  # type: ignore[assignment]
+
+    @property
+    def batch_size(self) -> int:  # noqa: D102
+        return self._batch_size
+
+    @property
+    def _total(self) -> Tensor | None:  # type: ignore[override]
+        return self.visit.total
+
+    @_total.setter
+    def _total(self, value: Tensor | None) -> None:
+        self.visit.total = value
+
+    def ask(
+        self,
+        factors: tuple[float, float],
+        center: Callable[[], Tensor | None],
+        direction: Callable[[], Tensor | None],
+        sum_wanted: bool,
+    ) -> Tensor:
+        """A zero to differentiate in the place of a Σ_i ‖g_i − c‖² + b ⟨Σ_i g_i, v⟩, with factors a and b; see `Visit`."""
+        dtype, inner = accumulation_dtype(self.x.dtype), self.inner
+
+        def shaped(make: Callable[[], Tensor | None]) -> Tensor | None:
+            made = make()
+            return None if made is None else made.reshape(inner).to(dtype)
+
+        visit = self.visit
+        visit.factors, visit.sum_wanted = factors, sum_wanted
+        visit.center, visit.direction = functools.partial(shaped, center), functools.partial(shaped, direction)
+        return self._token
+
+    def forget_total(self) -> None:
+        """Let go of Σ_i g_i, of which nobody will ask."""
+        self.visit.total = None
+        self.__dict__.pop("statistics", None)  # the cached property
+
+    def visited_norms(self) -> Tensor:
+        """The ‖g_i − c‖² that were asked for, (B,), after the backward pass, which may not have come by."""
+        if self.visit.sq_norms is None:
+            with torch.no_grad():
+                self.visit.make(*self.pair(), (False, False))
+        assert self.visit.sq_norms is not None
+        return self.visit.sq_norms
 
 
 @dataclass
