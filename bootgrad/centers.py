@@ -79,7 +79,9 @@ class Fixed(Center):
 class EmaMean(Center):
     """Exponential moving average of the mini-batch gradients, bias-corrected.
 
-        c_t = Σ_{k<t} (1 − β) β^{t−1−k} ḡ_k / (1 − β^t)
+        c_t = Σ_{k<t} (1 − β) β^{t−1−k} ḡ_k / (1 − β^t),    c_{t+1} = c_t + (1 − β)/(1 − β^{t+1}) (ḡ_t − c_t)
+
+    The second form is what is computed: P numbers are kept, and c is there without a pass over them.
 
     Args:
         decay: β in [0, 1).
@@ -95,11 +97,8 @@ class EmaMean(Center):
         self._weight: Tensor | None = None  # 1 − β^t, on the device, so that it goes on in a captured graph of kernels
 
     def value(self, parameters):
-        """The corrected average."""
-        if not self.steps:
-            return None
-        averages = as_parameter_dict(self._average, parameters, "the stored center")
-        return {name: average / self._weight.to(average.device) for name, average in averages.items()}
+        """The corrected average itself, which the next update changes."""
+        return as_parameter_dict(self._average, parameters, "the stored center") if self.steps else None
 
     @torch.no_grad()
     def update(self, mean):
@@ -107,9 +106,11 @@ class EmaMean(Center):
         if not self.steps:
             self._average = {name: _zeros(g) for name, g in mean.items()}
             self._weight = torch.zeros((), dtype=torch.float64, device=next(iter(mean.values())).device)
-        new = [mean[name].detach().to(average.dtype) for name, average in self._average.items()]
-        torch._foreach_lerp_(list(self._average.values()), new, 1 - self.decay)
         self._weight.lerp_(torch.ones_like(self._weight), 1 - self.decay)
+        share = (1 - self.decay) / self._weight
+        new = [mean[name].detach().to(average.dtype) for name, average in self._average.items()]
+        shares = [share.to(average) for average in self._average.values()]
+        torch._foreach_lerp_(list(self._average.values()), new, shares)
         self.steps += 1
 
     def state_dict(self):

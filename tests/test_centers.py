@@ -44,7 +44,7 @@ def test_a_center_goes_on_in_a_replayed_graph(make):
     replayed, expected = make(), make()
 
     def step(g):
-        value = replayed.value(parameters)["w"]
+        value = replayed.value(parameters)["w"].clone()
         replayed.update({"w": g})
         return value
 
