@@ -117,12 +117,30 @@ class PerSamplePass(Recording):
     # Running operations
 
     def _operate(self, func, args, kwargs):
-        if func in _PRODUCTS:
-            try:
+        try:
+            if func in _PRODUCTS:
                 return super()._operate(func, args, kwargs)
-            except _NoFactors:
-                pass
+            if func is F.group_norm:
+                return self._group_norm(*args, **kwargs)
+        except _NoFactors:
+            pass
         return self._run_without_rule(func, args, kwargs)
+
+    def _group_norm(self, input, num_groups, weight=None, bias=None, eps=1e-5) -> Tensor:
+        """Group norm of one image of B·C channels, each sample's with its own weight and bias: nothing else is kept."""
+        B, shape = self.batch_size, input.shape
+        if self.is_tracked(input) or input.dim() < 3 or shape[0] != B or not input.numel():
+            raise _NoFactors
+
+        def of_samples(affine: Tensor | None) -> Tensor | None:
+            """(B · C,)."""
+            if affine is None:
+                return None
+            rows = self._rows(affine) if self.is_tracked(affine) else None
+            return (affine.expand(B, -1) if rows is None else affine + self.factor * rows.to(affine.dtype)).reshape(-1)
+
+        image = input.reshape(1, -1, *shape[2:])
+        return F.group_norm(image, B * num_groups, of_samples(weight), of_samples(bias), eps).reshape(shape)
 
     def _expand(self, row: Tensor, rows: int) -> Tensor:
         self._check_rows(f"repeating {self.name_of(row)}", rows)

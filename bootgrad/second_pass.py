@@ -1,6 +1,6 @@
 """What a second pass over a model needs so that it leaves no trace: moved parameters, random numbers, buffers.
 
-    with displaced(parameters, directions, step):      # θ + step · d, in place; afterwards θ, bit for bit
+    with displaced(parameters, direction, step):       # θ + step · d, in place; afterwards θ, bit for bit
         with replay.again() as losses:                 # with the random numbers and buffers of the first pass
             grads = torch.autograd.grad(losses.sum(), parameters)
 
@@ -22,23 +22,23 @@ from .rules.stand_ins import StandIns
 
 @contextmanager
 def displaced(
-    parameters: Mapping[str, Tensor], directions: Mapping[str, Tensor], step: float | Tensor
+    parameters: Mapping[str, Tensor], direction: Callable[[str], Tensor], step: float | Tensor
 ) -> Iterator[None]:
-    """Move parameters by ``step`` times ``directions``, in place, and put saved copies back, after an exception, too.
+    """Move parameters by ``step`` times their ``direction``, in place, and put saved copies back, after an exception, too.
 
     What comes back is equal bit for bit, which θ + ε d − ε d would not be; version counters rise. Autocast's cached copies of
     the parameters are dropped on both ways: in a surrounding ``torch.autocast`` they would be used in place of what moved.
 
     Args:
         parameters: by name, each once.
-        directions: by the same names, of the parameters' shapes.
+        direction: makes a tensor of the parameter's shape from its name; one at a time is held.
         step: a number, or () on the parameters' device, for which nobody waits.
     """
     saved = {name: p.detach().clone() for name, p in parameters.items()}
     try:
         with torch.no_grad():
             for name, p in parameters.items():
-                p.add_((step * directions[name]).to(p))
+                p.add_((step * direction(name)).to(p))
         torch.clear_autocast_cache()
         yield
     finally:

@@ -91,6 +91,19 @@ def test_gradients_are_those_of_a_moved_copy_per_sample(kind, batch):
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias", None])
+def test_group_norm_has_weights_of_its_own_for_each_sample(frozen):
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(2, 4)
+    nn.init.normal_(norm.weight)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), norm, nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)).double()
+    if frozen:
+        getattr(norm, frozen).requires_grad_(False)
+    x, target = torch.randn(5, 2, 4, 4).double(), torch.randn(5, 3).double()
+    ours = second_pass(PerSamplePass(first_pass(model, x, target), FACTOR), model, x, target)
+    check(ours, oracle(model, x, target, FACTOR))
+
+
 @KINDS
 def test_factor_zero_is_the_plain_pass(kind):
     model, x, target = make(kind)

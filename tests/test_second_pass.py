@@ -54,7 +54,7 @@ def test_parameters_come_back_bit_for_bit(model, fails):
         model.first.weight[0, :3] = torch.tensor([torch.nan, -0.0, 1e-42])
     before = {name: p.detach().clone() for name, p in parameters.items()}
     try:
-        with displaced(parameters, directions, torch.tensor(1e-3, dtype=torch.float64)):
+        with displaced(parameters, directions.__getitem__, torch.tensor(1e-3, dtype=torch.float64)):
             for name, p in parameters.items():
                 expected = before[name] + 1e-3 * directions[name]
                 torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-9, equal_nan=True)
@@ -71,7 +71,7 @@ def test_parameters_come_back_where_one_cannot_be_moved(model):
     parameters, directions = dict(model.named_parameters()), directions_of(model)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     directions["last.bias"] = torch.zeros(7)
-    with pytest.raises(RuntimeError, match="size"), displaced(parameters, directions, 1.0):
+    with pytest.raises(RuntimeError, match="size"), displaced(parameters, directions.__getitem__, 1.0):
         raise AssertionError
     assert all(torch.equal(p, before[name]) for name, p in parameters.items())
 
@@ -81,7 +81,9 @@ def test_autocast_sees_the_parameters_where_they_are():
     x = torch.randn(3, 4)
     with torch.autocast("cpu", torch.bfloat16):
         before = model(x)
-        with displaced(dict(model.named_parameters()), {"weight": torch.ones(2, 4), "bias": torch.zeros(2)}, 1.0):
+        with displaced(
+            dict(model.named_parameters()), {"weight": torch.ones(2, 4), "bias": torch.zeros(2)}.__getitem__, 1.0
+        ):
             moved = model(x)
         after = model(x)
     torch.testing.assert_close(moved - before, x.sum(1, keepdim=True).expand(3, 2).bfloat16(), rtol=5e-2, atol=5e-2)

@@ -26,7 +26,7 @@ from ..statistics import record as Record
 Directions = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Forward:
     """Losses (m,) of a model, what was recorded of their forward pass, and the means to run it again."""
 
@@ -34,6 +34,12 @@ class Forward:
     parameters: dict[str, Tensor]
     recording: Record | None
     replay: Replay | None
+
+    def let_go(self) -> None:
+        """Of the graph behind the losses."""
+        if self.recording is not None:
+            self.recording.release()
+        self.losses = self.losses.detach()
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ def first_order(forward: Forward) -> FirstOrder:
     finite, reach.finite = reach.finite, None
     grads, statistics = recording._first_order(losses, reach, seed, 1 / B, None, False)
     leaves = [*reach.parameters.values(), *reach.other_leaves]
-    recording.release()
+    forward.let_go()
     mean = mean_by_name(forward.parameters, leaves, grads)
     norms = statistics.sq_norms.double()
     covariance = (norms.mean() - Distances(mean, {}).sq_mean).clamp(min=0)

@@ -27,11 +27,13 @@ To the left rounding grows, to the right the third derivative; 1e-4 leaves room 
 """
 
 import torch
+from torch import Tensor
 
 from ..graph import gradients
-from ..penalties import Distances
+from ..penalties import Distances, total_sq_norm
 from ..per_sample import PerSampleGradients
 from ..per_sample_pass import PerSamplePass
+from ..rules.terms import total
 from ..second_pass import check_parameters, check_second, displaced, finite_step, quotient
 from ..statistics import difference
 from .base import (
@@ -98,9 +100,12 @@ class FiniteDifference(Method):
         """Whether the losses at θ + ε δ_i are finite, and (∇L_S there − ∇L_S)/ε; δ_i is λ₁ g_i and what all samples share."""
         strength1, strength2 = penalties.strength("reg1"), penalties.strength("reg2")
         c1, c2 = penalties.centers["reg1"] or mean, penalties.centers["reg2"] or mean
-        shared = {name: strength2 * (g - c2[name]) - strength1 * c1[name] for name, g in mean.items()}
-        deviation = {name: strength1 * g + shared[name] for name, g in first.mean.items()}
-        spread = (strength1**2 * first.covariance + Distances(deviation, {}).sq_mean).sqrt()
+
+        def shared(name: str) -> Tensor:
+            return strength2 * (mean[name] - c2[name]) - strength1 * c1[name]
+
+        of_mean = total(total_sq_norm([strength1 * g + shared(name)]) for name, g in first.mean.items())
+        spread = (strength1**2 * first.covariance + of_mean).sqrt()
         step = finite_step(spread, list(forward.parameters.values()), self.epsilon)
         assert forward.replay is not None and forward.recording is not None
         context = None if G is None else PerSamplePass(G, strength1 * float(step), *forward.recording.modules)
@@ -120,10 +125,10 @@ def _with_rows(forward: Forward) -> tuple[FirstOrder, PerSampleGradients]:
     assert reach is not None
     weights = torch.full_like(losses, 1 / losses.numel(), requires_grad=False)
     others = gradients(losses, reach.other_leaves, weights, allow_unused=True)
-    mean = G.mean()
+    mean = G._mean_values()
     leaves = [*reach.parameters.values(), *reach.other_leaves]
     grads = [*(mean[name] for name in reach.parameters), *others]
     covariance = difference(G.sq_norms().double(), Distances(mean, {}).sq_mean)
     finite = reach.finite
-    recording.release()
+    forward.let_go()
     return FirstOrder(losses.detach(), leaves, grads, mean, covariance, finite), G

@@ -136,7 +136,7 @@ class RandomSigns(Method):
             length = total_sq_norm(direction.values()).sqrt()
             step = finite_step(length, list(forward.parameters.values()), self.epsilon)
             assert forward.replay is not None
-            with displaced(forward.parameters, direction, step), forward.replay.again() as losses:
+            with displaced(forward.parameters, direction.__getitem__, step), forward.replay.again() as losses:
                 finite = check_second(losses, term.weights.numel())
                 second = finite if second is None or finite is None else second & finite
                 parts.append((2 * term.strength, run.leaves, quotient(run.of(losses, term.weights), grads, step)))
