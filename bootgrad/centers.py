@@ -29,7 +29,10 @@ class Center(ABC):
 
     @abstractmethod
     def value(self, parameters: Parameters) -> dict[str, Tensor] | None:
-        """C by parameter name, in any floating dtype, or None as long as nothing is known."""
+        """C by parameter name, in any floating dtype, or None as long as nothing is known.
+
+        Good until the next `update`, which may change it in place, and not to be written to.
+        """
 
     def update(self, mean: Parameters) -> None:
         """Take in ḡ of a finished step, {name: tensor}, which is not to be changed, and to be copied where it is kept."""
@@ -97,7 +100,7 @@ class EmaMean(Center):
         self._weight: Tensor | None = None  # 1 − β^t, on the device, so that it goes on in a captured graph of kernels
 
     def value(self, parameters):
-        """The corrected average itself, which the next update changes."""
+        """The corrected average itself."""
         return as_parameter_dict(self._average, parameters, "the stored center") if self.steps else None
 
     @torch.no_grad()
@@ -106,9 +109,9 @@ class EmaMean(Center):
         if not self.steps:
             self._average = {name: _zeros(g) for name, g in mean.items()}
             self._weight = torch.zeros((), dtype=torch.float64, device=next(iter(mean.values())).device)
+        new = [mean[name].detach().to(average.dtype) for name, average in self._average.items()]
         self._weight.lerp_(torch.ones_like(self._weight), 1 - self.decay)
         share = (1 - self.decay) / self._weight
-        new = [mean[name].detach().to(average.dtype) for name, average in self._average.items()]
         shares = [share.to(average) for average in self._average.values()]
         torch._foreach_lerp_(list(self._average.values()), new, shares)
         self.steps += 1
@@ -117,11 +120,11 @@ class EmaMean(Center):
         """Decay, steps, average and its weight."""
         average = {n: t.clone() for n, t in self._average.items()}
         weight = None if self._weight is None else self._weight.clone()
-        return {"decay": self.decay, "steps": self.steps, "average": average, "weight": weight}
+        return {"decay": self.decay, "steps": self.steps, "mean": average, "weight": weight}
 
     def load_state_dict(self, state):
         """Go on from a `state_dict`."""
-        average, weight = _sums(state["average"]), state["weight"]
+        average, weight = _sums(state["mean"]), state["weight"]
         weight = None if weight is None else weight.clone()
         self.decay, self.steps, self._average, self._weight = state["decay"], state["steps"], average, weight
 

@@ -214,11 +214,6 @@ class PerSampleGradients:
                 for name, p in self._parameters.items()
             }
 
-    def _forgo_mean(self) -> None:
-        """Take norms without the mean beside them, of which nobody will ask."""
-        for term in self._terms.values():
-            term.forgo_sum()
-
     def _grad_mode(self):
         return torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled())
 

@@ -97,7 +97,7 @@ class Recording(TorchFunctionMode):
         self._edges: dict[int, GradientEdge] = {}
         self._uses = Uses()
         self._by_products: dict[int, tuple[Tensor, Any]] = {}
-        self._probed: set[int] = set()
+        self._chosen: set[int] = set()
         self._centers: dict[str, Tensor] | None = None
         self._eager = ExitStack()
         self._used = self.freed = False
@@ -252,11 +252,11 @@ class Recording(TorchFunctionMode):
 
     def takes_statistics(self, operation: Operation) -> bool:
         """Whether the operation's probe is read now."""
-        return self.phase is Phase.STATISTICS and id(operation) in self._probed
+        return self.phase is Phase.STATISTICS and id(operation) in self._chosen
 
     def takes_visit(self, operation: Operation) -> bool:
         """Whether a penalty will visit the operation's weight in the graph that is made now."""
-        return self.phase is Phase.OUTPUTS and id(operation) in self._probed
+        return self.phase is Phase.OUTPUTS and id(operation) in self._chosen
 
     def center_of(self, tracked: Tensor) -> Tensor | None:
         """The present center's part for a tracked tensor that has a probe."""
@@ -488,8 +488,8 @@ class _InPhase:
 
     def _swap(self):
         r = self.recording
-        before = (r.phase, r._probed, r._centers)
-        (r.phase, r._probed, r._centers), self.state = self.state, before
+        before = (r.phase, r._chosen, r._centers)
+        (r.phase, r._chosen, r._centers), self.state = self.state, before
 
     def __enter__(self):
         self._swap()

@@ -23,6 +23,7 @@ from .methods.choice import choose, is_number
 from .methods.random_signs import RandomSigns
 from .methods.subsets import check_leaves, draw, rows, versions_of
 from .penalties import Distances, Report, reg1, reg2
+from .per_sample import Zeros
 from .recording import named_parameters
 from .rules.stand_ins import StandIns
 from .second_pass import Replay, Snapshot, same_buffers
@@ -35,6 +36,13 @@ _FIRST_STEP = {
     "reg1": "reg1 was taken about the batch mean: its center knows nothing before the first step",
     "reg2": "reg2 was left out: its center knows nothing before the first step",
 }
+
+
+def _constant(value: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+    """A center's value without a graph, of which a step takes no derivative."""
+    if value is None or isinstance(value, Zeros):
+        return value
+    return {name: t.detach() for name, t in value.items()}
 
 
 def _moves(center: Center) -> bool:
@@ -229,7 +237,7 @@ class GradientRegularizer:
                 )
         strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
         distinct = {id(c): c for c in self.centers.values()}
-        values = {key: c.value(forward.parameters) for key, c in distinct.items()}
+        values = {key: _constant(c.value(forward.parameters)) for key, c in distinct.items()}
         centers = {name: values[id(c)] for name, c in self.centers.items()}
         taken = {}
         for name, strength in strengths.items() if takes_penalty else ():

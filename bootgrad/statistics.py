@@ -266,7 +266,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             rows = zip(reach.parameters, grads, strict=True)
             terms: dict[str, Term] = {name: DenseTerm(g.unsqueeze(0)) for name, g in rows if g is not None}
         else:
-            visits = self.products(reach.operations) if visited else []
+            visits = self.products(reach.operations) if visited and create_graph else []
             gys = self.output_gradients(losses, weights, reach.operations, create_graph, visits)
             refuse_marked(gys)
             with torch.set_grad_enabled(create_graph), self.in_phase(Phase.OUTPUTS, visits):

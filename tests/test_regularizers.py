@@ -224,8 +224,8 @@ def test_a_failed_step_changes_nothing(setting):
         reg.backward(loss_of(model(x), target))
     after = (reg.state_dict(), [p.grad for p in model.parameters()])
     assert before[0]["step"] == after[0]["step"] == 1
-    for name, t in before[0]["centers"]["reg1"]["average"].items():
-        assert torch.equal(t, after[0]["centers"]["reg1"]["average"][name])
+    for name, t in before[0]["centers"]["reg1"]["mean"].items():
+        assert torch.equal(t, after[0]["centers"]["reg1"]["mean"][name])
     assert all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
 
 
@@ -496,8 +496,8 @@ def test_a_step_whose_hook_fails_is_a_whole_step(setting):
         lambda s: s["centers"].pop("reg2"),
         lambda s: s["centers"]["reg2"].pop("sum"),
         lambda s: s["centers"]["reg2"].update(window=[{"first.weight": None}]),
-        lambda s: s["centers"]["reg1"].update(average=None),
-        lambda s: s["centers"]["reg1"].pop("average"),
+        lambda s: s["centers"]["reg1"].update(mean=None),
+        lambda s: s["centers"]["reg1"].pop("mean"),
         lambda s: s.update(centers=None),
     ],
 )

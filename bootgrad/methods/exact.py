@@ -1,4 +1,4 @@
-"""The penalties' own derivative, through the differentiable matrix of the per-sample gradients."""
+"""The penalties' own derivative, by visits of the layers in the backward pass through the per-sample gradients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,8 +50,6 @@ class Exact(Method):
         # All parameters: a center may depend on what this batch does not reach.
         leaves = [*forward.parameters.values(), *recording.last_reach.other_leaves]
         all_losses, finite = whole_losses(losses, recording.last_reach.finite, rest)
-        if not penalties.mean:
-            G._forgo_mean()
         penalty = _Penalty(G, penalties, rest)
         share = G.batch_size / all_losses.numel()
         objective = share * losses.mean() + penalty.zero
@@ -64,6 +62,7 @@ class Exact(Method):
                     'or method="random_signs" with derivative="finite_difference", an estimate'
                 ) from error
             raise
+        penalty.finish()
         own = G._mean_values() if penalties.mean else {}
         mean = whole_mean(own, G.batch_size, rest) if own else {}
         distances = Distances(mean, penalties.centers)
@@ -71,7 +70,7 @@ class Exact(Method):
         if penalties.statistics:
             covariance = whole_covariance(penalty.covariance(own), own, G.batch_size, rest)
         reg1 = penalty.norms().mean() if penalty.tells_reg1 and not penalties.statistics else None
-        recording.release()
+        forward.let_go()
         if rest is not None:
             leaves, grads = combined((1.0, leaves, grads), (1 - share, rest.leaves, rest.grads))
         return Gradients(all_losses, leaves, grads, mean, covariance, finite, distances, reg1)
@@ -155,7 +154,7 @@ class _Penalty:
                 center, away = (partial(f, name) for f in (self._directions.center, self._directions.away))
                 parts.append(term.ask((a, b), center, away, sums))
                 if a and self._tells_apart:
-                    term.visit.then = partial(_note_covariance, self._covariances, self._own_mean.get(name))
+                    term.visit.on_norms = partial(_note_covariance, self._covariances, self._own_mean.get(name))
                 continue
             if a:
                 others.append(term.sq_norms(self._directions.center(name)))
@@ -167,10 +166,15 @@ class _Penalty:
             self._others = value.detach()
         return parts
 
+    def finish(self) -> None:
+        """Make the visits that the backward pass did not come by, where nothing was to be differentiated."""
+        for term in self._visited.values():
+            term.finish()
+
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """‖g_i − c‖², (B,), after the backward pass; what the losses do not reach has its share, too."""
-        parts = [term.visited_norms() for term in self._visited.values()]
+        """‖g_i − c‖², (B,), once that is done; what the losses do not reach has its share, too."""
+        parts = [term.visit.sq_norms for term in self._visited.values() if term.visit.sq_norms is not None]
         out = total(parts if self._others is None else [*parts, self._others])
         absent = [self._directions.center(name) for name in self._G.parameters if name not in self._G._terms]
         distances = [c for c in absent if c is not None]
@@ -178,14 +182,12 @@ class _Penalty:
 
     @torch.no_grad()
     def covariance(self, mean: Directions) -> Tensor:
-        """Γ of the rows, (), float64, after the backward pass; ``mean`` is theirs."""
+        """Γ of the rows, (), float64, once that is done; ``mean`` is theirs."""
         if self._sq_norms is not None:
             return difference(self._sq_norms.double(), total_sq_norm(mean.values()))
-        value = self.norms().double().mean()
-        if self._about_own_mean:
-            return value
         if not self._tells_apart:
-            return (value - self._distance(mean)).clamp(min=0)
+            value = self.norms().double().mean()
+            return value if self._about_own_mean else (value - self._distance(mean)).clamp(min=0)
         if self._others is None:
             return total(self._covariances)
         others = {name: term for name, term in self._G._terms.items() if name not in self._visited}

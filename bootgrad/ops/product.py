@@ -8,7 +8,8 @@ A linear or convolution layer is one trilinear form ⟨gy, W ∗ x⟩. Its three
 
 are each other's derivatives, so three `autograd.Function`s cover every order. The per-sample norms ‖G_i − c‖² add two more:
 `SqNorms`, which computes value and adjoint in one visit, and `SqNormsGrad`, whose own derivative is a sum of inner products
-⟨G_i, G'_i⟩ and left to plain torch.
+⟨G_i, G'_i⟩ and left to plain torch. `CovarianceTrace` is their sum about the mean, and `Visited` a penalty of them that is made
+when it is differentiated, once.
 
 Letters as in `ops.schema`. A `Product` is immutable and knows the geometry; it holds no tensors.
 """
@@ -257,7 +258,7 @@ class Visit:
         factors: a and b.
         center, direction: make c, None for zero, and v, when the visit is made.
         sum_wanted: whether Σ_i G_i is to be made along with the norms.
-        then: called with this, c, x and gy after the norms were made.
+        on_norms: called with this, c, x and gy after the norms were made.
         sq_norms: ‖G_i − c‖², (B,), after the visit.
         total: Σ_i G_i, where it is known.
     """
@@ -269,7 +270,7 @@ class Visit:
         self.sum_wanted = False
         self.center: Callable[[], Tensor | None] = _nothing
         self.direction: Callable[[], Tensor | None] = _nothing
-        self.then: Callable[[Visit, Tensor | None, Tensor, Tensor], None] | None = None
+        self.on_norms: Callable[[Visit, Tensor | None, Tensor, Tensor], None] | None = None
         self.sq_norms: Tensor | None = None
         self.total: Tensor | None = None
 
@@ -283,10 +284,10 @@ class Visit:
             c = self.center()
             s, dx, dgy, total = self.product.sq_norms_with_grad(x, gy, c, (*mask, self.sum_wanted))
             self.sq_norms, self.total = s, self.total if total is None else total
-            if self.then is not None:
-                self.then(self, c, x, gy)
+            if self.on_norms is not None:
+                self.on_norms(self, c, x, gy)
             dx, dgy = (None if d is None else d.mul_(a * scale) for d in (dx, dgy))
-        if b:
+        if b and any(mask):
             v = self.direction()
             assert v is not None
             v = (v * (b * scale)).to(x.dtype)

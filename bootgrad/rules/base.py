@@ -259,7 +259,9 @@ class ProductOperation(Operation):
         out: list[Term] = []
         if self.weight is not None:
             term = self.recorder.by_product(self, gy)
-            if term is None and self.recorder.takes_visit(self):  # the pass ended before this operation's node
+            # The pass ended before this operation's node, or a hook put another gradient in the place of the one it saw: a
+            # visit that is made now is the first to be differentiated.
+            if term is None and self.recorder.takes_visit(self):
                 term = self.visited(self.saved()[0], gy)
             out.append(self.factored(self.saved()[0], gy, batch_size) if term is None else term)
         if self.bias is not None:

@@ -2,6 +2,7 @@
 
     FactoredTerm    (x, gy) of a linear or convolution layer, never multiplied out
     DenseTerm       the rows themselves, where they are small: biases, affine and elementwise parameters
+    VisitedTerm     the same, held by the graph alone until a penalty's backward pass has come by
     ComputedTerm    rows made in chunks of samples when they are needed: unknown operations, derived parameters
     SumTerm         several uses of one parameter; ‖Σ_uses G_i‖² has cross terms, so rows are added before squaring
 
@@ -64,10 +65,6 @@ class Term(ABC):
     def covariance(self, mean: Tensor) -> Tensor:
         """Σ_i ‖g_i − ḡ‖², where ``mean`` is the value of ḡ."""
         return self.sq_norms(self.weighted_sum(None) / self.batch_size).sum()
-
-    def forgo_sum(self) -> None:
-        """From now on make Σ_i g_i where it is asked for, and not along with norms."""
-        return
 
     def gram(self) -> Tensor:
         """⟨g_i, g_j⟩, (B, B), by blocks of rows."""
@@ -178,7 +175,6 @@ class FactoredTerm(Term):
         """Note the versions of x and gy."""
         self._versions = self.x._version, self.gy._version
         self._total: Tensor | None = None  # Σ G_i, a value without a graph, once it is known
-        self._takes_total = True  # beside norms, where it comes along or takes a product of its own
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """(x, gy), which must be as they were when the term was made."""
@@ -190,9 +186,6 @@ class FactoredTerm(Term):
 
     def map(self, function):  # noqa: D102
         return FactoredTerm(self.product, *map(function, self.pair()), self.shape, self.inner)
-
-    def forgo_sum(self) -> None:  # noqa: D102
-        self._takes_total = False
 
     @functools.cached_property
     def statistics(self) -> LayerStatistics:
@@ -215,9 +208,7 @@ class FactoredTerm(Term):
         if center is None and not self.differentiable:
             return self.statistics.sq_norms
         center = None if center is None else center.reshape(self.inner)
-        s, total = product.sq_norms_and_sum(
-            self.product, *self.pair(), center, self._takes_total and self._total is None
-        )
+        s, total = product.sq_norms_and_sum(self.product, *self.pair(), center, self._total is None)
         self._total = total if self._total is None else self._total
         return s
 
@@ -252,11 +243,17 @@ class VisitedTerm(FactoredTerm):
     def __init__(self, product: Product, shape: torch.Size, inner: torch.Size, visit: Visit, token: Tensor):
         """Stand for the rows whose pair the node of ``token`` holds, a `Visited`."""
         self.product, self.shape, self.inner, self.visit, self._token = product, shape, inner, visit, token
-        self._batch_size, self._takes_total = self.x.size(0), True
+        x = self.x
+        self._batch_size, self._dtype = x.size(0), accumulation_dtype(x.dtype)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """(x, gy), until the visit."""
-        return self._token.grad_fn.saved_tensors  # type: ignore[union-attr]  # a Function's node; the stub is any node's
+        try:
+            return self._token.grad_fn.saved_tensors  # type: ignore[union-attr]  # a Function's node; the stub is any node's
+        except RuntimeError as error:
+            raise RecordingError(
+                f"the pair of a layer was let go after its visit, or changed in place ({error})"
+            ) from None
 
     x = property(lambda self: self.pair()[0])  # type: ignore[assignment]
     gy = property(lambda self: self.pair()[1])  # type: ignore[assignment]
@@ -281,7 +278,7 @@ class VisitedTerm(FactoredTerm):
         sum_wanted: bool,
     ) -> Tensor:
         """A zero to differentiate in the place of a Σ_i ‖g_i − c‖² + b ⟨Σ_i g_i, v⟩, with factors a and b; see `Visit`."""
-        dtype, inner = accumulation_dtype(self.x.dtype), self.inner
+        dtype, inner = self._dtype, self.inner
 
         def shaped(make: Callable[[], Tensor | None]) -> Tensor | None:
             made = make()
@@ -297,13 +294,11 @@ class VisitedTerm(FactoredTerm):
         self.visit.total = None
         self.__dict__.pop("statistics", None)  # the cached property
 
-    def visited_norms(self) -> Tensor:
-        """The ‖g_i − c‖² that were asked for, (B,), after the backward pass, which may not have come by."""
-        if self.visit.sq_norms is None:
+    def finish(self) -> None:
+        """After the backward pass: make the norms that were asked for, where no derivative led to them."""
+        if self.visit.factors[0] and self.visit.sq_norms is None:
             with torch.no_grad():
                 self.visit.make(*self.pair(), (False, False))
-        assert self.visit.sq_norms is not None
-        return self.visit.sq_norms
 
 
 @dataclass

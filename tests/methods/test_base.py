@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bootgrad
-from bootgrad.centers import WindowMean
+from bootgrad.centers import Center, WindowMean
 
 from .steps import LAMBDA2, SIGN_OPTIONS, Once, data, flat, gradient_of, losses_of, regularizer, small_model
 
@@ -32,6 +32,27 @@ def test_centers_move_as_with_the_exact_method(method):
         for reg in (exact, ours):
             reg.backward(losses_of(model), batch, y)
         torch.testing.assert_close(ours.state_dict()["centers"], exact.state_dict()["centers"], rtol=1e-9, atol=1e-12)
+
+
+class Half(Center):
+    """c = θ/2, with a graph or without, which no step is to differentiate."""
+
+    def __init__(self, detached):
+        self.detached = detached
+
+    def value(self, parameters):
+        return {name: (p.detach() if self.detached else p) / 2 for name, p in parameters.items()}
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "every"])
+def test_a_center_with_a_graph_is_constant(method):
+    model, x, y = data(B=6)
+    model.unreached = torch.nn.Parameter(torch.ones(3, dtype=x.dtype))
+    grads = []
+    for detached in (True, False):
+        torch.manual_seed(0)
+        grads.append(gradient_of(regularizer(model, Half(detached), **METHODS[method]), losses_of(model), x, y)[0])
+    assert torch.equal(*grads)
 
 
 class Own(Exception):

@@ -77,8 +77,8 @@ def test_moving_centers_get_their_mean():
         for _ in range(2):
             gradient_of(reg, losses_of(model), x, y)
     states = [reg.state_dict()["centers"]["reg1"] for reg in regs]
-    for name, average in states[0]["average"].items():
-        torch.testing.assert_close(states[1]["average"][name], average)
+    for name, average in states[0]["mean"].items():
+        torch.testing.assert_close(states[1]["mean"][name], average)
 
 
 class Anchored(Center):
