@@ -116,8 +116,13 @@ def counting(conv_layer):
 
         return flops
 
+    def transposed(x, weight, bias, padding, turned, out_shape=None, **kwargs):
+        return 2 * x[0] * conv_layer((0, weight[1])).forward_operations
+
     ops = torch.ops.bootgrad
     return {
+        ops.conv3x3: transposed,
+        ops.conv3x3_weighted_sum: product,
         ops.conv_weighted_sum: product,
         ops.conv_statistics: norms("statistics"),
         ops.conv_sq_norms_with_grad: norms("grad"),

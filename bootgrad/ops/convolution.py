@@ -6,6 +6,7 @@ x is (B, C, *S), gy (B, O, *S'), weights (O, C/groups, *K). Padding is with zero
 own on x. Letters as in `ops.schema`.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from .product import LayerStatistics, Product
 from .schema import argument_errors, check_conv, check_shape, weight_shape
 
 _raw = torch.ops.bootgrad
+# Winograd's algorithm for 3×3 kernels on CPUs, in float32; with BOOTGRAD_MINIMAL_FILTERING=0 outputs are torch's, bit for bit.
+_MINIMAL_FILTERING = os.environ.get("BOOTGRAD_MINIMAL_FILTERING") != "0"
 IntOrInts = int | Sequence[int]
 
 
@@ -136,14 +139,28 @@ class ConvProduct(Product):
     def _geometry(self):
         return self.stride, self.padding, self.dilation, self.groups
 
+    def _filters_minimally(self, x: Tensor, shape: Sequence[int], out: int) -> bool:
+        """Whether products with an input like x, of this shape, and ``out`` channels out go by tiles of 2×2 outputs."""
+        if not _MINIMAL_FILTERING or x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
+            return False
+        return planning.minimal_filtering(
+            planning.ConvLayer(shape[0], shape[1], tuple(shape[2:]), out, self.kernel_size, *self._geometry)
+        )
+
     def output(self, x, weight, bias=None):  # noqa: D102
+        if self._filters_minimally(x, x.shape, weight.size(0)):
+            return _raw.conv3x3(x, weight, bias, self.padding, False)
         zeros = (0,) * len(self.stride)
         return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, zeros, self.groups)
 
     def input_grad(self, gy, weight, x):  # noqa: D102
+        if self._filters_minimally(gy, x.shape, weight.size(0)):
+            return _raw.conv3x3(gy, weight, None, [2 - p for p in self.padding], True)
         return self._backward(gy, x, weight, (True, False, False))[0]
 
     def weight_grad(self, x, gy, w=None):  # noqa: D102
+        if self._filters_minimally(x, x.shape, gy.size(1)):
+            return _raw.conv3x3_weighted_sum(x, gy, w, self.padding)
         return _raw.conv_weighted_sum(x, gy, w, self.kernel_size, *self._geometry)
 
     def _backward(self, gy, x, weight, mask):

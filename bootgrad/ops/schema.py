@@ -99,6 +99,14 @@ POOLING_SCHEMAS = {
     "max_pool2d_gather": "(Tensor h, Tensor index, Tensor? blocked) -> Tensor",
 }
 
+# The convolution of x (B, C, H, W) with a 3×3 kernel, (O, C, 3, 3), with stride 1; transposed, with the kernel (C, O, 3, 3)
+# turned around: the gradient of the input of a convolution whose padding was 2 less this one's. Plain torch on GPUs.
+CONVOLUTION_SCHEMAS = {
+    "conv3x3": "(Tensor x, Tensor weight, Tensor? bias, int[] padding, bool transposed) -> Tensor",
+    # Σ_i w_i G_i of such a convolution, (O, C, 3, 3) in the accumulation dtype; w (B,) is ones when absent
+    "conv3x3_weighted_sum": "(Tensor x, Tensor gy, Tensor? w, int[] padding) -> Tensor",
+}
+
 library = torch.library.Library(NAMESPACE, "DEF")
 # The same ops as the compiled library for GPUs implements them, which may be some: `backends.gpu` calls them. They are no
 # part of a graph, so they have no fakes.
@@ -106,7 +114,7 @@ cuda_library = torch.library.Library(CUDA_NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     cuda_library.define(_name + _schema)
-for _name, _schema in (APPLIED_SCHEMAS | POOLING_SCHEMAS).items():
+for _name, _schema in (APPLIED_SCHEMAS | POOLING_SCHEMAS | CONVOLUTION_SCHEMAS).items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -418,6 +426,20 @@ def _channel_rows(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=accumulation_dtype(x.dtype))
 
 
+def check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, padding, transposed: bool) -> None:
+    """Raise unless the inputs of ``conv3x3`` fit together."""
+    torch._check(x.dim() == 4, lambda: f"x must be (B, C, H, W); got shape {tuple(x.shape)}")
+    torch._check(
+        weight.dim() == 4 and weight.shape[2:] == (3, 3) and weight.size(0 if transposed else 1) == x.size(1),
+        lambda: f"weight must be a 3×3 kernel for {x.size(1)} channels; got shape {tuple(weight.shape)}",
+    )
+    torch._check(
+        len(padding) == 2 and all(0 <= p and s + 2 * p >= 3 for s, p in zip(x.shape[2:], padding, strict=False)),
+        lambda: f"padding must be two numbers with which x is as large as the kernel; got {padding}",
+    )
+    check_shape("bias", bias, (weight.size(1 if transposed else 0),))
+
+
 @_fake("group_norm_backward")
 def _(gy, x, weight, mean, rstd, input_grad):
     check_group_norm(x, {"gy": gy}, weight, mean, rstd)
@@ -430,6 +452,20 @@ def _(u, a, b, gy, x, weight, mean, rstd):
     check_layer("a", a, x.shape[:2], x)
     check_layer("b", b, x.shape[:2], x)
     return x.new_empty(x.shape), x.new_empty(x.shape), _channel_rows(x)
+
+
+@_fake("conv3x3")
+def _(x, weight, bias, padding, transposed):
+    check_conv3x3(x, weight, bias, padding, transposed)
+    size = (s + 2 * p - 2 for s, p in zip(x.shape[2:], padding, strict=True))
+    return x.new_empty(x.size(0), weight.size(1 if transposed else 0), *size)
+
+
+@_fake("conv3x3_weighted_sum")
+def _(x, gy, w, padding):
+    check_conv(x, gy, (3, 3), (1, 1), padding, (1, 1), 1)
+    check_shape("w", w, x.shape[:1])
+    return x.new_empty(gy.size(1), x.size(1), 3, 3, dtype=accumulation_dtype(x.dtype))
 
 
 @_fake("max_pool2d")

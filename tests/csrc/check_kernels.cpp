@@ -359,6 +359,68 @@ void check_max_pool(int64_t planes, int64_t H, int64_t W, int64_t kernel, int64_
   }
 }
 
+// A convolution of a 3×3 kernel, its transpose, and its weight gradient by loops over the entries of all three.
+void check_winograd(int64_t B, int64_t C, int64_t O, int64_t H, int64_t W, int64_t top, int64_t left) {
+  const int64_t P[2] = {H + 2 * top - 2, W + 2 * left - 2};
+  const std::vector<float> x = draw<float>(B * C * H * W), weight = draw<float>(O * C * 9), bias = draw<float>(O),
+                           gy = draw<float>(B * O * P[0] * P[1]), w = draw<float>(B);
+  std::vector<double> y(gy.size()), gx(x.size()), gw(weight.size());
+  for (int64_t at = 0; at < static_cast<int64_t>(y.size()); ++at) {
+    const int64_t q = at % P[1], p = at / P[1] % P[0], o = at / (P[0] * P[1]) % O, b = at / (P[0] * P[1] * O);
+    double total = bias[static_cast<size_t>(o)];
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t k = 0; k < 9; ++k) {
+        const int64_t h = p + k / 3 - top, v = q + k % 3 - left;
+        if (h < 0 || h >= H || v < 0 || v >= W) continue;
+        const size_t in = static_cast<size_t>(((b * C + c) * H + h) * W + v),
+                     tap = static_cast<size_t>((o * C + c) * 9 + k);
+        const double g = gy[static_cast<size_t>(at)];
+        total += double(x[in]) * weight[tap];
+        gx[in] += g * weight[tap];
+        gw[tap] += w[static_cast<size_t>(b)] * g * x[in];
+      }
+    y[static_cast<size_t>(at)] = total;
+  }
+  const auto compare = [](const char* name, const std::vector<float>& got, const std::vector<double>& expected) {
+    double error = 0, size = 0;
+    for (size_t i = 0; i < got.size(); ++i)
+      error += (got[i] - expected[i]) * (got[i] - expected[i]), size += expected[i] * expected[i];
+    if (error > 1e-12 * size) std::printf("%s: off by %.3g\n", name, std::sqrt(error / size)), ++failures;
+  };
+  for (n_threads = 1; n_threads <= 3; n_threads += 2) {
+    std::vector<float> out(y.size()), dx(x.size()), sum(weight.size());
+    tested::winograd({&runtime,
+                      B,
+                      C,
+                      O,
+                      {H, W},
+                      {P[0], P[1]},
+                      {top, left},
+                      false,
+                      x.data(),
+                      weight.data(),
+                      bias.data(),
+                      out.data()});
+    compare("winograd", out, y);
+    tested::winograd({&runtime,
+                      B,
+                      O,
+                      C,
+                      {P[0], P[1]},
+                      {H, W},
+                      {2 - top, 2 - left},
+                      true,
+                      gy.data(),
+                      weight.data(),
+                      nullptr,
+                      dx.data()});
+    compare("winograd, transposed", dx, gx);
+    tested::winograd_sum(
+        {&runtime, B, C, O, {H, W}, {P[0], P[1]}, {top, left}, x.data(), gy.data(), w.data(), sum.data()});
+    compare("winograd sum", sum, gw);
+  }
+}
+
 // Both adjoints, with and without blocked windows; an index out of its plane is told.
 template <class In>
 void check_max_pool_grad(int64_t planes, int64_t size, int64_t windows) {
@@ -448,6 +510,10 @@ int main() {
     check_max_pool<bf16>(p[0], p[1], p[2], p[3], p[4], p[5], p[6]);
     check_max_pool<f16>(p[0], p[1], p[2], p[3], p[4], p[5], p[6]);
   }
+  const int64_t filtered[][7] = {{3, 5, 7, 7, 9, 1, 1},  {2, 17, 33, 5, 4, 0, 1},   {1, 16, 16, 3, 3, 0, 0},
+                                 {2, 4, 20, 4, 5, 2, 2}, {1, 16, 24, 31, 26, 1, 1}, {9, 16, 16, 12, 12, 1, 1},
+                                 {0, 3, 4, 5, 5, 1, 1}};
+  for (const auto& f : filtered) check_winograd(f[0], f[1], f[2], f[3], f[4], f[5], f[6]);
   const int64_t adjoints[][3] = {{3, 36, 9}, {40, 20, 33}, {1, 1, 1}, {0, 4, 1}, {5, 784, 196}};
   for (const auto& a : adjoints) {
     check_max_pool_grad<float>(a[0], a[1], a[2]);

@@ -19,6 +19,8 @@
 
 #include "bootgrad/max_pool.hpp"
 
+#include "bootgrad/winograd.hpp"
+
 namespace bootgrad::BOOTGRAD_ISA {
 
 template <class In>

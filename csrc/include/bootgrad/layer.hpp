@@ -125,6 +125,27 @@ struct MaxPoolGradCall {
   void* out;             // [planes, size], or [planes, windows]
 };
 
+// A convolution of a 3×3 kernel, stride 1, in float32: out (B, O, *P) of x (B, C, *S).
+struct WinogradCall {
+  const Runtime* runtime;
+  int64_t B, C, O;
+  int64_t S[2], P[2], padding[2];
+  bool transposed;  // the weight is (C, O, 3, 3), and turned around
+  const void *x, *weight;
+  const void* bias;  // (O,) or null
+  void* out;
+};
+
+// Its weight gradient Σ_i w_i G_i, (O, C, 3, 3).
+struct WinogradSumCall {
+  const Runtime* runtime;
+  int64_t B, C, O;
+  int64_t S[2], P[2], padding[2];
+  const void *x, *gy;
+  const void* w;  // (B,) or null
+  void* out;
+};
+
 // One instruction set's implementations.
 struct Kernels {
   const char* name;
@@ -136,6 +157,8 @@ struct Kernels {
   void (*max_pool)(const MaxPoolCall&);
   // False where an index is out of its plane.
   bool (*max_pool_grad)(const MaxPoolGradCall&);
+  void (*winograd)(const WinogradCall&);
+  void (*winograd_sum)(const WinogradSumCall&);
 };
 
 }  // namespace bootgrad
