@@ -137,15 +137,15 @@ class ConvLayer:
 
     @property
     def fits_minimal_filtering(self) -> bool:
-        """Whether a CPU is quicker with 16 products for each tile of 2×2 outputs, and transforms, than with 36.
+        """Whether a CPU is quicker with 16 products for each tile of 2×2 outputs, and transforms, than with up to 36.
 
-        For 3×3 kernels with stride 1, with a vector of channels on both sides at least, where few tiles stick out, and where
-        there are enough of them for the transform of the weights.
+        For 3×3 kernels with stride 1, with a vector of channels on both sides at least, where few tiles stick out or see
+        padding alone, and where there are enough of them for the transform of the weights.
         """
         if self.K != (3, 3) or self.stride + self.dilation != (1, 1, 1, 1) or self.groups != 1:
             return False
         tiles = math.prod((s + 2 * p - 1) // 2 for s, p in zip(self.S, self.padding, strict=True))
-        fits = max(self.padding) <= 2 and min(self.C, self.O) >= 16 and 16 * tiles <= 0.6 * 9 * self.T
+        fits = max(self.padding) <= 2 and min(self.C, self.O) >= 16 and 16 * tiles <= 0.72 * 9 * self.T * self.unpadded
         return fits and self.B * tiles >= 64
 
     @property

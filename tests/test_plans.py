@@ -116,12 +116,12 @@ def counting(conv_layer):
 
         return flops
 
-    def transposed(x, weight, bias, padding, turned, out_shape=None, **kwargs):
+    def convolution(x, weight, bias, padding, turned, out_shape=None, **kwargs):
         return 2 * x[0] * conv_layer((0, weight[1])).forward_operations
 
     ops = torch.ops.bootgrad
     return {
-        ops.conv3x3: transposed,
+        ops.conv3x3: convolution,
         ops.conv3x3_weighted_sum: product,
         ops.conv_weighted_sum: product,
         ops.conv_statistics: norms("statistics"),

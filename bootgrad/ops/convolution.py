@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import planning
 from ..errors import ArgumentError, UnsupportedError
-from . import product
+from . import library, product
 from .product import LayerStatistics, Product
 from .schema import argument_errors, check_conv, check_shape, weight_shape
 
@@ -139,27 +139,31 @@ class ConvProduct(Product):
     def _geometry(self):
         return self.stride, self.padding, self.dilation, self.groups
 
-    def _filters_minimally(self, x: Tensor, shape: Sequence[int], out: int) -> bool:
-        """Whether products with an input like x, of this shape, and ``out`` channels out go by tiles of 2×2 outputs."""
-        if not _MINIMAL_FILTERING or x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
+    def _filters_minimally(self, of: Tensor, out: int, padding: tuple[int, ...], weight: Tensor | None = None) -> bool:
+        """Whether a convolution of so many channels out goes by tiles of 2×2 outputs."""
+        tensors = [of] if weight is None else [of, weight]
+        if not (_MINIMAL_FILTERING and library.is_loaded("_C")) or of.device.type != "cpu":
             return False
-        return planning.minimal_filtering(
-            planning.ConvLayer(shape[0], shape[1], tuple(shape[2:]), out, self.kernel_size, *self._geometry)
-        )
+        if any(t.dtype != torch.float32 or not t.is_contiguous() for t in tensors):
+            return False
+        B, C, *size = of.shape
+        geometry = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
+        return planning.minimal_filtering(planning.ConvLayer(B, C, tuple(size), out, *geometry))
 
     def output(self, x, weight, bias=None):  # noqa: D102
-        if self._filters_minimally(x, x.shape, weight.size(0)):
+        if self._filters_minimally(x, weight.size(0), self.padding, weight):
             return _raw.conv3x3(x, weight, bias, self.padding, False)
         zeros = (0,) * len(self.stride)
         return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, zeros, self.groups)
 
     def input_grad(self, gy, weight, x):  # noqa: D102
-        if self._filters_minimally(gy, x.shape, weight.size(0)):
-            return _raw.conv3x3(gy, weight, None, [2 - p for p in self.padding], True)
+        padding = tuple(2 - p for p in self.padding)  # of the convolution with the kernel turned around
+        if min(padding) >= 0 and self._filters_minimally(gy, x.size(1), padding, weight):
+            return _raw.conv3x3(gy, weight, None, padding, True)
         return self._backward(gy, x, weight, (True, False, False))[0]
 
     def weight_grad(self, x, gy, w=None):  # noqa: D102
-        if self._filters_minimally(x, x.shape, gy.size(1)):
+        if self._filters_minimally(x, gy.size(1), self.padding):
             return _raw.conv3x3_weighted_sum(x, gy, w, self.padding)
         return _raw.conv_weighted_sum(x, gy, w, self.kernel_size, *self._geometry)
 

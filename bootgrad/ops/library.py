@@ -65,6 +65,11 @@ def load() -> None:
         )
 
 
+def is_loaded(name: str) -> bool:
+    """Whether a library's kernels run."""
+    return name in _loaded
+
+
 def build_info() -> list[LibraryInfo]:
     """What is built, loaded and used, and why not, for each library."""
     return [_info("_C"), _info("_C_cuda")]

@@ -100,7 +100,8 @@ POOLING_SCHEMAS = {
 }
 
 # The convolution of x (B, C, H, W) with a 3×3 kernel, (O, C, 3, 3), with stride 1; transposed, with the kernel (C, O, 3, 3)
-# turned around: the gradient of the input of a convolution whose padding was 2 less this one's. Plain torch on GPUs.
+# turned around: the gradient of the input of a convolution whose padding was 2 less this one's. In float32 on
+# CPUs; in any dtype in plain torch, as on GPUs.
 CONVOLUTION_SCHEMAS = {
     "conv3x3": "(Tensor x, Tensor weight, Tensor? bias, int[] padding, bool transposed) -> Tensor",
     # Σ_i w_i G_i of such a convolution, (O, C, 3, 3) in the accumulation dtype; w (B,) is ones when absent
@@ -438,6 +439,10 @@ def check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, padding, trans
         lambda: f"padding must be two numbers with which x is as large as the kernel; got {padding}",
     )
     check_shape("bias", bias, (weight.size(1 if transposed else 0),))
+    for name, t in {"weight": weight, "bias": bias}.items():
+        if t is not None:
+            torch._check(t.dtype == x.dtype, lambda name=name, t=t: f"{name} must have dtype {x.dtype}; got {t.dtype}")
+            check_device(name, t, x)
 
 
 @_fake("group_norm_backward")
@@ -464,7 +469,7 @@ def _(x, weight, bias, padding, transposed):
 @_fake("conv3x3_weighted_sum")
 def _(x, gy, w, padding):
     check_conv(x, gy, (3, 3), (1, 1), padding, (1, 1), 1)
-    check_shape("w", w, x.shape[:1])
+    check_layer("w", w, x.shape[:1], x)
     return x.new_empty(gy.size(1), x.size(1), 3, 3, dtype=accumulation_dtype(x.dtype))
 
 

@@ -50,7 +50,7 @@ def _unrecorded(func, args, kwargs):
 
 
 def _apply_unrecorded(input: Tensor, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    """Torch's own but for the weight's gradient, which the compiled library makes in less time, and without reordering x."""
+    """Torch's own but for what the compiled library makes in less time: the weight's gradient, and 3×3 products."""
     n = weight.dim() - 2
     if (
         not (weight.requires_grad and _sums_on_this_cpu(input))

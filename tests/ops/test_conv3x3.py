@@ -1,5 +1,7 @@
 """3×3 convolutions by minimal filtering: both ops, the choice of them, and steps that go by them, against float64."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,9 @@ SHAPES = {
     "more padding than image": (2, 3, 2, (1, 2), (5, 4)),
     "several runs of tiles": (2, 16, 24, (31, 26), (1, 1)),
     "blocks of sums": (40, 16, 16, (12, 12), (1, 1)),
+    "tasks of several images": (40, 16, 16, (4, 4), (1, 1)),
+    "bands of an image": (1, 17, 16, (66, 70), (1, 1)),
+    "parts of the channels": (2, 3, 256, (8, 8), (1, 1)),
 }
 EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
@@ -61,16 +66,29 @@ def test_against_torch_in_float64(shape, backend):
 def test_results_do_not_depend_on_threads_or_layout(shape):
     x, weight, bias, gy, w = case(*shape)
     padding, threads = shape[-1], torch.get_num_threads()
-    strided = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    turned = [max(0, 2 - p) for p in padding]
     out = []
     try:
         for n in (1, 3):
             torch.set_num_threads(n)
-            sums = OPS.conv3x3_weighted_sum(strided if n == 3 else x, gy, w, padding)
-            out.append((OPS.conv3x3(strided if n == 3 else x, weight, bias, padding, False), sums))
+            if n == 3:
+                x, gy, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, gy, weight))
+            sums = [OPS.conv3x3_weighted_sum(x, gy, v, padding) for v in (w, None)]
+            out.append(
+                [OPS.conv3x3(x, weight, bias, padding, False), OPS.conv3x3(gy, weight, None, turned, True), *sums]
+            )
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*out, strict=True))
+
+
+def test_infinite_pixels_stay_in_their_windows():
+    x, weight, bias, _, _ = case(2, 16, 16, (9, 9), (1, 1))
+    x[0, 3, 4, 5] = torch.inf
+    bad = ~OPS.conv3x3(x, weight, bias, (1, 1), False).isfinite()
+    expected = torch.zeros_like(bad)
+    expected[0, :, 3:6, 4:7] = True
+    assert torch.equal(bad, expected)
 
 
 def test_schemas_and_fakes():
@@ -117,6 +135,8 @@ FITTING = {"B": 16, "C": 16, "S": (8, 8), "O": 32, "K": (3, 3), "stride": (1, 1)
         ({"O": 15}, False),
         ({"B": 3}, False),
         ({"S": (3, 3)}, False),
+        ({"S": (4, 4)}, True),
+        ({"S": (2, 2), "padding": (2, 2)}, False),
         ({"K": (3, 1)}, False),
         ({"stride": (2, 1)}, False),
         ({"dilation": (1, 2)}, False),
@@ -134,8 +154,8 @@ def test_the_switch_and_what_is_left_to_torch(monkeypatch):
     product = ConvProduct((3, 3), (1, 1), (1, 1), (1, 1), 1)
     plain = F.conv2d(x, weight, bias, 1, 1)
     assert not torch.equal(product.output(x, weight, bias), plain)
-    last = x.to(memory_format=torch.channels_last)
-    assert product.output(last, weight, bias).is_contiguous(memory_format=torch.channels_last)
+    for pair in itertools.product(*((t, t.to(memory_format=torch.channels_last)) for t in (x, weight))):
+        assert product.output(*pair, bias).stride() == F.conv2d(*pair, bias, 1, 1).stride()
     for dtype in (torch.float64, torch.bfloat16):
         ours = product.output(x.to(dtype), weight.to(dtype))
         assert torch.equal(ours, F.conv2d(x.to(dtype), weight.to(dtype), None, 1, 1))
@@ -143,16 +163,35 @@ def test_the_switch_and_what_is_left_to_torch(monkeypatch):
     assert torch.equal(product.output(x, weight, bias), plain)
 
 
-@pytest.mark.parametrize("options", [{"reg2": 0.3}, {"reg1": 0.0, "reg2": 0.3}, {"method": "random_signs"}], ids=str)
-def test_steps(options):
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(16, 16, 3, padding=1), nn.Tanh(), nn.Conv2d(16, 32, 3, padding=1), nn.Tanh()]
-    model = nn.Sequential(*layers, nn.AvgPool2d(8), nn.Flatten(), nn.Linear(32, 4))
-    x, y = torch.randn(16, 16, 8, 8), torch.randint(0, 4, (16,))
-    grads = []
-    for dtype in (torch.float32, torch.float64):
-        model = model.to(dtype)
-        torch.manual_seed(1)
-        reg = regularizer(model, "zero", **{"reg2": 0.0} | options)
-        grads.append(gradient_of(reg, losses_of(model), x.to(dtype), y)[0].double())
+STEPS = {
+    "reg1": {},
+    "about the mean": {"center": "batch_mean"},
+    "both": {"reg2": 0.3},
+    "reg2": {"reg1": 0.0, "reg2": 0.3},
+    "random signs": {"method": "random_signs"},
+}
+
+
+@pytest.mark.parametrize("size", [8, 4])  # direct norms, and by Gram matrices
+@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+def test_steps(options, size):
+    grads = [step(dtype, size, options) for dtype in (torch.float32, torch.float64)]
     assert (grads[0] - grads[1]).norm() <= 1e-5 * grads[1].norm()
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_finite_differences(monkeypatch, filtered):
+    monkeypatch.setattr("bootgrad.ops.convolution._MINIMAL_FILTERING", filtered)
+    options = {"method": "finite_difference", "center": "batch_mean"}
+    grads = [step(dtype, 8, options) for dtype in (torch.float32, torch.float64)]
+    assert (grads[0] - grads[1]).norm() <= 3e-3 * grads[1].norm()  # roundings over ε
+
+
+def step(dtype, size, options):
+    """The gradient of a penalized step on a smooth network, and in another dtype but alike."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(16, 64, 3, padding=1), nn.Tanh(), nn.Conv2d(64, 64, 3, padding=1), nn.Tanh()]
+    model = nn.Sequential(*layers, nn.AvgPool2d(size), nn.Flatten(), nn.Linear(64, 4)).to(dtype)
+    x, y = torch.randn(16, 16, size, size), torch.randint(0, 4, (16,))
+    reg = regularizer(model, **{"center": "zero", "reg2": 0.0} | options)
+    return gradient_of(reg, losses_of(model), x.to(dtype), y)[0].double()

@@ -10,7 +10,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, padding, transposed:
     """As the schema says."""
     schema.check_conv3x3(x, weight, bias, padding, transposed)
     kernel = weight.flip(2, 3).transpose(0, 1) if transposed else weight
-    return torch.nn.functional.conv2d(x, kernel, bias, 1, padding)
+    return torch.nn.functional.conv2d(x, kernel, bias, 1, padding).contiguous()
 
 
 def conv3x3_weighted_sum(x: Tensor, gy: Tensor, w: Tensor | None, padding) -> Tensor:

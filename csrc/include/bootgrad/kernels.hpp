@@ -1,4 +1,4 @@
-// Everything of one instruction set, as two functions. Included by one source file per instruction set.
+// Everything of one instruction set, as the functions of `Kernels`. Included by one source file per instruction set.
 
 #include "bootgrad/simd.hpp"
 

@@ -125,23 +125,25 @@ struct MaxPoolGradCall {
   void* out;             // [planes, size], or [planes, windows]
 };
 
-// A convolution of a 3×3 kernel, stride 1, in float32: out (B, O, *P) of x (B, C, *S).
-struct WinogradCall {
+// A convolution of a 3×3 kernel, stride 1, in float32, between x (B, C, *S) and positions P of its output.
+struct WinogradLayer {
   const Runtime* runtime;
   int64_t B, C, O;
   int64_t S[2], P[2], padding[2];
-  bool transposed;  // the weight is (C, O, 3, 3), and turned around
-  const void *x, *weight;
+  const void* x;
+};
+
+// Its output (B, O, *P).
+struct WinogradCall : WinogradLayer {
+  const void* weight;
+  bool transposed;   // the weight is (C, O, 3, 3), and turned around
   const void* bias;  // (O,) or null
   void* out;
 };
 
 // Its weight gradient Σ_i w_i G_i, (O, C, 3, 3).
-struct WinogradSumCall {
-  const Runtime* runtime;
-  int64_t B, C, O;
-  int64_t S[2], P[2], padding[2];
-  const void *x, *gy;
+struct WinogradSumCall : WinogradLayer {
+  const void* gy;
   const void* w;  // (B,) or null
   void* out;
 };

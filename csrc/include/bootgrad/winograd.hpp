@@ -107,56 +107,117 @@ BOOTGRAD_INLINE void winograd_taps(const Vector<T> (&u)[16], T* taps) {
   }
 }
 
+// Rows of tiles of an image, from `begin` to `end`, and the rows of x that they read: from `top` to `bottom`.
+struct WinogradBand {
+  int64_t begin, end, top, bottom;
+};
+
+// What both directions do with x: cut images into bands that stay in a core's cache, and transform their tiles.
+template <class T>
+struct WinogradInput {
+  static constexpr int64_t n = kLanes<T>;
+  // A run of tiles: long enough to be worth the traffic of what it is multiplied by, which does not always stay in a
+  // cache.
+  static constexpr int64_t kRun = 64;
+  static constexpr int64_t kBandBytes = int64_t{2} << 20;
+
+  const WinogradLayer& layer;
+  const int64_t C = layer.C, O = layer.O, ldc = round_up<T>(C), ldo = round_up<T>(O);
+  const int64_t pixels = layer.S[0] * layer.S[1], outputs = layer.P[0] * layer.P[1];
+  const int64_t down = (layer.P[0] + 1) / 2, across = (layer.P[1] + 1) / 2, tiles = down * across;
+  // Tiles lie a vector further apart than they are long, so that they do not all fall into the same sets of a cache.
+  const int64_t v_tile = 16 * ldc + n;
+  const int64_t bands, rows = (down + bands - 1) / bands;  // the most rows of tiles in a band
+  const int64_t held = (2 * rows + 2 < layer.S[0] ? 2 * rows + 2 : layer.S[0]) * layer.S[1];
+
+  WinogradInput(const WinogradLayer& l, int64_t tasks) : layer(l), bands(count_bands(tasks)) {}
+
+  // As many as bound the memory and make `tasks` of the batch, of a run of tiles at least.
+  int64_t count_bands(int64_t tasks) const {
+    const int64_t bytes = (pixels * ldc + outputs * ldo) * static_cast<int64_t>(sizeof(T));
+    const int64_t of_memory = (bytes + kBandBytes - 1) / kBandBytes,
+                  of_tasks = (tasks + layer.B - 1) / (layer.B + !layer.B);
+    int64_t count = of_memory > of_tasks ? of_memory : of_tasks;
+    count = count < tiles / kRun ? count : tiles / kRun;
+    count = count < down ? count : down;
+    return count < 1 ? 1 : count;
+  }
+
+  WinogradBand band(int64_t r) const {
+    const Range range = part(down, bands, r);
+    const int64_t top = 2 * range.begin - layer.padding[0], bottom = 2 * range.end + 2 - layer.padding[0];
+    const int64_t from = top < 0 ? 0 : top < layer.S[0] ? top : layer.S[0];
+    return {range.begin, range.end, from, bottom < from ? from : bottom < layer.S[0] ? bottom : layer.S[0]};
+  }
+
+  // xt [held + 1, ldc]: the last pixel, and channels that only fill up, stay zeros.
+  T* take_memory(Carver& carver) const { return carver.take<T>((held + 1) * ldc); }
+  void clear_memory(T* xt) const { C < ldc ? clear(xt, (held + 1) * ldc) : clear(xt + held * ldc, ldc); }
+
+  void take(int64_t b, const WinogradBand& band, T* xt) const {
+    const T* x = static_cast<const T*>(layer.x) + b * C * pixels + band.top * layer.S[1];
+    transpose<T>(x, pixels, C, (band.bottom - band.top) * layer.S[1], xt, ldc, T(1));
+  }
+
+  // Tile t of a band, counted from its first.
+  void transform(int64_t t, const WinogradBand& band, const T* xt, T* v) const {
+    const int64_t top = (band.begin + t / across) * 2 - layer.padding[0], left = t % across * 2 - layer.padding[1];
+    const T* d[16];
+    for (int64_t i = 0; i < 4; ++i)
+      for (int64_t j = 0; j < 4; ++j) {
+        const int64_t h = top + i, w = left + j;
+        const bool inside = h >= 0 && h < layer.S[0] && w >= 0 && w < layer.S[1];
+        d[4 * i + j] = xt + (inside ? (h - band.top) * layer.S[1] + w : held) * ldc;
+      }
+    for (int64_t c = 0; c < ldc; c += n) winograd_input<T>(d, c, v + c, ldc);
+  }
+};
+
 template <class T>
 struct Winograd {
   explicit Winograd(const WinogradCall& c) : call(c) {}
 
   void run() {
-    prepare_tables();
+    Carver c{0};
+    for (int round = 0; round < 2; ++round) {
+      if (round == 1) c = {reinterpret_cast<uintptr_t>(call.runtime->scratch(kSharedScratch, c.used))};
+      u = c.take<T>(16 * u_position);
+      bias = c.take<T>(ldo);
+      row = c.take<int64_t>(chunk);
+      depth = c.take<int64_t>(C);
+    }
+    for (int64_t m = 0; m < chunk; ++m) row[m] = m * in.v_tile;
+    for (int64_t k = 0; k < C; ++k) depth[k] = k;
+    clear(bias, ldo);
+    if (call.bias) copy_row(static_cast<const T*>(call.bias), bias, O);
     transform_weights();
     share(
-        *call.runtime, (call.B + together - 1) / together,
-        [&](Carver& c) {
-          return Memory{c.take<T>((pixels + 1) * ldc), c.take<T>(chunk * v_tile), c.take<T>(chunk * m_tile),
-                        c.take<T>(outputs * ldo)};
+        *call.runtime, (call.B + together - 1) / together * in.bands,
+        [&](Carver& carver) {
+          return Memory{in.take_memory(carver), carver.take<T>(chunk * in.v_tile), carver.take<T>(chunk * m_tile),
+                        carver.take<T>(2 * in.rows * call.P[1] * ldo)};
         },
-        [&](const Memory& m) { clear(m.xt + pixels * ldc, ldc); },
-        [&](int64_t task, const Memory& m) { images(task, m); });
+        [&](const Memory& m) { in.clear_memory(m.xt); },
+        [&](int64_t task, const Memory& m) {
+          together > 1 ? small_images(task * together, m) : band_of_image(task / in.bands, in.band(task % in.bands), m);
+        });
   }
 
  private:
-  static constexpr int64_t n = kLanes<T>;
+  static constexpr int64_t n = kLanes<T>, kRun = WinogradInput<T>::kRun;
   const WinogradCall& call;
-  const int64_t C = call.C, O = call.O, ldc = round_up<T>(C), ldo = round_up<T>(O);
-  const int64_t pixels = call.S[0] * call.S[1], outputs = call.P[0] * call.P[1];
-  const int64_t down = (call.P[0] + 1) / 2, across = (call.P[1] + 1) / 2, tiles = down * across;
-  // Tiles lie a vector further apart than they are long, so that they do not all fall into the same sets of a cache.
-  const int64_t v_tile = 16 * ldc + n, m_tile = 16 * ldo + n, u_position = C * ldo + n;
-  // A run of tiles: long enough to be worth the traffic of U, which does not always stay in a core's cache.
-  static constexpr int64_t kRunOfTiles = 64;
-  const int64_t together = tiles < kRunOfTiles ? kRunOfTiles / tiles : 1;  // images to a task
-  const int64_t chunk = tiles * together < 2 * kRunOfTiles ? tiles * together : kRunOfTiles;
+  const WinogradInput<T> in{call, 16};
+  const int64_t C = in.C, O = in.O, ldc = in.ldc, ldo = in.ldo;
+  const int64_t m_tile = 16 * ldo + n, u_position = C * ldo + n;
+  const int64_t together = in.tiles < kRun ? kRun / in.tiles : 1;  // images to a task, where they are small
+  const int64_t most = together > 1 ? in.tiles * together : in.rows * in.across;
+  const int64_t chunk = most < 2 * kRun ? most : kRun;  // tiles that are multiplied at once
   T *u = nullptr, *bias = nullptr;
   int64_t *row = nullptr, *depth = nullptr;
 
   struct Memory {
     T *xt, *v, *m, *yt;
   };
-
-  void prepare_tables() {
-    Carver c{0};
-    for (int round = 0; round < 2; ++round) {
-      if (round == 1) c = {reinterpret_cast<uintptr_t>(call.runtime->scratch(kCenterScratch, c.used))};
-      u = c.take<T>(16 * u_position);
-      bias = c.take<T>(ldo);
-      row = c.take<int64_t>(chunk);
-      depth = c.take<int64_t>(C);
-    }
-    for (int64_t m = 0; m < chunk; ++m) row[m] = m * v_tile;
-    for (int64_t k = 0; k < C; ++k) depth[k] = k;
-    clear(bias, ldo);
-    if (call.bias) copy_row(static_cast<const T*>(call.bias), bias, O);
-  }
 
   // A task has a vector of output channels, of all input channels.
   void transform_weights() const {
@@ -178,68 +239,50 @@ struct Winograd {
     const T* w = static_cast<const T*>(call.weight);
     if (lanes < n) clear(taps, n * 9 * n);
     if (!call.transposed) return transpose<T>(w + (o * C + c) * 9, C * 9, lanes, count * 9, taps, n, T(1));
-    const T* const end = w + C * O * 9;
+    [[maybe_unused]] const T* const end = w + C * O * 9;
     for (int64_t k = 0; k < count; ++k, taps += 9 * n) {
       const T* from = w + ((c + k) * O + o) * 9;
-      if (n >= 9 && lanes == n && from + (n - 1) * 9 + n <= end) {  // rows of nine in a square of n
-        Vector<T> square[n];
+      if constexpr (n >= 9) {
+        if (lanes == n && from + (n - 1) * 9 + n <= end) {  // rows of nine in a square of n
+          Vector<T> square[n];
 #pragma GCC unroll 16
-        for (int i = 0; i < n; ++i) square[i] = load<T>(from + i * 9);
-        transpose_square<T>(square);
+          for (int i = 0; i < n; ++i) square[i] = load<T>(from + i * 9);
+          transpose_square<T>(square);
 #pragma GCC unroll 9
-        for (int i = 0; i < 9 && i < n; ++i) store<T>(taps + i * n, square[i]);
-      } else {
-        transpose<T>(from, 9, lanes, 9, taps, n, T(1));
+          for (int i = 0; i < 9; ++i) store<T>(taps + i * n, square[i]);
+          continue;
+        }
       }
+      transpose<T>(from, 9, lanes, 9, taps, n, T(1));
     }
   }
 
-  void images(int64_t task, const Memory& m) const {
-    const int64_t begin = task * together, end = begin + together < call.B ? begin + together : call.B;
-    // Of one image several runs, or one run of several images.
-    const int64_t runs = together > 1 ? 1 : (tiles + chunk - 1) / chunk;
-    if (together > 1) {
-      for (int64_t b = begin; b < end; ++b) {
-        take_image(b, m);
-        transform_tiles(m, {0, tiles}, m.v + (b - begin) * tiles * v_tile);
-      }
-      multiply(m, (end - begin) * tiles);
-      for (int64_t b = begin; b < end; ++b) {
-        write_tiles(m, {0, tiles}, m.m + (b - begin) * tiles * m_tile);
-        write_image(b, m);
-      }
-      return;
+  void small_images(int64_t begin, const Memory& m) const {
+    const int64_t end = begin + together < call.B ? begin + together : call.B;
+    const WinogradBand whole = in.band(0);
+    for (int64_t b = begin; b < end; ++b) {
+      in.take(b, whole, m.xt);
+      for (int64_t t = 0; t < in.tiles; ++t)
+        in.transform(t, whole, m.xt, m.v + ((b - begin) * in.tiles + t) * in.v_tile);
     }
-    take_image(begin, m);
+    multiply(m, (end - begin) * in.tiles);
+    for (int64_t b = begin; b < end; ++b) {
+      write_tiles(whole, {0, in.tiles}, m.m + (b - begin) * in.tiles * m_tile, m.yt);
+      write(b, whole, m.yt);
+    }
+  }
+
+  void band_of_image(int64_t b, const WinogradBand& band, const Memory& m) const {
+    const int64_t tiles = (band.end - band.begin) * in.across, runs = (tiles + chunk - 1) / chunk;
+    in.take(b, band, m.xt);
     for (int64_t r = 0; r < runs; ++r) {
       const Range range = part(tiles, runs, r);
-      transform_tiles(m, range, m.v);
+      for (int64_t t = range.begin; t < range.end; ++t)
+        in.transform(t, band, m.xt, m.v + (t - range.begin) * in.v_tile);
       multiply(m, range.end - range.begin);
-      write_tiles(m, range, m.m);
+      write_tiles(band, range, m.m, m.yt);
     }
-    write_image(begin, m);
-  }
-
-  void take_image(int64_t b, const Memory& m) const {
-    transpose<T>(static_cast<const T*>(call.x) + b * C * pixels, pixels, C, pixels, m.xt, ldc, T(1));
-  }
-
-  void write_image(int64_t b, const Memory& m) const {
-    transpose<T>(m.yt, ldo, outputs, O, static_cast<T*>(call.out) + b * O * outputs, outputs, T(1));
-  }
-
-  void transform_tiles(const Memory& m, Range range, T* v) const {
-    for (int64_t t = range.begin; t < range.end; ++t, v += v_tile) {
-      const int64_t top = t / across * 2 - call.padding[0], left = t % across * 2 - call.padding[1];
-      const T* d[16];
-      for (int64_t i = 0; i < 4; ++i)
-        for (int64_t j = 0; j < 4; ++j) {
-          const int64_t h = top + i, w = left + j;
-          const bool inside = h >= 0 && h < call.S[0] && w >= 0 && w < call.S[1];
-          d[4 * i + j] = m.xt + (inside ? h * call.S[1] + w : pixels) * ldc;
-        }
-      for (int64_t c = 0; c < ldc; c += n) winograd_input<T>(d, c, v + c, ldc);
-    }
+    write(b, band, m.yt);
   }
 
   void multiply(const Memory& m, int64_t count) const {
@@ -248,12 +291,12 @@ struct Winograd {
               Store<T>{m.m + k * ldo, m_tile, ldo, T(1), false, nullptr});
   }
 
-  void write_tiles(const Memory& m, Range range, const T* products) const {
+  void write_tiles(const WinogradBand& band, Range range, const T* products, T* yt) const {
+    const int64_t line = call.P[1] * ldo;
     for (int64_t t = range.begin; t < range.end; ++t, products += m_tile) {
-      const int64_t h = t / across * 2, w = t % across * 2;
-      const bool below = h + 1 < call.P[0], beside = w + 1 < call.P[1];
-      T* y = m.yt + (h * call.P[1] + w) * ldo;
-      const int64_t line = call.P[1] * ldo;
+      const int64_t h = t / in.across * 2, w = t % in.across * 2;
+      const bool below = 2 * band.begin + h + 1 < call.P[0], beside = w + 1 < call.P[1];
+      T* y = yt + h * line + w * ldo;
       for (int64_t o = 0; o < ldo; o += n) {
         Vector<T> out[4];
         winograd_output<T>(products + o, ldo, out);
@@ -265,12 +308,20 @@ struct Winograd {
       }
     }
   }
+
+  void write(int64_t b, const WinogradBand& band, const T* yt) const {
+    const int64_t begin = 2 * band.begin, end = 2 * band.end < call.P[0] ? 2 * band.end : call.P[0];
+    transpose<T>(yt, ldo, (end - begin) * call.P[1], O,
+                 static_cast<T*>(call.out) + b * O * in.outputs + begin * call.P[1], in.outputs, T(1));
+  }
 };
 
 // The adjoint by the weights, Σ_i w_i Σ_tiles Gᵀ [ (A gy Aᵀ) ⊙ (Bᵀ d B) ] G: blocks of images have sums of their own,
-// as many as the layer's shape says, and are added up in order.
+// as many as the layer's shape says, and are added up in order. Where they are few, each is made in parts of the
+// output's channels.
 //
-//   sums [blocks, 16, O, ldc]     gyt [outputs + 1, ldo] gy, channels last, and zeros     z [tiles, 16, ldo] A gy Aᵀ
+//   sums [blocks, 16, O, ldc]     gyt [positions of a band + 1, ldz] a part of gy, channels last, and zeros
+//   z [tiles, 16, ldz] A gy Aᵀ
 template <class T>
 struct WinogradSum {
   explicit WinogradSum(const WinogradSumCall& c) : call(c) {}
@@ -280,23 +331,25 @@ struct WinogradSum {
     for (int round = 0; round < 2; ++round) {
       if (round == 1) c = {reinterpret_cast<uintptr_t>(call.runtime->scratch(kSharedScratch, c.used))};
       sums = c.take<T>(blocks * 16 * position);
-      row = c.take<int64_t>(O);
+      row = c.take<int64_t>(ldz);
       depth = c.take<int64_t>(chunk);
     }
-    for (int64_t o = 0; o < O; ++o) row[o] = o;
+    for (int64_t o = 0; o < ldz; ++o) row[o] = o;
     for (int64_t k = 0; k < chunk; ++k) depth[k] = k * z_tile;
     share(
-        *call.runtime, blocks,
+        *call.runtime, blocks * parts,
         [&](Carver& carver) {
-          return Memory{carver.take<T>((pixels + 1) * ldc), carver.take<T>((outputs + 1) * ldo),
-                        carver.take<T>(chunk * v_tile), carver.take<T>(chunk * z_tile)};
+          return Memory{in.take_memory(carver), carver.take<T>((positions + 1) * ldz),
+                        carver.take<T>(chunk * in.v_tile), carver.take<T>(chunk * z_tile)};
         },
         [&](const Memory& m) {
-          clear(m.xt + pixels * ldc, ldc);
-          clear(m.gyt + outputs * ldo, ldo);
+          in.clear_memory(m.xt);
+          clear(m.gyt + positions * ldz, ldz);
         },
-        [&](int64_t block, const Memory& m) {
-          add_images(part(call.B, blocks, block), m, sums + block * 16 * position);
+        [&](int64_t task, const Memory& m) {
+          const Range vectors = part(in.ldo / n, parts, task % parts);
+          const Range channels{vectors.begin * n, vectors.end * n < O ? vectors.end * n : O};
+          add_images(part(call.B, blocks, task / parts), channels, m, sums + task / parts * 16 * position);
         });
     share(
         *call.runtime, O, [](Carver& carver) { return carver.take<T>(9 * n); }, [](T*) {},
@@ -304,14 +357,13 @@ struct WinogradSum {
   }
 
  private:
-  static constexpr int64_t n = kLanes<T>;
+  static constexpr int64_t n = kLanes<T>, chunk = WinogradInput<T>::kRun;
   const WinogradSumCall& call;
-  const int64_t C = call.C, O = call.O, ldc = round_up<T>(C), ldo = round_up<T>(O);
-  const int64_t pixels = call.S[0] * call.S[1], outputs = call.P[0] * call.P[1];
-  const int64_t down = (call.P[0] + 1) / 2, across = (call.P[1] + 1) / 2, tiles = down * across;
-  const int64_t v_tile = 16 * ldc + n, z_tile = 16 * ldo + n, position = O * ldc + n;
-  static constexpr int64_t chunk = 64;
-  const int64_t blocks = count_blocks();
+  const WinogradInput<T> in{call, 1};
+  const int64_t C = in.C, O = in.O, ldc = in.ldc, position = O * ldc + n;
+  const int64_t blocks = count_blocks(), parts = count_parts();
+  const int64_t ldz = (in.ldo / n + parts - 1) / parts * n, z_tile = 16 * ldz + n;
+  const int64_t positions = 2 * in.rows * call.P[1];
   T* sums = nullptr;
   int64_t *row = nullptr, *depth = nullptr;
 
@@ -319,53 +371,60 @@ struct WinogradSum {
     T *xt, *gyt, *v, *z;
   };
 
-  // A block is worth its sum's traffic from some 256 tiles on; sums take 64 MiB at most.
+  // A block is worth its sum's traffic from some 256 tiles on; several together take 16 MiB at most.
   int64_t count_blocks() const {
-    const int64_t worth = call.B * tiles / 256,
-                  room = (int64_t{1} << 26) / (16 * position * static_cast<int64_t>(sizeof(T)));
-    int64_t count = worth < room ? worth : room;
-    count = count < call.B ? count : call.B;
+    const int64_t worth = call.B * in.tiles / 256;
+    int64_t count = (int64_t{16} << 20) / (16 * O * ldc * static_cast<int64_t>(sizeof(T)));
+    const int64_t bounds[] = {worth, call.B, 16};
+    for (const int64_t bound : bounds) count = bound < count ? bound : count;
     return count < 1 ? 1 : count;
   }
 
-  void add_images(Range images, const Memory& m, T* sum) const {
-    int64_t held = 0;  // tiles that wait to be multiplied
+  // Each transforms the tiles of x anew: little beside the products with 128 channels.
+  int64_t count_parts() const {
+    const int64_t wanted = (8 + blocks - 1) / blocks, worth = O / 128;
+    const int64_t count = wanted < worth ? wanted : worth;
+    return count < 1 ? 1 : count;
+  }
+
+  void add_images(Range images, Range channels, const Memory& m, T* sum) const {
+    const int64_t width = channels.end - channels.begin;
+    T* const target = sum + channels.begin * ldc;
+    int64_t waiting = 0;  // tiles that wait to be multiplied
     bool first = true;
+    const auto multiply = [&] {
+      for (int64_t k = 0; k < 16; ++k)
+        gemm<T>(width, C, waiting, {m.z + k * ldz, row, depth}, m.v + k * ldc, in.v_tile,
+                Store<T>{target + k * position, ldc, ldc, T(1), !first, nullptr});
+      first = false, waiting = 0;
+    };
     for (int64_t b = images.begin; b < images.end; ++b) {
       const T weight = call.w ? static_cast<const T*>(call.w)[b] : T(1);
-      transpose<T>(static_cast<const T*>(call.x) + b * C * pixels, pixels, C, pixels, m.xt, ldc, T(1));
-      transpose<T>(static_cast<const T*>(call.gy) + b * O * outputs, outputs, O, outputs, m.gyt, ldo, weight);
-      for (int64_t t = 0; t < tiles;) {
-        const int64_t room = chunk - held, end = t + room < tiles ? t + room : tiles;
-        for (; t < end; ++t, ++held) take_tile(t, m, m.v + held * v_tile, m.z + held * z_tile);
-        if (held < chunk && (t < tiles || b + 1 < images.end)) continue;
-        for (int64_t k = 0; k < 16; ++k)
-          gemm<T>(O, C, held, {m.z + k * ldo, row, depth}, m.v + k * ldc, v_tile,
-                  Store<T>{sum + k * position, ldc, ldc, T(1), !first, nullptr});
-        first = false;
-        held = 0;
+      const T* gy = static_cast<const T*>(call.gy) + (b * O + channels.begin) * in.outputs;
+      for (int64_t r = 0; r < in.bands; ++r) {
+        const WinogradBand band = in.band(r);
+        const int64_t begin = 2 * band.begin, end = 2 * band.end < call.P[0] ? 2 * band.end : call.P[0];
+        in.take(b, band, m.xt);
+        transpose<T>(gy + begin * call.P[1], in.outputs, width, (end - begin) * call.P[1], m.gyt, ldz, weight);
+        for (int64_t t = 0; t < (band.end - band.begin) * in.across; ++t) {
+          in.transform(t, band, m.xt, m.v + waiting * in.v_tile);
+          transform_gradient(t, end - begin, m.gyt, m.z + waiting * z_tile);
+          if (++waiting == chunk) multiply();
+        }
       }
     }
-    if (first) clear(sum, 16 * position);
+    if (waiting || first) multiply();  // with no tile at all it stores zeros
   }
 
-  void take_tile(int64_t t, const Memory& m, T* v, T* z) const {
-    const int64_t h = t / across * 2, w = t % across * 2;
-    const T* d[16];
-    for (int64_t i = 0; i < 4; ++i)
-      for (int64_t j = 0; j < 4; ++j)
-        d[4 * i + j] = at(m.xt, ldc, call.S, h - call.padding[0] + i, w - call.padding[1] + j);
-    for (int64_t c = 0; c < ldc; c += n) winograd_input<T>(d, c, v + c, ldc);
-    const T* y[4];
-    for (int64_t i = 0; i < 2; ++i)
-      for (int64_t j = 0; j < 2; ++j) y[2 * i + j] = at(m.gyt, ldo, call.P, h + i, w + j);
-    for (int64_t o = 0; o < ldo; o += n) winograd_gradient<T>(y, o, z + o, ldo);
-  }
-
-  // A pixel's channels; those of the pixel of zeros outside of the plane.
-  static const T* at(const T* plane, int64_t ld, const int64_t* size, int64_t h, int64_t w) {
-    const bool inside = h >= 0 && h < size[0] && w >= 0 && w < size[1];
-    return plane + (inside ? h * size[1] + w : size[0] * size[1]) * ld;
+  // Tile t of a band that has so many lines of outputs.
+  void transform_gradient(int64_t t, int64_t lines, const T* gyt, T* z) const {
+    const int64_t h = t / in.across * 2, w = t % in.across * 2;
+    const bool below = h + 1 < lines, beside = w + 1 < call.P[1];
+    const int64_t at = h * call.P[1] + w;
+    const T* y[4] = {gyt + at * ldz, gyt + (beside ? at + 1 : positions) * ldz,
+                     gyt + (below ? at + call.P[1] : positions) * ldz,
+                     gyt + (below && beside ? at + call.P[1] + 1 : positions) * ldz};
+    for (int64_t o = 0; o < ldz; o += n) winograd_gradient<T>(y, o, z + o, ldz);
   }
 
   void finish(int64_t o, T* taps) const {
