@@ -94,8 +94,8 @@ class GradientRegularizer:
             checkpointed part has from outside of the model receive the passes' gradients: leave them out of such parts.)
         statistics: whether reports are to tell Γ, ‖ḡ‖² and what follows from them at any price. If not, they are nan where the
             penalties do not bring them along: no norms are made on steps and samples without a penalty, and by ``"exact"``
-            none for Γ, and about a constant center no ḡ, a product of each layer less. Reg1 is then that of the samples it
-            was taken on, and nan where Reg2 was taken, too.
+            none for Γ, and about a constant center no ḡ, a product of each layer less. By ``"exact"`` Reg1 is then that of the
+            samples it was taken on, and nan where Reg2 was taken, too.
         epsilon: length of a finite step relative to ‖θ‖; 0.0001. Parameters must be float32 or wider; under autocast to half
             precision, steps that are shorter than its rounding are lost in it.
 
@@ -140,6 +140,10 @@ class GradientRegularizer:
         by_term = isinstance(center, Mapping) and center and set(center) <= {"reg1", "reg2"}
         if by_term and not set(center) <= set(named_parameters(model)):
             self.centers = {name: as_center(center.get(name, "batch_mean")) for name in ("reg1", "reg2")}
+        elif isinstance(center, Mapping) and not set(center) & set(named_parameters(model)):
+            raise ArgumentError(
+                f'a center by name has the names of penalties, "reg1" and "reg2", or of parameters; got {list(center)[:5]}'
+            )
         else:
             self.centers = dict.fromkeys(("reg1", "reg2"), as_center(center))
         if isinstance(self.centers["reg2"], BatchMean) and (callable(reg2) or reg2 != 0):
@@ -168,6 +172,9 @@ class GradientRegularizer:
 
     def backward(self, losses: Tensor | Callable[..., Tensor], *batch: Any) -> Report:
         """Accumulate the gradient of ``losses.mean() + λ₁ Reg1 + λ₂ Reg2`` into ``.grad``, move the centers, and report.
+
+        Calls add up as torch's do: after k micro-batches ``.grad`` is the sum of k such gradients, each with its penalties, and
+        the centers and the step have moved k times. Divide by k what is to be their mean.
 
         Args:
             losses: a function of ``batch`` that gives losses (B,), or the losses themselves, computed in ``with reg.record()``.

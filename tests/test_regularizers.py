@@ -282,6 +282,12 @@ def test_bad_options(setting, options, message):
         bootgrad.GradientRegularizer(setting[0], **options)
 
 
+@pytest.mark.parametrize("center", [{"Reg1": "ema"}, {"reg3": torch.zeros(1)}])
+def test_a_center_by_unknown_names(setting, center):
+    with pytest.raises(bootgrad.BootgradError, match='names of penalties, "reg1" and "reg2"'):
+        bootgrad.GradientRegularizer(setting[0], reg1=0.1, center=center)
+
+
 def test_bad_strength_of_a_later_step_and_bad_centers(setting):
     model, x, target = setting
     reg = bootgrad.GradientRegularizer(model, reg1=lambda step: -1.0)

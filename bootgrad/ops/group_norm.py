@@ -25,9 +25,10 @@ _raw = torch.ops.bootgrad
 
 
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float):
-    """(y, μ, r), values without a graph."""
+    """(y, μ, r), values without a graph; on CPUs y lies in memory as torch's does, which dropout's masks depend on."""
     B, C = x.shape[:2]
-    return torch.native_group_norm(x.contiguous(), weight, bias, B, C, _positions(x), groups, eps)
+    kept = x.device.type == "cpu" and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.native_group_norm(x if kept else x.contiguous(), weight, bias, B, C, _positions(x), groups, eps)
 
 
 def backward(

@@ -20,6 +20,18 @@ def random(*shape, dtype=torch.float64):
     return torch.randn(*shape, dtype=dtype, requires_grad=True)
 
 
+def test_the_output_lies_in_memory_as_torch_s():
+    x, weight = torch.randn(3, 4, 5, 6), torch.rand(4)
+    for laid_out in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3), x[..., ::2]):
+        expected = F.group_norm(laid_out, 2, weight, None, EPS)
+        y, mean, rstd = forward(laid_out, weight, None, 2, EPS)
+        assert y.stride() == expected.stride()
+        torch.testing.assert_close(y, expected)
+        args = (torch.randn_like(y), laid_out, weight, mean, rstd)
+        ours = raw.group_norm_backward(*args, True)
+        torch.testing.assert_close(ours, raw.group_norm_backward(*(t.contiguous() for t in args), True))
+
+
 @SHAPES
 @pytest.mark.parametrize("affine", [True, False])
 def test_the_backward_pass_to_the_second_order(shape, groups, affine):
