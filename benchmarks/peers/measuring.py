@@ -37,7 +37,7 @@ BY_NAME = {way.name: way for way in (PLAIN, *WAYS)}
 IMAGES = (3, 32, 32)  # that --data gives
 SAMPLES = 3  # that a way is checked on
 SHARE = 0.7  # of the memory that is free
-PATIENCE = 1200  # seconds that a process may take
+PATIENCE = 3600  # seconds that a process may take
 
 
 def prepare(task: str, data: str | None) -> tuple[nn.Module, Tensor, Tensor]:
