@@ -140,7 +140,7 @@ class ConvProduct(Product):
         return self.stride, self.padding, self.dilation, self.groups
 
     def _filters_minimally(self, of: Tensor, out: int, padding: tuple[int, ...], weight: Tensor | None = None) -> bool:
-        """Whether a convolution of so many channels out goes by tiles of 2×2 outputs."""
+        """Whether a convolution of so many channels out, or without its weight their sum, goes by tiles of 2×2 outputs."""
         tensors = [of] if weight is None else [of, weight]
         if not (_MINIMAL_FILTERING and library.is_loaded("_C")) or of.device.type != "cpu":
             return False
@@ -148,7 +148,7 @@ class ConvProduct(Product):
             return False
         B, C, *size = of.shape
         geometry = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
-        return planning.minimal_filtering(planning.ConvLayer(B, C, tuple(size), out, *geometry))
+        return planning.minimal_filtering(planning.ConvLayer(B, C, tuple(size), out, *geometry), weight is None)
 
     def output(self, x, weight, bias=None):  # noqa: D102
         if self._filters_minimally(x, weight.size(0), self.padding, weight):

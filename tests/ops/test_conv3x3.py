@@ -146,7 +146,13 @@ FITTING = {"B": 16, "C": 16, "S": (8, 8), "O": 32, "K": (3, 3), "stride": (1, 1)
     ids=str,
 )
 def test_which_layers_go_that_way(change, fits):
-    assert planning.ConvLayer(**FITTING | change).fits_minimal_filtering is fits
+    assert planning.ConvLayer(**FITTING | change).fits_minimal_filtering() is fits
+
+
+def test_sums_want_more_tiles_than_outputs():
+    few, many = (planning.ConvLayer(**FITTING | {"B": B, "O": 64}) for B in (16, 32))
+    assert few.fits_minimal_filtering() and not few.fits_minimal_filtering(summed=True)
+    assert many.fits_minimal_filtering(summed=True)
 
 
 def test_the_switch_and_what_is_left_to_torch(monkeypatch):
@@ -192,6 +198,7 @@ def step(dtype, size, options):
     torch.manual_seed(0)
     layers = [nn.Conv2d(16, 64, 3, padding=1), nn.Tanh(), nn.Conv2d(64, 64, 3, padding=1), nn.Tanh()]
     model = nn.Sequential(*layers, nn.AvgPool2d(size), nn.Flatten(), nn.Linear(64, 4)).to(dtype)
-    x, y = torch.randn(16, 16, size, size), torch.randint(0, 4, (16,))
+    B = 2048 // size**2
+    x, y = torch.randn(B, 16, size, size), torch.randint(0, 4, (B,))
     reg = regularizer(model, **{"center": "zero", "reg2": 0.0} | options)
     return gradient_of(reg, losses_of(model), x.to(dtype), y)[0].double()
