@@ -135,19 +135,6 @@ class ConvLayer:
             share *= inside / max(1, k * n)
         return share
 
-    def fits_minimal_filtering(self, summed: bool = False) -> bool:
-        """Whether a CPU is quicker with 16 products for each tile of 2×2 outputs, and transforms, than with up to 36.
-
-        For 3×3 kernels with stride 1, with a vector of channels on both sides at least, where few tiles stick out or see
-        padding alone, and where there are enough of them for the transform of the weights, or, ``summed``, for the traffic of
-        the sum Σ_i w_i G_i, which is read and written for every run of tiles.
-        """
-        if self.K != (3, 3) or self.stride + self.dilation != (1, 1, 1, 1) or self.groups != 1:
-            return False
-        tiles = math.prod((s + 2 * p - 1) // 2 for s, p in zip(self.S, self.padding, strict=True))
-        fits = max(self.padding) <= 2 and min(self.C, self.O) >= 16 and 16 * tiles <= 0.72 * 9 * self.T * self.unpadded
-        return fits and self.B * tiles >= max(64, (8 if summed else 2) * max(self.C, self.O))
-
     @property
     def weight_entries(self) -> int:
         """Entries of the weight, and of a G_i."""
@@ -234,8 +221,17 @@ def choose_path(layer: Layer, purpose: str = "norms", centered: bool = False, su
 
 @functools.lru_cache(maxsize=4096)
 def minimal_filtering(layer: ConvLayer, summed: bool = False) -> bool:
-    """`ConvLayer.fits_minimal_filtering`, remembered."""
-    return layer.fits_minimal_filtering(summed)
+    """Whether a CPU is quicker with 16 products for each tile of 2×2 outputs, and transforms, than with up to 36.
+
+    For 3×3 kernels with stride 1, with a vector of channels on both sides at least, where few tiles stick out or see
+    padding alone, and where there are enough of them for the transform of the weights, or, ``summed``, for the traffic of
+    the sum Σ_i w_i G_i, which is read and written for every run of tiles.
+    """
+    if layer.K != (3, 3) or layer.stride + layer.dilation != (1, 1, 1, 1) or layer.groups != 1:
+        return False
+    tiles = math.prod((s + 2 * p - 1) // 2 for s, p in zip(layer.S, layer.padding, strict=True))
+    fits = max(layer.padding) <= 2 and min(layer.C, layer.O) >= 16 and 16 * tiles <= 0.72 * 9 * layer.T * layer.unpadded
+    return fits and layer.B * tiles >= max(64, (8 if summed else 2) * max(layer.C, layer.O))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -146,13 +146,13 @@ FITTING = {"B": 16, "C": 16, "S": (8, 8), "O": 32, "K": (3, 3), "stride": (1, 1)
     ids=str,
 )
 def test_which_layers_go_that_way(change, fits):
-    assert planning.ConvLayer(**FITTING | change).fits_minimal_filtering() is fits
+    assert planning.minimal_filtering(planning.ConvLayer(**FITTING | change)) is fits
 
 
 def test_sums_want_more_tiles_than_outputs():
     few, many = (planning.ConvLayer(**FITTING | {"B": B, "O": 64}) for B in (16, 32))
-    assert few.fits_minimal_filtering() and not few.fits_minimal_filtering(summed=True)
-    assert many.fits_minimal_filtering(summed=True)
+    assert planning.minimal_filtering(few) and not planning.minimal_filtering(few, summed=True)
+    assert planning.minimal_filtering(many, summed=True)
 
 
 def test_the_switch_and_what_is_left_to_torch(monkeypatch):

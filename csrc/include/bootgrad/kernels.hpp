@@ -19,7 +19,10 @@
 
 #include "bootgrad/max_pool.hpp"
 
+#include "bootgrad/winograd_tiles.hpp"
+
 #include "bootgrad/winograd.hpp"
+#include "bootgrad/winograd_sum.hpp"
 
 namespace bootgrad::BOOTGRAD_ISA {
 
