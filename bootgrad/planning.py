@@ -17,7 +17,7 @@ Letters: ``B`` samples, ``T`` positions, ``N`` pixels, ``I`` in, ``O`` out, ``C`
 import functools
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PURPOSES = ("norms", "grad", "statistics", "applied")
 
@@ -118,10 +118,15 @@ class ConvLayer:
         return ("direct", "gram")
 
     @property
+    def P(self) -> tuple[int, ...]:
+        """Size of the output."""
+        geometry = zip(self.S, self.K, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((s + 2 * p - d * (k - 1) - 1) // st + 1 for s, k, st, p, d in geometry)
+
+    @property
     def T(self) -> int:
         """Output positions."""
-        geometry = zip(self.S, self.K, self.stride, self.padding, self.dilation, strict=True)
-        return math.prod([(s + 2 * p - d * (k - 1) - 1) // st + 1 for s, k, st, p, d in geometry])
+        return math.prod(self.P)
 
     @property
     def unpadded(self) -> float:
@@ -220,6 +225,41 @@ def choose_path(layer: Layer, purpose: str = "norms", centered: bool = False, su
 
 
 @functools.lru_cache(maxsize=4096)
+def cpu_product(layer: ConvLayer, product: str) -> str:
+    """What makes a product of a convolution on a CPU, in float32.
+
+    Args:
+        layer: the layer's shape.
+        product: ``"output"``, ``"input_grad"`` or ``"weight_grad"``.
+
+    Returns:
+        ``"minimal_filtering"``, ``"planes"``, kernels with vectors along positions, or ``"default"``: torch's own product,
+        for the weight gradient tiles of G_i.
+    """
+    if product == "weight_grad":
+        return "minimal_filtering" if minimal_filtering(layer, True) else "default"
+    turned = layer
+    if product == "input_grad" and len(layer.K) == 2 and max(layer.padding) <= 2:  # a convolution of gy
+        turned = replace(layer, C=layer.O, O=layer.C, S=layer.P, padding=tuple(2 - p for p in layer.padding))
+    if (turned is not layer or product == "output") and minimal_filtering(turned):
+        return "minimal_filtering"
+    return "planes" if _by_planes(layer, product == "input_grad") else "default"
+
+
+def _by_planes(layer: ConvLayer, input_grad: bool) -> bool:
+    """Whether so few products make an entry that what oneDNN does beside them, its blocked layouts, takes the longer.
+
+    Samples are what threads share. Over 20 shapes on an AVX-512 processor these took 0.16 to 1.3 of oneDNN's time, in the
+    mean two thirds.
+    """
+    K = math.prod(layer.K)
+    ins, outs = layer.C // layer.groups, layer.O // layer.groups
+    terms = outs * K if input_grad else ins * K
+    few = terms <= (256 if K == 1 else 128) or (input_grad and ins <= 4)
+    return layer.B >= 16 and layer.T > 1 and few
+
+
+@functools.lru_cache(maxsize=4096)
 def minimal_filtering(layer: ConvLayer, summed: bool = False) -> bool:
     """Whether a CPU is quicker with 16 products for each tile of 2×2 outputs, and transforms, than with up to 36.
 
@@ -229,7 +269,7 @@ def minimal_filtering(layer: ConvLayer, summed: bool = False) -> bool:
     """
     if layer.K != (3, 3) or layer.stride + layer.dilation != (1, 1, 1, 1) or layer.groups != 1:
         return False
-    tiles = math.prod((s + 2 * p - 1) // 2 for s, p in zip(layer.S, layer.padding, strict=True))
+    tiles = math.prod((p + 1) // 2 for p in layer.P)
     fits = max(layer.padding) <= 2 and min(layer.C, layer.O) >= 16 and 16 * tiles <= 0.72 * 9 * layer.T * layer.unpadded
     return fits and layer.B * tiles >= max(64, (8 if summed else 2) * max(layer.C, layer.O))
 

@@ -6,6 +6,7 @@ x is (B, C, *S), gy (B, O, *S'), weights (O, C/groups, *K). Padding is with zero
 own on x. Letters as in `ops.schema`.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from .product import LayerStatistics, Product
 from .schema import argument_errors, check_conv, check_shape, weight_shape
 
 _raw = torch.ops.bootgrad
-# Winograd's algorithm for 3×3 kernels on CPUs, in float32; with BOOTGRAD_MINIMAL_FILTERING=0 outputs are torch's, bit for bit.
-_MINIMAL_FILTERING = os.environ.get("BOOTGRAD_MINIMAL_FILTERING") != "0"
+# Own kernels for convolutions themselves, on CPUs in float32; by BOOTGRAD_CONVOLUTIONS=torch outputs are torch's, bit for bit.
+_OWN_PRODUCTS = os.environ.get("BOOTGRAD_CONVOLUTIONS", "").lower() != "torch"
 IntOrInts = int | Sequence[int]
 
 
@@ -139,31 +140,33 @@ class ConvProduct(Product):
     def _geometry(self):
         return self.stride, self.padding, self.dilation, self.groups
 
-    def _filters_minimally(self, of: Tensor, out: int, padding: tuple[int, ...], weight: Tensor | None = None) -> bool:
-        """Whether a convolution of so many channels out, or without its weight their sum, goes by tiles of 2×2 outputs."""
-        tensors = [of] if weight is None else [of, weight]
-        if not (_MINIMAL_FILTERING and library.is_loaded("_C")) or of.device.type != "cpu":
-            return False
-        if any(t.dtype != torch.float32 or not t.is_contiguous() for t in tensors):
-            return False
-        B, C, *size = of.shape
-        geometry = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
-        return planning.minimal_filtering(planning.ConvLayer(B, C, tuple(size), out, *geometry), weight is None)
+    def _by(self, product: str, x: Tensor, gy_channels: int, *read: Tensor) -> str:
+        """What makes a product of x, of which the shape is read, and of what is ``read``."""
+        if not (_OWN_PRODUCTS and library.is_loaded("_C")) or x.device.type != "cpu":
+            return "default"
+        if any(t.dtype != torch.float32 or not t.is_contiguous() for t in read):
+            return "default"
+        return _chosen(self, product, x.shape, gy_channels)
 
     def output(self, x, weight, bias=None):  # noqa: D102
-        if self._filters_minimally(x, weight.size(0), self.padding, weight):
+        by = self._by("output", x, weight.size(0), x, weight)
+        if by == "minimal_filtering":
             return _raw.conv3x3(x, weight, bias, self.padding, False)
+        if by == "planes":
+            return _raw.conv_output(x, weight, bias, *self._geometry)
         zeros = (0,) * len(self.stride)
         return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, zeros, self.groups)
 
     def input_grad(self, gy, weight, x):  # noqa: D102
-        padding = tuple(2 - p for p in self.padding)  # of the convolution with the kernel turned around
-        if min(padding) >= 0 and self._filters_minimally(gy, x.size(1), padding, weight):
-            return _raw.conv3x3(gy, weight, None, padding, True)
+        by = self._by("input_grad", x, gy.size(1), gy, weight)
+        if by == "minimal_filtering":  # of gy, with the kernel turned around
+            return _raw.conv3x3(gy, weight, None, tuple(2 - p for p in self.padding), True)
+        if by == "planes":
+            return _raw.conv_input_grad(gy, weight, x.shape[2:], *self._geometry)
         return self._backward(gy, x, weight, (True, False, False))[0]
 
     def weight_grad(self, x, gy, w=None):  # noqa: D102
-        if self._filters_minimally(x, gy.size(1), self.padding):
+        if self._by("weight_grad", x, gy.size(1), x, gy) == "minimal_filtering":
             return _raw.conv3x3_weighted_sum(x, gy, w, self.padding)
         return _raw.conv_weighted_sum(x, gy, w, self.kernel_size, *self._geometry)
 
@@ -246,3 +249,10 @@ class ConvProduct(Product):
 
     def _path(self, x: Tensor, gy: Tensor, purpose: str, center: Tensor | None, summed: bool = False) -> str:
         return planning.choose_path(self.layer(x, gy), purpose, center is not None, summed)
+
+
+@functools.lru_cache(maxsize=1024)
+def _chosen(product: ConvProduct, of: str, x_shape: torch.Size, gy_channels: int) -> str:
+    B, C, *size = x_shape
+    geometry = product.kernel_size, *product._geometry
+    return planning.cpu_product(planning.ConvLayer(B, C, tuple(size), gy_channels, *geometry), of)

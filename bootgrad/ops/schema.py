@@ -99,10 +99,13 @@ POOLING_SCHEMAS = {
     "max_pool2d_gather": "(Tensor h, Tensor index, Tensor? blocked) -> Tensor",
 }
 
-# The convolution of x (B, C, H, W) with a 3×3 kernel, (O, C, 3, 3), with stride 1; transposed, with the kernel (C, O, 3, 3)
-# turned around: the gradient of the input of a convolution whose padding was 2 less this one's. In float32 on
-# CPUs; in any dtype in plain torch, as on GPUs.
+# Convolutions themselves: in float32 on CPUs; in any dtype in plain torch, as on GPUs.
 CONVOLUTION_SCHEMAS = {
+    # Of x (B, C, *S) with weight (O, C/groups, *K); and the gradient of its input, of spatial ``size`` S
+    "conv_output": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    "conv_input_grad": f"(Tensor gy, Tensor weight, int[] size, {_GEOMETRY}) -> Tensor",
+    # Of x (B, C, H, W) with a 3×3 kernel, (O, C, 3, 3), with stride 1; transposed, with the kernel (C, O, 3, 3) turned around:
+    # the gradient of the input of a convolution whose padding was 2 less this one's
     "conv3x3": "(Tensor x, Tensor weight, Tensor? bias, int[] padding, bool transposed) -> Tensor",
     # Σ_i w_i G_i of such a convolution, (O, C, 3, 3) in the accumulation dtype; w (B,) is ones when absent
     "conv3x3_weighted_sum": "(Tensor x, Tensor gy, Tensor? w, int[] padding) -> Tensor",
@@ -457,6 +460,47 @@ def _(u, a, b, gy, x, weight, mean, rstd):
     check_layer("a", a, x.shape[:2], x)
     check_layer("b", b, x.shape[:2], x)
     return x.new_empty(x.shape), x.new_empty(x.shape), _channel_rows(x)
+
+
+def check_product(x: Tensor, gy: Tensor, weight: Tensor, stride, padding, dilation, groups) -> None:
+    """Raise unless x, gy and weight are those of one convolution."""
+    torch._check(
+        weight.dim() == x.dim(), lambda: f"weight must have {x.dim()} dimensions, as x; got shape {tuple(weight.shape)}"
+    )
+    kernel_size = weight.shape[2:]
+    check_conv(x, gy, kernel_size, stride, padding, dilation, groups)
+    check_shape("weight", weight, weight_shape(x, gy, kernel_size, groups))
+    torch._check(weight.dtype == x.dtype, lambda: f"weight must have dtype {x.dtype}; got {weight.dtype}")
+    check_device("weight", weight, x)
+
+
+@_fake("conv_output")
+def _(x, weight, bias, stride, padding, dilation, groups):
+    torch._check(
+        weight.dim() == x.dim() > 2,
+        lambda: f"weight must have {x.dim()} dimensions, as x; got shape {tuple(weight.shape)}",
+    )
+    for value in (stride, padding, dilation):
+        torch._check(len(value) == x.dim() - 2, lambda: "stride, padding and dilation must have a number per dimension")
+    size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    torch._check(
+        min(size) > 0,
+        lambda: (
+            f"x with its padding must be as large as the kernel; got shapes {tuple(x.shape)} and {tuple(weight.shape)}"
+        ),
+    )
+    y = x.new_empty(x.size(0), weight.size(0), *size)
+    check_product(x, y, weight, stride, padding, dilation, groups)
+    check_layer("bias", bias, y.shape[1:2], x)
+    return y
+
+
+@_fake("conv_input_grad")
+def _(gy, weight, size, stride, padding, dilation, groups):
+    torch._check(len(size) == gy.dim() - 2, lambda: f"size must have a number per dimension; got {list(size)}")
+    gx = gy.new_empty(gy.size(0), weight.size(1) * groups, *size)
+    check_product(gx, gy, weight, stride, padding, dilation, groups)
+    return gx
 
 
 @_fake("conv3x3")

@@ -1,5 +1,6 @@
 // The conv_* ops of bootgrad/ops/schema.py on the CPU.
 
+#include "kernels.h"
 #include "layer_ops.h"
 
 namespace bootgrad {
@@ -112,9 +113,67 @@ FourTensors conv_sq_norms_with_grad(const Tensor& x, const Tensor& gy, std::opti
   return sq_norms_with_grad(checked(x, gy, kernel, {stride, padding, dilation, groups}), center, path, mask);
 }
 
+// A call of the convolution itself, between x and y or their gradients.
+void run_product(const Layer& layer, ConvProductCall& call, bool input_grad) {
+  const ConvTables tables(layer.shape, false, false, input_grad);
+  call.plan = &tables.plan;
+  call.runtime = &runtime();
+  kernels().conv_product(call);
+}
+
+void check_weight(const Tensor& weight, const Layer& layer) {
+  require(layer.x.scalar_type() == ScalarType::Float, "x and weight must be float32 on the CPU");
+  check_layer("weight", weight, layer.weight_shape, layer.x);
+}
+
+Tensor conv_output(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, Sizes stride, Sizes padding,
+                   Sizes dilation, int64_t groups) {
+  const Sizes kernel = kernel_of("weight", weight, x);
+  Sizes shape{x.size(0), weight.size(0)};
+  for (size_t d = 0; d < kernel.size(); ++d) {
+    for (const Sizes* list : {&stride, &padding, &dilation})
+      require(list->size() == kernel.size(), "stride, padding and dilation must have ", kernel.size(), " numbers");
+    const int64_t room = x.size(static_cast<int64_t>(d) + 2) + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1;
+    require(stride[d] >= 1 && room >= 0, "x with its padding must be as large as the kernel; got shapes ",
+            shown(sizes_of(x)), " and ", shown(sizes_of(weight)));
+    shape.push_back(room / stride[d] + 1);
+  }
+  Tensor y = allocate(x, shape, x.scalar_type());
+  const Layer layer = checked(x, y, kernel, {stride, padding, dilation, groups});
+  check_weight(weight, layer);
+  check_layer("bias", bias, {weight.size(0)}, x);
+  const Tensor from = packed(x), by = packed(weight);
+  std::optional<Tensor> shift;
+  if (bias) shift = packed(*bias);
+  ConvProductCall call{};
+  call.x = pointer(from), call.weight = pointer(by), call.bias = pointer(shift);
+  call.y = result(y);
+  if (call.y) run_product(layer, call, false);
+  return y;
+}
+
+Tensor conv_input_grad(const Tensor& gy, const Tensor& weight, Sizes size, Sizes stride, Sizes padding, Sizes dilation,
+                       int64_t groups) {
+  const Sizes kernel = kernel_of("weight", weight, gy);
+  require(size.size() == kernel.size(), "size must have ", kernel.size(), " numbers; got ", shown(size));
+  Sizes shape{gy.size(0), weight.size(1) * groups};
+  shape.insert(shape.end(), size.begin(), size.end());
+  Tensor dx = allocate(gy, shape, gy.scalar_type());
+  const Layer layer = checked(dx, gy, kernel, {stride, padding, dilation, groups});
+  check_weight(weight, layer);
+  const Tensor from = packed(gy), by = packed(weight);
+  ConvProductCall call{};
+  call.gy = pointer(from), call.weight = pointer(by);
+  call.dx = result(dx);
+  if (call.dx) run_product(layer, call, true);
+  return dx;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bootgrad, CPU, m) {
+  m.impl("conv_output", TORCH_BOX(&conv_output));
+  m.impl("conv_input_grad", TORCH_BOX(&conv_input_grad));
   m.impl("conv_sq_norms", TORCH_BOX(&conv_sq_norms));
   m.impl("conv_deviation_sq_norms", TORCH_BOX(&conv_deviation_sq_norms));
   m.impl("conv_jvp", TORCH_BOX(&conv_jvp));

@@ -11,7 +11,7 @@
 #include "bootgrad/kernels.hpp"
 
 namespace bootgrad {
-const Kernels kBaselineKernels{"baseline",           baseline::conv,        baseline::linear_rank1,
-                               baseline::group_norm, baseline::max_pool,    baseline::max_pool_grad,
-                               baseline::winograd,   baseline::winograd_sum};
+const Kernels kBaselineKernels{
+    "baseline",         baseline::conv,          baseline::conv_product, baseline::linear_rank1, baseline::group_norm,
+    baseline::max_pool, baseline::max_pool_grad, baseline::winograd,     baseline::winograd_sum};
 }  // namespace bootgrad

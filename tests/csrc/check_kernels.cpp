@@ -408,6 +408,55 @@ void check_winograd(int64_t B, int64_t C, int64_t O, int64_t H, int64_t W, int64
   }
 }
 
+// A convolution and the gradient of its input by loops over the entries of all three, two dimensions of space.
+void check_product(int64_t B, int64_t C, int64_t O, int64_t groups, int64_t H, int64_t W, int64_t kernel,
+                   int64_t stride, int64_t padding, int64_t dilation) {
+  ConvShape shape{B,
+                  C,
+                  O,
+                  groups,
+                  {1, H, W},
+                  {1, 0, 0},
+                  {1, kernel, kernel},
+                  {1, stride, stride},
+                  {0, padding, padding},
+                  {1, dilation, dilation}};
+  for (int d = 1; d < 3; ++d) shape.P[d] = (shape.S[d] + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+  const int64_t Cg = C / groups, Og = O / groups, P = shape.P[1] * shape.P[2];
+  const std::vector<float> x = draw<float>(B * C * H * W), weight = draw<float>(O * Cg * kernel * kernel),
+                           bias = draw<float>(O), gy = draw<float>(B * O * P);
+  std::vector<double> y(gy.size()), gx(x.size());
+  for (int64_t at = 0; at < static_cast<int64_t>(y.size()); ++at) {
+    const int64_t q = at % shape.P[2], p = at / shape.P[2] % shape.P[1], o = at / P % O, b = at / (P * O);
+    y[static_cast<size_t>(at)] = bias[static_cast<size_t>(o)];
+    for (int64_t r = 0; r < Cg * kernel * kernel; ++r) {
+      const int64_t k = r % (kernel * kernel), c = o / Og * Cg + r / (kernel * kernel);
+      const int64_t h = p * stride + k / kernel * dilation - padding, v = q * stride + k % kernel * dilation - padding;
+      if (h < 0 || h >= H || v < 0 || v >= W) continue;
+      const size_t in = static_cast<size_t>(((b * C + c) * H + h) * W + v),
+                   tap = static_cast<size_t>(o * Cg * kernel * kernel + r);
+      y[static_cast<size_t>(at)] += double(x[in]) * weight[tap];
+      gx[in] += double(gy[static_cast<size_t>(at)]) * weight[tap];
+    }
+  }
+  const auto compare = [](const char* name, const std::vector<float>& got, const std::vector<double>& expected) {
+    for (size_t i = 0; i < got.size(); ++i)
+      if (!(std::fabs(got[i] - expected[i]) <= 1e-4 * (1 + std::fabs(expected[i])))) {
+        std::printf("%s[%zu]: got %.9g instead of %.9g\n", name, i, double(got[i]), expected[i]);
+        ++failures;
+        return;
+      }
+  };
+  for (n_threads = 1; n_threads <= 3; n_threads += 2) {
+    std::vector<float> out(y.size()), dx(x.size());
+    const ConvTables forward(shape, false, false, false), backward(shape, false, false, true);
+    tested::conv_product({&forward.plan, &runtime, weight.data(), x.data(), bias.data(), nullptr, out.data(), nullptr});
+    compare("convolution", out, y);
+    tested::conv_product({&backward.plan, &runtime, weight.data(), nullptr, nullptr, gy.data(), nullptr, dx.data()});
+    compare("gradient of its input", dx, gx);
+  }
+}
+
 // Both adjoints, with and without blocked windows; an index out of its plane is told.
 template <class In>
 void check_max_pool_grad(int64_t planes, int64_t size, int64_t windows) {
@@ -502,6 +551,13 @@ int main() {
                                  {0, 3, 4, 5, 5, 1, 1},   {40, 16, 16, 4, 4, 1, 1},  {16, 16, 16, 12, 12, 1, 1},
                                  {2, 3, 256, 8, 8, 1, 1}, {1, 33, 70, 64, 66, 1, 1}};
   for (const auto& f : filtered) check_winograd(f[0], f[1], f[2], f[3], f[4], f[5], f[6]);
+  const int64_t products[][10] = {
+      {3, 1, 32, 1, 28, 28, 5, 1, 2, 1}, {2, 32, 32, 32, 14, 14, 3, 2, 1, 1}, {3, 5, 5, 5, 7, 9, 3, 2, 1, 1},
+      {2, 12, 24, 4, 6, 11, 3, 1, 1, 1}, {3, 7, 18, 1, 14, 14, 1, 1, 0, 1},   {2, 6, 4, 1, 9, 8, 1, 2, 0, 1},
+      {2, 3, 4, 1, 33, 34, 4, 2, 2, 1},  {1, 3, 4, 1, 11, 13, 2, 4, 1, 1},    {2, 3, 4, 1, 10, 37, 3, 3, 2, 1},
+      {2, 3, 5, 1, 9, 12, 3, 2, 1, 3},   {1, 3, 4, 1, 3, 4, 2, 9, 0, 1},      {2, 2, 3, 1, 1, 2, 3, 1, 4, 1},
+      {1, 2, 3, 1, 4, 4, 1, 1, 0, 1}};
+  for (const auto& p : products) check_product(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9]);
   const int64_t adjoints[][3] = {{3, 36, 9}, {40, 20, 33}, {1, 1, 1}, {0, 4, 1}, {5, 784, 196}};
   for (const auto& a : adjoints) {
     check_max_pool_grad<float>(a[0], a[1], a[2]);

@@ -165,7 +165,7 @@ def test_the_switch_and_what_is_left_to_torch(monkeypatch):
     for dtype in (torch.float64, torch.bfloat16):
         ours = product.output(x.to(dtype), weight.to(dtype))
         assert torch.equal(ours, F.conv2d(x.to(dtype), weight.to(dtype), None, 1, 1))
-    monkeypatch.setattr("bootgrad.ops.convolution._MINIMAL_FILTERING", False)
+    monkeypatch.setattr("bootgrad.ops.convolution._OWN_PRODUCTS", False)
     assert torch.equal(product.output(x, weight, bias), plain)
 
 
@@ -187,7 +187,7 @@ def test_steps(options, size):
 
 @pytest.mark.parametrize("filtered", [True, False])
 def test_finite_differences(monkeypatch, filtered):
-    monkeypatch.setattr("bootgrad.ops.convolution._MINIMAL_FILTERING", filtered)
+    monkeypatch.setattr("bootgrad.ops.convolution._OWN_PRODUCTS", filtered)
     options = {"method": "finite_difference", "center": "batch_mean"}
     grads = [step(dtype, 8, options) for dtype in (torch.float32, torch.float64)]
     assert (grads[0] - grads[1]).norm() <= 3e-3 * grads[1].norm()  # roundings over ε

@@ -1,9 +1,26 @@
-"""The ops of 3×3 convolutions in plain torch."""
+"""The ops of convolutions themselves in plain torch."""
 
 import torch
 from torch import Tensor
 
 from .. import schema
+
+
+def conv_output(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int) -> Tensor:
+    """As the schema says."""
+    y = torch.convolution(x, weight, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
+    return y.contiguous()
+
+
+def conv_input_grad(gy: Tensor, weight: Tensor, size, stride, padding, dilation, groups: int) -> Tensor:
+    """As the schema says."""
+    x = gy.new_empty(gy.size(0), weight.size(1) * groups, *size)
+    schema.check_product(x, gy, weight, stride, padding, dilation, groups)
+    zeros, mask = (0,) * len(stride), (True, False, False)
+    grads = torch.ops.aten.convolution_backward(
+        gy, x, weight, None, stride, padding, dilation, False, zeros, groups, mask
+    )
+    return grads[0].contiguous()
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, padding, transposed: bool) -> Tensor:

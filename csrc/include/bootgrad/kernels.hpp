@@ -14,6 +14,7 @@
 #include "bootgrad/conv_applied.hpp"
 #include "bootgrad/conv_gram.hpp"
 #include "bootgrad/conv_narrow.hpp"
+#include "bootgrad/conv_planes.hpp"
 
 #include "bootgrad/group_norm.hpp"
 

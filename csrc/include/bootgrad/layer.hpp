@@ -92,6 +92,16 @@ struct ConvCall {
   const void* shift;  // (B, O) or null, added to every position of dgy
 };
 
+// A convolution in float32, y = W ∗ x + bias; or where there is dx, the gradient by x, dx = Wᵀ ∗ gy.
+struct ConvProductCall {
+  const ConvPlan* plan;
+  const Runtime* runtime;
+  const void* weight;    // (O, C/groups, *K)
+  const void *x, *bias;  // (B, C, *S), and (O,) or null
+  const void* gy;        // (B, O, *S')
+  void *y, *dx;          // as gy, as x
+};
+
 struct GroupNormCall {
   const Runtime* runtime;
   DType dtype;
@@ -152,6 +162,7 @@ struct WinogradSumCall : WinogradLayer {
 struct Kernels {
   const char* name;
   void (*conv)(const ConvCall&);
+  void (*conv_product)(const ConvProductCall&);
   // out[b] = ‖x_b‖² ‖gy_b‖² for x (B, I) and gy (B, O)
   void (*rank1)(const Runtime&, DType, const void* x, const void* gy, int64_t B, int64_t I, int64_t O, void* out);
   // the double backward pass where there is dgy, else the backward pass
