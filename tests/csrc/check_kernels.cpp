@@ -495,6 +495,90 @@ void check_max_pool_grad(int64_t planes, int64_t size, int64_t windows) {
     }
 }
 
+// Group norm's backward pass and its adjoint by loops over a group, for every choice of cotangents and of a weight.
+template <class In>
+void check_group_norm(int64_t B, int64_t C, int64_t groups, int64_t N) {
+  using T = tested::Compute<In>;
+  using F = Format<In>;
+  const int64_t M = C / groups * N, entries = B * C * N;
+  const double scale = 4;  // above 1/√0.1, the largest factor of an element
+  const std::vector<In> x = draw<In>(entries), gy = draw<In>(entries), u = draw<In>(entries);
+  const std::vector<T> weight = draw<T>(C), a = draw<T>(B * C), b = draw<T>(B * C);
+  std::vector<T> mean(static_cast<size_t>(B * groups)), rstd(mean.size());
+  for (size_t g = 0; g < mean.size(); ++g) {
+    double sum = 0, squares = 0;
+    for (int64_t i = 0; i < M; ++i) {
+      const double v = value(x[g * static_cast<size_t>(M) + static_cast<size_t>(i)]);
+      sum += v / static_cast<double>(M), squares += v * v / static_cast<double>(M);
+    }
+    mean[g] = static_cast<T>(sum), rstd[g] = static_cast<T>(1 / std::sqrt(squares - sum * sum + 0.1));
+  }
+  for (int given = 0; given < 16; ++given) {
+    const auto part = [&](int bit, const auto& values, size_t i) { return given & bit ? value(values[i]) : 0.0; };
+    const auto gamma = [&](size_t channel) { return given & 8 ? value(weight[channel % static_cast<size_t>(C)]) : 1; };
+    Doubles normal(x.size()), dx(x.size()), dgy(x.size()), dx2(x.size());
+    Doubles rows(a.size()), bias(a.size()), rows2(a.size());
+    for (size_t g = 0; g < mean.size(); ++g) {
+      const size_t first = g * static_cast<size_t>(M), end = first + static_cast<size_t>(M);
+      const auto channel = [&](size_t i) { return i / static_cast<size_t>(N); };
+      const double r = value(rstd[g]);
+      for (size_t i = first; i < end; ++i) normal[i] = r * (value(x[i]) - value(mean[g]));
+      struct Mean {
+        double plain, normal;
+      };
+      const auto means = [&](const auto& w) {
+        Mean m{};
+        for (size_t i = first; i < end; ++i)
+          m.plain += w(i) / static_cast<double>(M), m.normal += w(i) * normal[i] / static_cast<double>(M);
+        return m;
+      };
+      const auto of_u = [&](size_t i) { return part(1, u, i); };
+      const auto of_g = [&](size_t i) { return gamma(channel(i)) * value(gy[i]); };
+      const auto of_a = [&](size_t i) { return part(2, a, channel(i)) * value(gy[i]); };
+      const Mean mu = means(of_u), mg = means(of_g), ma = means(of_a);
+      const auto project = [&](const auto& w, const Mean& m, size_t i) {
+        return w(i) - m.plain - normal[i] * m.normal;
+      };
+      const double s = means([&](size_t i) { return of_g(i) * project(of_u, mu, i); }).plain;
+      for (size_t i = first; i < end; ++i) {
+        const size_t c = channel(i);
+        const double Pu = project(of_u, mu, i), Pg = project(of_g, mg, i), Pa = project(of_a, ma, i);
+        rows[c] += value(gy[i]) * normal[i], bias[c] += value(gy[i]), rows2[c] += r * value(gy[i]) * Pu;
+        dx[i] = r * Pg;
+        dgy[i] = gamma(c) * r * Pu + part(2, a, c) * normal[i] + part(4, b, c);
+        dx2[i] = -r * r * (mu.normal * Pg + mg.normal * Pu + s * normal[i]) + r * Pa;
+      }
+    }
+    std::vector<T> bits[2];
+    for (n_threads = 1; n_threads <= 3; n_threads += 2) {
+      GroupNormCall call{};
+      call.runtime = &runtime, call.dtype = F::dtype, call.B = B, call.C = C, call.groups = groups, call.N = N;
+      call.x = x.data(), call.gy = gy.data(), call.mean = mean.data(), call.rstd = rstd.data();
+      if (given & 8) call.weight = weight.data();
+      std::vector<In> first(x.size()), second(x.size());
+      std::vector<T> sums(a.size()), shifts(a.size());
+      GroupNormCall backward = call;
+      backward.rows = sums.data(), backward.bias_rows = shifts.data(), backward.dx = given ? first.data() : nullptr;
+      tested::group_norm(backward);
+      compare("group norm's scale", sums, rows, F::sums, scale), compare("shift", shifts, bias, F::sums, scale);
+      if (given) compare("group norm's dx", first, dx, F::elements, scale);
+      if (given & 1) call.u = u.data();
+      if (given & 2) call.a = a.data();
+      if (given & 4) call.b = b.data();
+      call.dgy = first.data(), call.dx = second.data(), call.rows = sums.data();
+      tested::group_norm(call);
+      compare("group norm's dgy", first, dgy, F::elements, scale);
+      compare("group norm's second dx", second, dx2, F::elements, scale);
+      compare("group norm's second scale", sums, rows2, F::sums, scale);
+      std::vector<T>& all = bits[n_threads > 1];
+      all = sums;
+      for (const auto& out : {first, second})
+        for (In v : out) all.push_back(tested::widen(v));
+    }
+    if (bits[0] != bits[1]) std::printf("group norm: other bits with other threads\n"), ++failures;
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -558,6 +642,14 @@ int main() {
       {2, 3, 5, 1, 9, 12, 3, 2, 1, 3},   {1, 3, 4, 1, 3, 4, 2, 9, 0, 1},      {2, 2, 3, 1, 1, 2, 3, 1, 4, 1},
       {1, 2, 3, 1, 4, 4, 1, 1, 0, 1}};
   for (const auto& p : products) check_product(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9]);
+  const int64_t norms[][4] = {{3, 6, 3, 63},   {2, 4, 4, 16},   {1, 8, 1, 3}, {2, 3, 1, 1},
+                              {2, 2, 2, 1111}, {40, 64, 2, 17}, {0, 4, 2, 3}};
+  for (const auto& g : norms) {
+    check_group_norm<float>(g[0], g[1], g[2], g[3]);
+    check_group_norm<double>(g[0], g[1], g[2], g[3]);
+    check_group_norm<bf16>(g[0], g[1], g[2], g[3]);
+    check_group_norm<f16>(g[0], g[1], g[2], g[3]);
+  }
   const int64_t adjoints[][3] = {{3, 36, 9}, {40, 20, 33}, {1, 1, 1}, {0, 4, 1}, {5, 784, 196}};
   for (const auto& a : adjoints) {
     check_max_pool_grad<float>(a[0], a[1], a[2]);

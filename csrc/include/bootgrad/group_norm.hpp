@@ -9,107 +9,130 @@ namespace bootgrad::BOOTGRAD_ISA {
 template <class In>
 struct GroupNorm {
   using T = Compute<In>;
+  static constexpr int64_t n = kLanes<T>;
   const GroupNormCall& call;
-  int64_t Cg = call.C / call.groups, N = call.N;
-  double M = static_cast<double>(Cg * N);
+  int64_t Cg = call.C / call.groups, N = call.N, full = N / n * n;
+  double part = 1 / static_cast<double>(Cg * N);  // of an entry in a mean
 
   const In* at(const void* t, int64_t channel) const { return static_cast<const In*>(t) + channel * N; }
   In* at(void* t, int64_t channel) const { return static_cast<In*>(t) + channel * N; }
   static T value(const void* t, int64_t i) { return static_cast<const T*>(t)[i]; }
 
-  // Calls body(its first channel, group, one Sums per channel) for every group of every sample.
+  // Calls body(its first channel, group, one Sums per channel) for every group of every sample; one thread visits
+  // neighbours in turn.
   template <class Body>
   void each_group(const Body& body) const {
+    constexpr int64_t entries = 1 << 14;
+    const int64_t groups = call.B * call.groups, piece = Cg * N < entries ? entries / (Cg * N) : 1;
     share(
-        *call.runtime, call.B * call.groups, [&](Carver& c) { return c.take<Sums>(Cg); }, [](Sums*) {},
-        [&](int64_t group, Sums* sums) { body(group * Cg, group, sums); });
+        *call.runtime, (groups + piece - 1) / piece, [&](Carver& c) { return c.take<Sums>(Cg); }, [](Sums*) {},
+        [&](int64_t task, Sums* sums) {
+          const int64_t end = (task + 1) * piece < groups ? (task + 1) * piece : groups;
+          for (int64_t group = task * piece; group < end; ++group) body(group * Cg, group, sums);
+        });
   }
 
   struct Sums {
     double gy, gy_x, u, u_x, u_gy;  // Σ gy, Σ gy x̂, Σ u, Σ u x̂, Σ u gy
   };
 
+  // The last vector of a channel overlaps the one before: only what that has not seen counts in sums.
+  Vector<T> unseen(const In* p) const {
+    Vector<T> lane;
+    for (int64_t j = 0; j < n; ++j) lane[j] = static_cast<T>(j);
+    return lane < static_cast<T>(n - (N - full)) ? Vector<T>{} : load_wide(p + N - n);
+  }
+
   // Sums over a channel, short runs in the compute type; those of u are zero where there is none.
-  Sums sums(int64_t channel, T mean, T rstd) const {
-    constexpr int64_t n = kLanes<T>;
-    const In *gy = at(call.gy, channel), *x = at(call.x, channel), *u = call.u ? at(call.u, channel) : nullptr;
+  template <bool with_u>
+  BOOTGRAD_INLINE Sums sums(int64_t channel, T mean, T rstd) const {
+    constexpr int kSums = with_u ? 5 : 2;
+    const In *gy = at(call.gy, channel), *x = at(call.x, channel), *u = with_u ? at(call.u, channel) : nullptr;
+    // Outputs are fetched while inputs are: when it is their turn, writing does not wait for memory.
+    const In *dx = call.dx ? at(call.dx, channel) : nullptr, *dgy = call.dgy ? at(call.dgy, channel) : nullptr;
     double total[5] = {};
-    int64_t i = 0;
-    while (i + n <= N) {
-      const int64_t end = N - i < 64 * n ? N / n * n : i + 64 * n;
+    for (int64_t i = 0; i < full;) {
+      const int64_t end = full - i < 64 * n ? full : i + 64 * n;
       Vector<T> run[5] = {};
+      const auto add = [&](Vector<T> g, Vector<T> x, Vector<T> v) {
+        const Vector<T> centered = x - mean;
+        run[0] += g, run[1] += g * centered;
+        if (with_u) run[2] += v, run[3] += v * centered, run[4] += v * g;
+      };
       for (; i < end; i += n) {
-        const Vector<T> g = load_wide(gy + i), normal = (load_wide(x + i) - mean) * rstd;
-        run[0] += g, run[1] += g * normal;
-        if (!u) continue;
-        const Vector<T> v = load_wide(u + i);
-        run[2] += v, run[3] += v * normal, run[4] += v * g;
+        if (dx) __builtin_prefetch(dx + i, 1);
+        if (dgy) __builtin_prefetch(dgy + i, 1);
+        add(load_wide(gy + i), load_wide(x + i), with_u ? load_wide(u + i) : Vector<T>{});
       }
-      for (int k = 0; k < 5; ++k)
-        for (int64_t j = 0; j < n; ++j) total[k] += static_cast<double>(run[k][j]);
+      if (end == full && full < N) add(unseen(gy), load_wide(x + N - n), with_u ? unseen(u) : Vector<T>{});
+      for (int k = 0; k < kSums; ++k) total[k] += static_cast<double>(sum_of_lanes<T>(run[k]));
     }
-    for (; i < N; ++i) {
-      const double g = static_cast<double>(widen(gy[i])), v = u ? static_cast<double>(widen(u[i])) : 0;
-      const double normal = (static_cast<double>(widen(x[i])) - static_cast<double>(mean)) * static_cast<double>(rstd);
-      total[0] += g, total[1] += g * normal;
-      total[2] += v, total[3] += v * normal, total[4] += v * g;
+    for (int64_t i = full > 0 ? N : 0; i < N; ++i) {
+      const double g = static_cast<double>(widen(gy[i])), v = with_u ? static_cast<double>(widen(u[i])) : 0;
+      const double centered = static_cast<double>(widen(x[i])) - static_cast<double>(mean);
+      total[0] += g, total[1] += g * centered;
+      total[2] += v, total[3] += v * centered, total[4] += v * g;
     }
-    return {total[0], total[1], total[2], total[3], total[4]};
+    const double r = static_cast<double>(rstd);
+    return {total[0], total[1] * r, total[2], total[3] * r, total[4]};
   }
 
-  // out = p·a + q·b + s·x + t over a channel; a null b counts as zero.
-  void combine_into(In* out, const In* a, T p, const In* b, T q, const In* x, T s, T t) const {
-    constexpr int64_t n = kLanes<T>;
-    int64_t i = 0;
-    for (; i + n <= N; i += n) {
-      Vector<T> v = load_wide(x + i) * s + t;
-      if (a) v += load_wide(a + i) * p;
-      if (b) v += load_wide(b + i) * q;
-      store_narrow(out + i, v);
-    }
-    for (; i < N; ++i) {
-      T v = static_cast<T>(widen(x[i])) * s + t;
-      if (a) v += static_cast<T>(widen(a[i])) * p;
-      if (b) v += static_cast<T>(widen(b[i])) * q;
-      narrow(v, out[i]);
-    }
+  // Calls vector(i) for vectors that cover a channel, the last of which may overlap the one before; scalar(i) for the
+  // entries of a channel shorter than a vector.
+  template <class V, class S>
+  BOOTGRAD_INLINE void cover(const V& vector, const S& scalar) const {
+    for (int64_t i = 0; i < full; i += n) vector(i);
+    if (full == 0)
+      for (int64_t i = 0; i < N; ++i) scalar(i);
+    else if (full < N)
+      vector(N - n);
   }
 
-  double gamma(int64_t channel) const { return call.weight ? number(call.weight, channel % call.C) : 1; }
+  double gamma(int64_t channel) const { return call.weight ? number(call.weight, channel) : 1; }
   static double number(const void* t, int64_t i) { return t ? static_cast<double>(value(t, i)) : 0; }
 
   // rows = Σ gy x̂, bias_rows = Σ gy, dx = r P(γ gy).
   void backward() const {
-    each_group([&](int64_t first, int64_t group, Sums* channels) {
+    each_group([&](int64_t first, int64_t group, Sums*) {
+      const int64_t own = group % call.groups * Cg;  // the first channel's number in its sample
       const T mean = value(call.mean, group), rstd = value(call.rstd, group);
+      const double r = static_cast<double>(rstd);
       double g_mean = 0, b = 0;  // means of γ gy and of γ gy x̂
       for (int64_t k = 0; k < Cg; ++k) {
-        const Sums& s = channels[k] = sums(first + k, mean, rstd);
-        static_cast<T*>(call.rows)[first + k] = static_cast<T>(s.gy_x);
-        static_cast<T*>(call.bias_rows)[first + k] = static_cast<T>(s.gy);
-        g_mean += gamma(first + k) * s.gy / M;
-        b += gamma(first + k) * s.gy_x / M;
+        const int64_t c = first + k;
+        const Sums s = sums<false>(c, mean, rstd);
+        static_cast<T*>(call.rows)[c] = static_cast<T>(s.gy_x);
+        static_cast<T*>(call.bias_rows)[c] = static_cast<T>(s.gy);
+        g_mean += gamma(own + k) * part * s.gy, b += gamma(own + k) * part * s.gy_x;
       }
       if (!call.dx) return;
-      const double r = static_cast<double>(rstd), of_x = -r * r * b;
-      const T constant = static_cast<T>(-of_x * static_cast<double>(mean) - r * g_mean);
-      for (int64_t c = first; c < first + Cg; ++c)
-        combine_into(at(call.dx, c), at(call.gy, c), static_cast<T>(r * gamma(c)), nullptr, T(0), at(call.x, c),
-                     static_cast<T>(of_x), constant);
+      const T of_x = static_cast<T>(-r * r * b);
+      const T constant = static_cast<T>(r * r * b * static_cast<double>(mean) - r * g_mean);
+      for (int64_t k = 0; k < Cg; ++k) {
+        const int64_t c = first + k;
+        const In *gy = at(call.gy, c), *x = at(call.x, c);
+        In* dx = at(call.dx, c);
+        const T of_gy = static_cast<T>(r * gamma(own + k));
+        const auto value = [&](auto g, auto x) { return g * of_gy + (x * of_x + constant); };
+        cover([&](int64_t i) { store_narrow(dx + i, value(load_wide(gy + i), load_wide(x + i))); },
+              [&](int64_t i) { narrow(value(widen(gy[i]), widen(x[i])), dx[i]); });
+      }
     });
   }
 
   // The adjoint of that for cotangents u of dx, a of rows and b of bias_rows.
+  template <bool with_u>
   void double_backward() const {
     each_group([&](int64_t first, int64_t group, Sums* channels) {
+      const int64_t own = group % call.groups * Cg;  // the first channel's number in its sample
       const T mean = value(call.mean, group), rstd = value(call.rstd, group);
       const double mu = static_cast<double>(mean), r = static_cast<double>(rstd);
       double u_mean = 0, ux = 0, g_mean = 0, gx = 0, ug = 0;  // of u, u x̂, γ gy, γ gy x̂, γ gy u
       double a_mean = 0, ax = 0;                              // of a gy and a gy x̂
       for (int64_t k = 0; k < Cg; ++k) {
-        const Sums& s = channels[k] = sums(first + k, mean, rstd);
-        const double weight = gamma(first + k) / M, a = number(call.a, first + k) / M;
-        u_mean += s.u / M, ux += s.u_x / M;
+        const Sums s = channels[k] = sums<with_u>(first + k, mean, rstd);
+        const double weight = gamma(own + k) * part, a = number(call.a, first + k) * part;
+        u_mean += s.u * part, ux += s.u_x * part;
         g_mean += weight * s.gy, gx += weight * s.gy_x, ug += weight * s.u_gy;
         a_mean += a * s.gy, ax += a * s.gy_x;
       }
@@ -117,17 +140,30 @@ struct GroupNorm {
       // dx  = −r² [ux γ gy + gx u + (s − 2 ux gx) x̂ − (ux g_mean + gx u_mean)] + r P(a gy),  s = mean(γ gy P(u))
       const double s = ug - u_mean * g_mean - ux * gx;
       const double of_normal = -r * r * (s - 2 * ux * gx) - r * ax;
-      const double constant = r * r * (ux * g_mean + gx * u_mean) - r * a_mean - of_normal * r * mu;
+      const T dx_of_x = static_cast<T>(of_normal * r), dx_of_u = static_cast<T>(-r * r * gx);
+      const T dx_constant = static_cast<T>(r * r * (ux * g_mean + gx * u_mean) - r * a_mean - of_normal * r * mu);
       for (int64_t k = 0; k < Cg; ++k) {
         const int64_t c = first + k;
-        const In *u = call.u ? at(call.u, c) : nullptr, *gy = at(call.gy, c), *x = at(call.x, c);
-        const double a = number(call.a, c), of_u = r * gamma(c), scale = a - of_u * ux;
+        const In *u = with_u ? at(call.u, c) : nullptr, *gy = at(call.gy, c), *x = at(call.x, c);
+        In *dgy = at(call.dgy, c), *dx = at(call.dx, c);
+        const double a = number(call.a, c), of_u = r * gamma(own + k), across = r * (a - of_u * ux);
+        const T dgy_of_u = static_cast<T>(of_u), of_other = static_cast<T>(across);  // dgy's of x, and dx's of gy
+        const T dgy_constant = static_cast<T>(number(call.b, c) - across * mu - of_u * u_mean);
         static_cast<T*>(call.rows)[c] =
             static_cast<T>(r * (channels[k].u_gy - u_mean * channels[k].gy - ux * channels[k].gy_x));
-        combine_into(at(call.dgy, c), u, static_cast<T>(of_u), nullptr, T(0), x, static_cast<T>(scale * r),
-                     static_cast<T>(number(call.b, c) - scale * r * mu - of_u * u_mean));
-        combine_into(at(call.dx, c), gy, static_cast<T>(r * a - r * r * ux * gamma(c)), u, static_cast<T>(-r * r * gx),
-                     x, static_cast<T>(of_normal * r), static_cast<T>(constant));
+        const auto by_gy = [&](auto v, auto x) { return v * dgy_of_u + (x * of_other + dgy_constant); };
+        const auto by_x = [&](auto v, auto g, auto x) {
+          return v * dx_of_u + (g * of_other + (x * dx_of_x + dx_constant));
+        };
+        cover(
+            [&](int64_t i) {
+              const Vector<T> v = with_u ? load_wide(u + i) : Vector<T>{}, g = load_wide(gy + i), w = load_wide(x + i);
+              store_narrow(dgy + i, by_gy(v, w)), store_narrow(dx + i, by_x(v, g, w));
+            },
+            [&](int64_t i) {
+              const T v = with_u ? static_cast<T>(widen(u[i])) : T(0), g = widen(gy[i]), w = widen(x[i]);
+              narrow(by_gy(v, w), dgy[i]), narrow(by_x(v, g, w), dx[i]);
+            });
       }
     });
   }
@@ -136,7 +172,8 @@ struct GroupNorm {
 template <class In>
 void group_norm_of(const GroupNormCall& call) {
   const GroupNorm<In> norm{call};
-  call.dgy ? norm.double_backward() : norm.backward();
+  if (!call.dgy) return norm.backward();
+  call.u ? norm.template double_backward<true>() : norm.template double_backward<false>();
 }
 
 inline void group_norm(const GroupNormCall& call) {

@@ -124,6 +124,19 @@ struct LanesUpTo<0, I...> {
   using type = Lanes<I...>;
 };
 
+template <int by, class V, int... I>
+BOOTGRAD_INLINE V rotate(const V& v, Lanes<I...>) {
+  return __builtin_shufflevector(v, v, ((I + by) % static_cast<int>(sizeof...(I)))...);
+}
+
+template <class T, int half = static_cast<int>(kLanes<T> / 2)>
+BOOTGRAD_INLINE T sum_of_lanes(const Vector<T>& v) {
+  if constexpr (half == 0)
+    return v[0];
+  else
+    return sum_of_lanes<T, half / 2>(v + rotate<half>(v, typename LanesUpTo<kLanes<T>>::type()));
+}
+
 template <class V, int... I>
 BOOTGRAD_INLINE void interleave(const V& a, const V& b, V& low, V& high, Lanes<I...>) {
   constexpr int n = sizeof...(I);
