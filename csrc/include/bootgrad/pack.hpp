@@ -28,13 +28,43 @@ BOOTGRAD_INLINE void clear(T* p, int64_t count) {
   if (count > 0) __builtin_memset(p, 0, static_cast<size_t>(count) * sizeof(T));
 }
 
+// The first and the last `part` of fewer than twice as many.
+template <int64_t part, class T>
+BOOTGRAD_INLINE void copy_twice(const T* in, T* out, int64_t count) {
+  T first[part], last[part];
+  __builtin_memcpy(first, in, sizeof first);
+  __builtin_memcpy(last, in + count - part, sizeof last);
+  __builtin_memcpy(out, first, sizeof first);
+  __builtin_memcpy(out + count - part, last, sizeof last);
+}
+
 template <class In, class T>
 BOOTGRAD_INLINE void copy_row(const In* in, T* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] = widen(in[i]);
 }
+// Rows are short: whole pieces and a last one that overlaps them are quicker than a call.
 template <class T>
 BOOTGRAD_INLINE void copy_row(const T* in, T* out, int64_t count) {
-  __builtin_memcpy(out, in, static_cast<size_t>(count) * sizeof(T));
+  constexpr int64_t n = kLanes<T>;
+  if (count >= n) {
+    for (int64_t i = 0; i + n < count; i += n) store<T>(out + i, load<T>(in + i));
+    store<T>(out + count - n, load<T>(in + count - n));
+  } else if (2 * count >= n) {
+    copy_twice<n / 2>(in, out, count);
+  } else if (4 * count >= n) {
+    copy_twice<(n < 4 ? 1 : n / 4)>(in, out, count);
+  } else {
+    for (int64_t i = 0; i < count; ++i) out[i] = in[i];
+  }
+}
+
+template <class T, class Out>
+BOOTGRAD_INLINE void narrow_row(const T* in, Out* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) narrow(in[i], out[i]);
+}
+template <class T>
+BOOTGRAD_INLINE void narrow_row(const T* in, T* out, int64_t count) {
+  copy_row(in, out, count);
 }
 
 // Copies planes of `size` into planes of `padded`, `low` elements in from the front; the margins are left alone.

@@ -159,20 +159,24 @@ BOOTGRAD_INLINE void transpose_square(Vector<T> (&rows)[kLanes<T>]) {
   }
 }
 
-// out[c·ld_out + r] = factor · in[r·ld_in + c]; one of the two types is the compute type T.
+// out[c·ld_out + r] = factor · in[r·ld_in + c]; one of the two types is the compute type T. Squares follow one another
+// along the longer side, where memory is read or written in a few long streams.
 template <class T, class In, class Out>
 void transpose(const In* in, int64_t ld_in, int64_t rows, int64_t columns, Out* out, int64_t ld_out, T factor) {
   constexpr int64_t n = kLanes<T>;
   const int64_t full_rows = rows / n * n, full_columns = columns / n * n;
-  for (int64_t r = 0; r < full_rows; r += n)
-    for (int64_t c = 0; c < full_columns; c += n) {
-      Vector<T> square[n];
+  const auto square = [&](int64_t r, int64_t c) __attribute__((always_inline)) {
+    Vector<T> v[n];
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) square[i] = load_wide(in + (r + i) * ld_in + c);
-      transpose_square<T>(square);
+    for (int i = 0; i < n; ++i) v[i] = load_wide(in + (r + i) * ld_in + c);
+    transpose_square<T>(v);
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) store_narrow(out + (c + i) * ld_out + r, square[i] * factor);
-    }
+    for (int i = 0; i < n; ++i) store_narrow(out + (c + i) * ld_out + r, v[i] * factor);
+  };
+  const bool tall = rows > columns;
+  const int64_t outer = tall ? full_columns : full_rows, inner = tall ? full_rows : full_columns;
+  for (int64_t a = 0; a < outer; a += n)
+    for (int64_t b = 0; b < inner; b += n) square(tall ? b : a, tall ? a : b);
   for (int64_t c = 0; c < columns; ++c)
     for (int64_t r = c < full_columns ? full_rows : 0; r < rows; ++r)
       narrow(static_cast<T>(widen(in[r * ld_in + c])) * factor, out[c * ld_out + r]);
