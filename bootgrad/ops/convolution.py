@@ -180,7 +180,7 @@ class ConvProduct(Product):
         return self.bias_rows(gy).sum(0)  # a sum over samples and positions at once would copy gy first
 
     def bias_rows(self, gy):  # noqa: D102
-        return gy.flatten(2).sum(2)
+        return gy.sum(tuple(range(2, gy.dim())))
 
     def factor(self, x, gy, weight_shape, batch_size):  # noqa: D102
         if x.size(0) == batch_size:

@@ -33,7 +33,7 @@ class Relu(Function):
     @staticmethod
     def backward(ctx, gy, behind):
         """Differentiate by x."""
-        gx = None if gy is None else ReluGrad.apply(gy, *ctx.saved_tensors)
+        gx = None if gy is None else _relu_grad(gy, *ctx.saved_tensors)
         return gx if behind is None else behind if gx is None else gx + behind, None
 
 
@@ -58,7 +58,11 @@ class ReluGrad(Function):
     @staticmethod
     def backward(ctx, h):
         """Differentiate by gy."""
-        return ReluGrad.apply(h, *ctx.saved_tensors), None
+        return _relu_grad(h, *ctx.saved_tensors), None
+
+
+def _relu_grad(gy: Tensor, y: Tensor) -> Tensor:
+    return ReluGrad.apply(gy, y) if torch.is_grad_enabled() else _aten.threshold_backward(gy, y, 0)
 
 
 class MaxPool2d(Function):

@@ -111,8 +111,8 @@ class Output(Function):
     def backward(ctx, gy):
         """Differentiate by x, W and b."""
         (x, weight), needs = ctx.saved_tensors, ctx.needs_input_grad
-        gx = InputGrad.apply(ctx.product, gy, weight, x.detach()) if needs[1] else None
-        gw = WeightGrad.apply(ctx.product, x, gy, weight.dtype) if needs[2] else None
+        gx = input_grad(ctx.product, gy, weight, x) if needs[1] else None
+        gw = weight_grad(ctx.product, x, gy, weight.dtype) if needs[2] else None
         gb = ctx.product.bias_grad(gy) if needs[3:] == (True,) else None
         return None, gx, gw, gb
 
@@ -131,8 +131,8 @@ class InputGrad(Function):
     def backward(ctx, h):
         """Differentiate by gy and W; h has the shape of x."""
         gy, weight = ctx.saved_tensors
-        dgy = Output.apply(ctx.product, h, weight) if ctx.needs_input_grad[1] else None
-        dw = WeightGrad.apply(ctx.product, h, gy, weight.dtype) if ctx.needs_input_grad[2] else None
+        dgy = output(ctx.product, h, weight) if ctx.needs_input_grad[1] else None
+        dw = weight_grad(ctx.product, h, gy, weight.dtype) if ctx.needs_input_grad[2] else None
         return None, dgy, dw, None
 
 
@@ -151,9 +151,28 @@ class WeightGrad(Function):
         """Differentiate by x and gy; v has the shape of W."""
         x, gy = ctx.saved_tensors
         v = v.to(x.dtype)
-        dx = InputGrad.apply(ctx.product, gy, v, x.detach()) if ctx.needs_input_grad[1] else None
-        dgy = Output.apply(ctx.product, x, v) if ctx.needs_input_grad[2] else None
+        dx = input_grad(ctx.product, gy, v, x) if ctx.needs_input_grad[1] else None
+        dgy = output(ctx.product, x, v) if ctx.needs_input_grad[2] else None
         return None, dx, dgy, None, None
+
+
+def output(product: Product, x: Tensor, weight: Tensor) -> Tensor:
+    """W ∗ x; here and below without a node where no graph is made, which takes as long as a small product."""
+    return Output.apply(product, x, weight) if torch.is_grad_enabled() else product.output(x, weight)
+
+
+def input_grad(product: Product, gy: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Wᵀ ∗ gy, of which nothing is differentiated by x."""
+    if torch.is_grad_enabled():
+        return InputGrad.apply(product, gy, weight, x.detach())
+    return product.input_grad(gy, weight, x)
+
+
+def weight_grad(product: Product, x: Tensor, gy: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ_i G_i, cast to ``dtype``."""
+    if torch.is_grad_enabled():
+        return WeightGrad.apply(product, x, gy, dtype)
+    return product.weight_grad(x, gy).to(dtype)
 
 
 def jvp(product: Product, x: Tensor, gy: Tensor, v: Tensor) -> Tensor:
@@ -281,12 +300,13 @@ class Visit:
         dx = dgy = None
         a, b = self.factors
         if a:
+            factor = a * scale
             c = self.center()
             s, dx, dgy, total = self.product.sq_norms_with_grad(x, gy, c, (*mask, self.sum_wanted))
             self.sq_norms, self.total = s, self.total if total is None else total
             if self.on_norms is not None:
                 self.on_norms(self, c, x, gy)
-            dx, dgy = (None if d is None else d.mul_(a * scale) for d in (dx, dgy))
+            dx, dgy = (None if d is None else d.mul_(factor) for d in (dx, dgy))
         if b and any(mask):
             v = self.direction()
             assert v is not None

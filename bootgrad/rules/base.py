@@ -19,12 +19,13 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..errors import RecordingError
-from ..ops.product import InputGrad, Product, Visit, Visited, WeightGrad
+from ..ops.product import Product, Visit, Visited, input_grad, weight_grad
 from ..ops.schema import accumulation_dtype
 from ..planning import ConvLayer, LinearLayer
 from .terms import DenseTerm, FactoredTerm, Term, VisitedTerm
@@ -170,12 +171,10 @@ class Operation(ABC):
     def probe_gradient(self, rows: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
         """The probe's gradient from ‖g_i‖² and ‖g_i − c‖² of each tracked tensor."""
         assert self.probe is not None
-        out = torch.zeros_like(self.probe, requires_grad=False)
-        for k, (s, deviation) in enumerate(rows):
-            out[2 * k, : s.numel()] = s
-            if deviation is not None:
-                out[2 * k + 1, : s.numel()] = deviation
-        return out
+        # Where there is no center, nobody reads the second of each pair.
+        out = torch.stack([t for s, deviation in rows for t in (s, s if deviation is None else deviation)])
+        missing = self.probe.size(1) - out.size(1)
+        return F.pad(out, (0, missing)) if missing else out
 
     def read(self, rows: Sequence[Tensor]) -> Tensor:
         """The probe's gradient from the rows (B, *shape) of each tracked tensor."""
@@ -212,20 +211,21 @@ class ProductOperation(Operation):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
         weight, bias = self._alias(weight), None if bias is None else self._alias(bias)
-        device = x.device.type
+        device, rows = x.device.type, x.size(0) if x.dim() else 1
+        outside: AbstractContextManager = nullcontext()
         if torch.is_autocast_enabled(device):
+            outside = torch.autocast(device, enabled=False)
             dtype = torch.get_autocast_dtype(device)
             x = x if x.dtype == torch.float64 else x.to(dtype)
             weight = weight if weight.dtype == torch.float64 else self.recorder.alias_cast(weight, dtype)
             bias = bias if bias is None or bias.dtype == torch.float64 else self.recorder.alias_cast(bias, dtype)
-        rows = x.size(0) if x.dim() else 1
-        with torch.autocast(device, enabled=False):
+        with outside:
             y = RecordedProduct.apply(self, self.new_probe(rows, x), x, weight, bias)
         self.shapes = x.shape, y.shape
         return self.attach(y)
 
     def _alias(self, t: Tensor) -> Tensor:
-        return self.recorder.alias(t) if any(t is u for u in self.tracked) else t
+        return self.recorder.alias(t) if t is self.weight or t is self.bias else t
 
     def layer(self, batch_size: int) -> LinearLayer | ConvLayer | None:
         """The layer's shape for the cost model; None where the weight is not tracked."""
@@ -306,9 +306,9 @@ class RecordedProduct(Function):
         if phase is Phase.OUTPUTS and operation.recorder.takes_visit(operation):
             # Before the input's gradient: a later node would be differentiated earlier.
             operation.recorder.keep_by_product(operation, gy, operation.visited(x, gy))
-        like_x = gy.new_empty(1).expand(ctx.x_shape) if x is None else x.detach()
-        gx = InputGrad.apply(product, gy, weight, like_x) if ctx.needs_input_grad[2] else None
-        gw = gb = probe = None
+        gx = gw = gb = probe = None
+        if ctx.needs_input_grad[2]:
+            gx = input_grad(product, gy, weight, gy.new_empty(1).expand(ctx.x_shape) if x is None else x)
         if phase is Phase.ROW_NORMS:
             probe = operation.row_norms(gy)
         elif phase is Phase.STATISTICS and operation.recorder.takes_statistics(operation):
@@ -316,7 +316,7 @@ class RecordedProduct(Function):
         # What is not tracked may come from further back, from other operations.
         for_leaves = phase in (Phase.PLAIN, Phase.STATISTICS)
         if gw is None and ctx.needs_input_grad[3] and (for_leaves or operation.weight is None):
-            gw = WeightGrad.apply(product, x, gy, weight.dtype)
+            gw = weight_grad(product, x, gy, weight.dtype)
         if gb is None and ctx.needs_input_grad[4] and (for_leaves or operation.bias is None):
             gb = product.bias_grad(gy)
         return None, probe, gx, gw, gb
@@ -371,6 +371,8 @@ def per_sample_sum(rows: Tensor, batch_size: int, shape: torch.Size) -> Tensor:
 
     ``shape`` aligns with the last dimensions; where it reaches dimension 0, its size there is one.
     """
+    if rows.shape == (batch_size, *shape):
+        return rows
     merged = rows.reshape(batch_size, -1, *rows.shape[1:])  # (B, N/B, …)
     aligned = (1,) * (rows.dim() - len(shape)) + tuple(shape)
     dims = [1] + [k + 1 for k in range(1, rows.dim()) if aligned[k] == 1]
