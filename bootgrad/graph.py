@@ -55,8 +55,8 @@ class Uses:
 _LEAF = 2**63  # leaves are numbered from here, in whatever order
 
 
-def walk(losses: Tensor, uses: Uses, names: Mapping[int, str], alone: bool) -> tuple[list[Any], list[Tensor]]:
-    """The nodes that losses reach, in a fixed order, and the leaves outside of recorded uses.
+def walk(losses: Tensor, uses: Uses, names: Mapping[int, str], alone: bool) -> tuple[dict[Any, str], list[Tensor]]:
+    """The nodes that losses reach, in a fixed order, with their names, and the leaves outside of recorded uses.
 
     Args:
         losses: where the walk begins.
@@ -67,13 +67,13 @@ def walk(losses: Tensor, uses: Uses, names: Mapping[int, str], alone: bool) -> t
     Raises:
         UnsupportedError: a parameter is met outside of its recorded uses, or through their derivatives.
     """
-    nodes: list[Any] = [] if losses.grad_fn is None else [losses.grad_fn]
+    nodes: dict[Any, str] = {} if losses.grad_fn is None else {losses.grad_fn: losses.grad_fn.name()}
     seen = set(nodes)
     leaves: dict[int, Tensor] = {}
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node.name() == "CheckpointFunctionBackward":
+        if nodes[node] == "CheckpointFunctionBackward":
             raise UnsupportedError(
                 "torch.utils.checkpoint runs its function again in the backward pass, where nothing is recorded: "
                 "leave checkpointing out of recorded forward passes"
@@ -85,18 +85,19 @@ def walk(losses: Tensor, uses: Uses, names: Mapping[int, str], alone: bool) -> t
                 if alone or uses.met_by(node):
                     continue
                 raise UnsupportedError(
-                    f"a parameter reaches the losses through {node.name()}, which is a derivative of a recorded operation, "
+                    f"a parameter reaches the losses through {nodes[node]}, which is a derivative of a recorded operation, "
                     "or the result of one that has no rule: losses made of gradients have no per-sample gradients here"
                 )
             seen.add(successor)
-            if successor.name() != "torch::autograd::AccumulateGrad":
-                nodes.append(successor)
+            name = successor.name()
+            if name != "torch::autograd::AccumulateGrad":
+                nodes[successor] = name
                 stack.append(successor)
                 continue
             variable: Tensor = successor.variable
             if id(variable) in names and not alone:
                 raise UnsupportedError(
-                    f"parameter {names[id(variable)]} reaches the losses through {node.name()}, outside of the "
+                    f"parameter {names[id(variable)]} reaches the losses through {nodes[node]}, outside of the "
                     "recorded operations: use it inside the `with` block in supported operations, or freeze it with "
                     "requires_grad_(False)"
                 )
@@ -213,7 +214,7 @@ def refuse_marked(grads: Sequence[Tensor | None]) -> None:
 
     It leaves its mark where the weights of the losses required grad.
     """
-    if any(node.name() == "torch::autograd::Error" for node in nodes_behind(grads)):
+    if "torch::autograd::Error" in [node.name() for node in nodes_behind(grads)]:
         raise UnsupportedError(
             "an operation of the model or the loss is an autograd.Function marked once_differentiable, through which a "
             "penalty would do nothing: write its backward pass in differentiable operations, without the mark"

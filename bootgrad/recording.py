@@ -9,7 +9,7 @@ whether samples are dimension 0 of every operation.
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,10 +71,12 @@ class Recording(TorchFunctionMode):
         super().__init__()
         if not modules:
             raise ArgumentTypeError("record needs at least one module; got none")
+        self._children: list[nn.Module] = []
         for module in modules:
             if not isinstance(module, nn.Module):
                 raise ArgumentTypeError(f"record takes torch.nn.Module objects; got {type(module).__name__}")
             for name, child in module.named_modules():
+                self._children.append(child)
                 if isinstance(child, torch.jit.ScriptModule):
                     raise UnsupportedError(
                         f"{name or 'the model'} is a ScriptModule, inside which no operation can be seen: "
@@ -92,7 +94,10 @@ class Recording(TorchFunctionMode):
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._known: dict[int, Derived | None] = dict.fromkeys(self._names)
         self._constants: dict[int, Tensor] = {
-            id(t): t for m in modules for t in (*m.buffers(), *m.parameters()) if id(t) not in self._names
+            id(t): t
+            for child in self._children
+            for t in (*child._buffers.values(), *child._parameters.values())
+            if t is not None and id(t) not in self._names
         }
         self._edges: dict[int, GradientEdge] = {}
         self._uses = Uses()
@@ -129,13 +134,15 @@ class Recording(TorchFunctionMode):
         if self.phase is not Phase.PLAIN or not torch.is_grad_enabled() or func in _DIFFERENTIATION:
             return func(*args, **kwargs)
         refuse_batch_statistics(func, args, kwargs)
-        if not self._holds((args, kwargs), self._known):
+        known, tensors = self._known, _tensors_in((args, kwargs))
+        has_data = any(map(self._is_data, tensors))
+        if not any(id(t) in known for t in tensors):
             result = run_plain(func, args, kwargs)
-            if func is torch.arange or self._is_constant((args, kwargs)):
+            if func is torch.arange or (tensors and not has_data):
                 self._add_constants(result)
             return result
         # To replay a call that writes to a constant would write again.
-        if not self._holds_data((args, kwargs)) and not (is_in_place(func) and self._is_constant(args[:1])):
+        if not has_data and not (is_in_place(func) and self._is_constant(args[:1])):
             func = WRITTEN_OUT.get(func, func)
             return self._derive(func, args, kwargs, func(*args, **kwargs))
         _refuse_second_runs(func)
@@ -203,25 +210,14 @@ class Recording(TorchFunctionMode):
         derived = self._known[id(tracked)]
         return derived is not None and tracked.size(0) > 1 and (tracked.stride(0) == 0 or derived.repeats_a_row)
 
-    def _holds(self, value: Any, ids: Mapping[int, Any]) -> bool:
-        """Whether one of the tensors in ``value`` is among ``ids``."""
-        if isinstance(value, Tensor):
-            return id(value) in ids
-        if isinstance(value, list | tuple):
-            return any(self._holds(v, ids) for v in value)
-        return isinstance(value, dict) and any(self._holds(v, ids) for v in value.values())
-
-    def _holds_data(self, value: Any) -> bool:
-        """Whether one of the tensors in ``value`` is neither made of parameters nor a constant of the model."""
-        if isinstance(value, Tensor):
-            return id(value) not in self._known and (id(value) not in self._constants or value.requires_grad)
-        if isinstance(value, list | tuple):
-            return any(map(self._holds_data, value))
-        return isinstance(value, dict) and any(map(self._holds_data, value.values()))
+    def _is_data(self, t: Tensor) -> bool:
+        """Whether a tensor is neither made of parameters nor a constant of the model."""
+        return id(t) not in self._known and (id(t) not in self._constants or t.requires_grad)
 
     def _is_constant(self, value: Any) -> bool:
-        """Whether there are tensors in ``value``, all of them buffers, frozen parameters, or made of these alone."""
-        return not self._holds_data(value) and self._holds(value, self._constants)
+        """Whether there are tensors in ``value``, buffers, frozen parameters, or made of these alone, and no data."""
+        tensors = _tensors_in(value)
+        return any(id(t) in self._constants for t in tensors) and not any(map(self._is_data, tensors))
 
     # What rules ask of a recorder
 
@@ -322,9 +318,8 @@ class Recording(TorchFunctionMode):
         return reach
 
     def _walk(self, losses: Tensor) -> Reach:
-        seen, leaves = walk(losses, self._uses, self._names, alone=self.batch_size == 1)
-        self._graph = hash(tuple(node.name() for node in seen))
-        nodes = set(seen)
+        nodes, leaves = walk(losses, self._uses, self._names, alone=self.batch_size == 1)
+        self._graph = hash(tuple(nodes.values()))
         operations = [o for o in self.operations if o.edge.node in nodes]
         used = {id(leaf) for o in operations for t in o.tracked for leaf in self.leaves(t)} | set(map(id, leaves))
         parameters = {name: p for name, p in self.parameters.items() if id(p) in used}
@@ -339,7 +334,7 @@ class Recording(TorchFunctionMode):
 
         Norms of rows are compared, so that no gradient is kept; they scale exactly where samples are independent.
         """
-        modes = tuple(child.training for module in self.modules for child in module.modules())
+        modes = tuple(child.training for child in self._children)
         signature = (
             self.batch_size,
             modes,
@@ -462,10 +457,24 @@ class Recording(TorchFunctionMode):
         """‖g_i‖² and ‖g_i − c‖² by parameter, from the gradients of the probes."""
         out: dict[str, tuple[Tensor, Tensor | None]] = {}
         for operation, grad in zip(probed, grads, strict=True):
-            for k, tracked in enumerate(operation.tracked):
-                s, deviation = grad[2 * k : 2 * k + 2, : self.batch_size]
-                out[self.name_of(tracked)] = (s, deviation)
+            rows = iter(grad[:, : self.batch_size].unbind())
+            for tracked in operation.tracked:
+                out[self.name_of(tracked)] = (next(rows), next(rows))
         return out
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
+    found, left = [], [value]
+    while left:
+        v = left.pop()
+        if isinstance(v, Tensor):
+            found.append(v)
+        elif isinstance(v, (list, tuple)):
+            left += v
+        elif isinstance(v, dict):
+            left += v.values()
+    return found
 
 
 def _refuse_second_runs(func: Callable) -> None:

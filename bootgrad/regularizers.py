@@ -283,7 +283,8 @@ class GradientRegularizer:
                 "tensor of the batch that has as many as the first; pass all that belongs to samples in such tensors, or take "
                 "fraction=1"
             )
-        return Forward(losses, named_parameters(self.model), recording, replay)
+        parameters = recording.parameters if recording else named_parameters(self.model)
+        return Forward(losses, parameters, recording, replay)
 
     def _take(self, losses: Tensor, batch: tuple) -> Forward:
         """The losses that were computed in ``with reg.record()``."""

@@ -57,13 +57,15 @@ class Snapshot:
 
     def __init__(self, model: nn.Module):
         """Copy them."""
+        modules = list(model.modules())
         self._buffers = [
             (module._buffers, name, buffer, buffer.detach().clone())
-            for module in model.modules()
+            for module in modules
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type not in ("cpu", "meta")}
+        tensors = (t for module in modules for t in (*module._parameters.values(), *module._buffers.values()))
+        devices = {t.device for t in tensors if t is not None and t.device.type not in ("cpu", "meta")}
         self._cpu = torch.get_rng_state()
         self._devices = [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices]
 
