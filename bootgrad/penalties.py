@@ -152,8 +152,8 @@ class Distances:
 
 def total_sq_norm(tensors: Iterable[Tensor]) -> Tensor:
     """Σ ‖t‖² over tensors, in float64."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for t in tensors:
-        by_dtype.setdefault(accumulation_dtype(t.dtype), []).append(t)
-    norms = (norm for dtype, ts in by_dtype.items() for norm in torch._foreach_norm(ts, 2, dtype))
-    return total(norm.double().square() for norm in norms)
+        alike.setdefault((accumulation_dtype(t.dtype), t.device), []).append(t)
+    norms = (torch.stack(torch._foreach_norm(ts, 2, dtype)) for (dtype, _), ts in alike.items())
+    return total(n.double().square().sum() for n in norms)

@@ -3,7 +3,7 @@
 Letters: ``B`` samples, ``P`` entries of all parameters that require grad, g_i the rows, ḡ their mean, c a center.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -222,7 +222,9 @@ class PerSampleGradients:
         with self._grad_mode():
             attached = torch.is_grad_enabled()
             if attached not in self._means:
-                self._means[attached] = {name: t / self.batch_size for name, t in self._by_parameter(None).items()}
+                sums = self._by_parameter(None)
+                means = torch._foreach_div(list(sums.values()), self.batch_size)
+                self._means[attached] = dict(zip(sums, means, strict=True))
             return self._means[attached]
 
     def _mean_values(self) -> dict[str, Tensor]:
@@ -260,3 +262,20 @@ class Transposed:
 def sq_norm(t: Tensor) -> Tensor:
     """‖t‖² in the accumulation dtype."""
     return t.to(accumulation_dtype(t.dtype)).square().sum()
+
+
+def grouped(tensors: Sequence[Tensor], function: Callable[[list[Tensor]], Iterable[Tensor]]) -> list[Tensor]:
+    """``function`` of tensors, called with all of one dtype and device at once: many small calls take longer than they do."""
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for k, t in enumerate(tensors):
+        groups.setdefault((t.dtype, t.device), []).append(k)
+    out = list(tensors)
+    for places in groups.values():
+        for k, value in zip(places, function([tensors[k] for k in places]), strict=True):
+            out[k] = value
+    return out
+
+
+def stacked_sq_norms(tensors: list[Tensor]) -> Tensor:
+    """‖t‖² of each of n tensors of one dtype and device, (n,), in the accumulation dtype."""
+    return torch.stack(torch._foreach_norm(tensors, 2, accumulation_dtype(tensors[0].dtype))).square()

@@ -18,7 +18,7 @@ from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .graph import filled, gradients, refuse_marked
 from .heap import keep_freed_memory
 from .ops.schema import accumulation_dtype
-from .per_sample import Direction, PerSampleGradients, as_parameter_dict
+from .per_sample import Direction, PerSampleGradients, as_parameter_dict, grouped, stacked_sq_norms
 from .recording import Reach, Recording
 from .rules.base import Phase
 from .rules.terms import DenseTerm, Term
@@ -199,7 +199,10 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         centers = None if center is None else as_parameter_dict(center, self.parameters, "center")
         uniform = scale is not None
         seed = weights if uniform else torch.ones_like(weights)
-        grads, statistics = self._first_order(losses, reach, seed, scale or 1.0, centers, retain_graph or not uniform)
+        scale = scale or 1.0
+        scaled = None if centers is None else {name: c * scale for name, c in centers.items()}
+        grads, norms = self._first_order(losses, reach, seed, scaled, retain_graph or not uniform)
+        statistics = self._statistics(losses, reach, grads, norms, scale, scaled)
         leaves = [*reach.parameters.values(), *reach.other_leaves]
         if not uniform:
             grads = gradients(losses, leaves, weights, retain_graph=retain_graph, allow_unused=True)
@@ -209,36 +212,51 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         call_hooks(leaves, grads)
         return statistics
 
-    def _first_order(self, losses, reach: Reach, seed, scale: float, centers, retain_graph):
-        """Gradients of all leaves under Σ seed_i ℓ_i, seed_i = scale for all i, and the statistics of the g_i."""
+    def _first_order(self, losses, reach: Reach, seed, scaled, retain_graph):
+        """Gradients of all leaves under Σ a ℓ_i, and ‖a g_i‖² and ‖a g_i − a c‖² by parameter that is reached.
+
+        ``seed`` holds a for each sample, ``scaled`` a c by name, or None.
+        """
         B = self.batch_size
         leaves = [*reach.parameters.values(), *reach.other_leaves]
         probed, others = self.split(reach.operations) if B > 1 else ([], [])
-        scaled = None if centers is None else {name: c * scale for name, c in centers.items()}
         inputs = [*leaves, *(o.probe for o in probed), *(o.edge for o in others)]
         with self.in_phase(Phase.STATISTICS, probed, scaled):
             grads = gradients(losses, inputs, seed, retain_graph=retain_graph or bool(others), allow_unused=True)
         leaf_grads, rest = grads[: len(leaves)], grads[len(leaves) :]
         by_name = dict(zip(reach.parameters, leaf_grads, strict=False))
-        unreached = (losses.new_zeros(2 * len(o.tracked), o.output_rows, requires_grad=False) for o in probed)
-        norms = self.read_probes(probed, [z if g is None else g for g, z in zip(rest, unreached, strict=False)])
+        norms = self.read_probes(
+            [o for o, g in zip(probed, rest, strict=False) if g is not None],
+            [g for g in rest[: len(probed)] if g is not None],
+        )
         with torch.no_grad():
             terms: dict[str, Term] = self.terms(others, filled(rest[len(probed) :], others, losses))
             if B == 1:
                 terms = {name: DenseTerm(g.unsqueeze(0)) for name, g in by_name.items() if g is not None}
             for name, term in terms.items():
                 norms[name] = (term.sq_norms(), None if scaled is None else term.sq_norms(scaled[name]))
-            parts = {}
-            for name, p in self.parameters.items():
-                g, c = by_name.get(name), None if scaled is None else scaled[name]
-                g = torch.zeros_like(p) if g is None else g
-                s, deviation = norms.get(name, (p.new_zeros(B, dtype=accumulation_dtype(p.dtype)), None))
-                sq_mean, mean_deviation = _sq_norm(g, s) / (B * scale) ** 2, None
-                if c is not None:
-                    deviation = (s + _sq_norm(c, s) if deviation is None else deviation) / scale**2
-                    mean_deviation = (g.to(s.dtype) / B - c).square().sum() / scale**2
-                parts[name] = Moments(s / scale**2, sq_mean, deviation if c is not None else None, mean_deviation)
-        return leaf_grads, combine(parts, losses.detach() if reach.finite is not None else None)
+        return leaf_grads, norms
+
+    @torch.no_grad()
+    def _statistics(self, losses, reach: Reach, leaf_grads, norms, scale: float, scaled) -> Statistics:
+        """The statistics of the g_i from what `_first_order` gave for a = ``scale``."""
+        B, by_name = self.batch_size, dict(zip(reach.parameters, leaf_grads, strict=False))
+        grads, rows, parts = [], [], {}
+        for name, p in self.parameters.items():
+            g = by_name.get(name)
+            grads.append(torch.zeros_like(p) if g is None else g)
+            rows.append(norms[name][0] if name in norms else p.new_zeros(B, dtype=accumulation_dtype(p.dtype)))
+        sq_means = grouped(grads, lambda gs: stacked_sq_norms(gs) / (B * scale) ** 2)
+        sq_norms = grouped(rows, lambda s: torch.stack(s) / scale**2)
+        for name, g, s, of_rows, sq_mean in zip(self.parameters, grads, rows, sq_norms, sq_means, strict=True):
+            deviation = mean_deviation = None
+            if scaled is not None:
+                c = scaled[name]
+                deviation = norms[name][1] if name in norms else s + torch.linalg.vector_norm(c, dtype=s.dtype).square()
+                deviation = deviation / scale**2
+                mean_deviation = (g.to(s.dtype) / B - c).square().sum() / scale**2
+            parts[name] = Moments(of_rows, sq_mean, deviation, mean_deviation)
+        return combine(parts, losses.detach() if reach.finite is not None else None)
 
     def per_sample_gradients(self, losses: Tensor, create_graph: bool = False) -> PerSampleGradients:
         """The implicit B×P matrix of the per-sample gradients.
@@ -274,10 +292,6 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         if not create_graph:
             terms = {name: term.map(Tensor.detach) for name, term in terms.items()}
         return PerSampleGradients(terms, self.parameters, self.batch_size, create_graph)
-
-
-def _sq_norm(g: Tensor, like: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(g, dtype=like.dtype).square()
 
 
 def _weights(reduction: str | Tensor, losses: Tensor) -> tuple[Tensor, float | None]:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..penalties import Distances
+from ..penalties import Distances, total_sq_norm
+from ..rules.terms import total
 from ..second_pass import Replay
 from ..statistics import record as Record
 
@@ -131,15 +132,13 @@ def first_order(forward: Forward) -> FirstOrder:
     reach = recording.reach(losses)
     B = losses.numel()
     seed = torch.full_like(losses, 1 / B, requires_grad=False)
-    # Without `finite` the statistics are read as they are: the report that is made of them asks.
-    finite, reach.finite = reach.finite, None
-    grads, statistics = recording._first_order(losses, reach, seed, 1 / B, None, False)
+    grads, by_name = recording._first_order(losses, reach, seed, None, False)
     leaves = [*reach.parameters.values(), *reach.other_leaves]
     forward.let_go()
     mean = mean_by_name(forward.parameters, leaves, grads)
-    norms = statistics.sq_norms.double()
+    norms = total([torch.zeros(B, dtype=torch.float64, device=losses.device), *(s for s, _ in by_name.values())]) * B**2
     covariance = (norms.mean() - Distances(mean, {}).sq_mean).clamp(min=0)
-    return FirstOrder(losses.detach(), leaves, list(grads), mean, covariance, finite)
+    return FirstOrder(losses.detach(), leaves, list(grads), mean, covariance, reach.finite)
 
 
 def mean_by_name(
@@ -170,7 +169,7 @@ def whole_covariance(covariance: Tensor, mean: Directions, m: int, rest: FirstOr
     if rest is None:
         return covariance
     share = m / (m + rest.losses.numel())
-    apart = Distances(mean, {"reg1": rest.mean}).about
+    apart = total_sq_norm([g - rest.mean[name] for name, g in mean.items()])
     return share * covariance + (1 - share) * rest.covariance + share * (1 - share) * apart
 
 

@@ -12,7 +12,7 @@ from ..errors import UnsupportedError
 from ..ops.product import Visit
 from ..penalties import Distances, total_sq_norm
 from ..per_sample import PerSampleGradients, Zeros
-from ..rules.terms import VisitedTerm, total
+from ..rules.terms import DenseTerm, SqDistances, VisitedTerm, total
 from ..statistics import difference
 from .base import (
     Directions,
@@ -148,7 +148,9 @@ class _Penalty:
 
     def _ask(self, a: float, b: float, sums: bool) -> list[Tensor]:
         """Scalars with the gradients of a Σ_i ‖g_i − c‖² + b ⟨Σ_i g_i, ḡ − c₂⟩; the visits make ``sums``, too."""
-        parts, others = [], []
+        parts: list[Tensor] = []
+        others: list[Tensor] = []
+        rows: dict[str, Tensor] = {}
         for name, term in self._G._terms.items():
             if isinstance(term, VisitedTerm):
                 center, away = (partial(f, name) for f in (self._directions.center, self._directions.away))
@@ -156,10 +158,15 @@ class _Penalty:
                 if a and self._tells_apart:
                     term.visit.on_norms = partial(_note_covariance, self._covariances, self._own_mean.get(name))
                 continue
-            if a:
+            if a and isinstance(term, DenseTerm):
+                rows[name] = term.values
+            elif a:
                 others.append(term.sq_norms(self._directions.center(name)))
             if b:
                 parts.append(b * (term.weighted_sum(None) * self._directions.away(name)).sum())
+        if rows:
+            centers = None if self._directions.is_zero else [self._directions.center(name) for name in rows]
+            others.append(SqDistances.apply(centers, *rows.values()))
         if others:
             value = total(others)
             parts.append(a * value.sum())

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from ..errors import RecordingError
 from ..ops import product
@@ -327,14 +328,35 @@ class DenseTerm(Term):
 
     def weighted_sum(self, w):  # noqa: D102
         dtype = accumulation_dtype(self.values.dtype)
-        values = _flat(self.values).to(dtype)
-        return (values.sum(0) if w is None else w.to(dtype) @ values).reshape(self.shape)
+        if w is None:
+            return self.values.sum(0, dtype=dtype)
+        return (w.to(dtype) @ _flat(self.values).to(dtype)).reshape(self.shape)
 
     def map(self, function):  # noqa: D102
         return DenseTerm(function(self.values))
 
     def select(self, index):  # noqa: D102
         return DenseTerm(self.values[index])
+
+
+class SqDistances(Function):
+    """Σ_k ‖r_{k,i} − c_k‖², (B,), of the rows r_k (B, *shape) of several parameters: one node for them all."""
+
+    @staticmethod
+    def forward(ctx, centers, *rows):
+        """Compute the sum; ``centers`` is None for zeros."""
+        apart = rows if centers is None else torch._foreach_sub(rows, centers)
+        ctx.save_for_backward(*apart)
+        norms = [torch.linalg.vector_norm(_flat(t), dim=1, dtype=accumulation_dtype(t.dtype)) for t in apart]
+        return torch.stack(norms).square_().sum(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, alpha):
+        """Differentiate by the rows."""
+        apart, factors = ctx.saved_tensors, 2 * alpha
+        shaped = {n: factors.reshape(-1, *[1] * (n - 1)) for n in {t.dim() for t in apart}}
+        return None, *torch._foreach_mul(apart, [shaped[t.dim()] for t in apart])
 
 
 @dataclass
