@@ -108,10 +108,11 @@ def counting(conv_layer):
 
     def norms(purpose):
         def flops(x, gy, center, *rest, out_shape=None, **kwargs):
-            path, summed = next(a for a in rest if isinstance(a, str)), purpose == "grad" and rest[-1][2]
+            mask = next((a for a in rest if isinstance(a, list) and len(a) == 3), None)
+            path, summed = next(a for a in rest if isinstance(a, str)), purpose == "grad" and mask[2]
             layer = conv_layer(x)
             own = planning.cost(layer, path, purpose, center is not None, summed).time
-            unmade = layer.forward_operations if purpose == "grad" and not rest[-1][0] else 0  # by x, of the data
+            unmade = layer.forward_operations if purpose == "grad" and not mask[0] else 0  # by x, of the data
             return 2 * x[0] * (own - unmade)
 
         return flops
@@ -126,6 +127,7 @@ def counting(conv_layer):
         ops.conv_weighted_sum: product,
         ops.conv_statistics: norms("statistics"),
         ops.conv_sq_norms_with_grad: norms("grad"),
+        ops.conv_sq_norms_with_scaled_grad: norms("grad"),
     }
 
 

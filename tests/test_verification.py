@@ -51,8 +51,8 @@ def test_a_wrong_number_is_seen(monkeypatch, capsys):
 
 
 def _scaled_norms(right):
-    def wrong(self, x, gy, center, mask):
-        s, *rest = right(self, x, gy, center, mask)
+    def wrong(self, x, gy, center, mask, scale=1.0):
+        s, *rest = right(self, x, gy, center, mask, scale)
         return (s * 1.5 if self.groups > 1 else s), *rest
 
     return wrong

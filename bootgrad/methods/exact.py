@@ -136,10 +136,9 @@ class _Penalty:
         self.tells_reg1 = bool(a and not b)
         self._about_own_mean = self.tells_reg1 and c1 is None and rest is None
         # Layer by layer Γ is told from the distance, where there is one and a question does not stop a device.
+        self._at_once = graph.answers_at_once(next(iter(G.parameters.values())))
         self._tells_apart = (
-            penalties.statistics
-            and not (self._about_own_mean or self._directions.is_zero)
-            and graph.answers_at_once(next(iter(G.parameters.values())))
+            penalties.statistics and not (self._about_own_mean or self._directions.is_zero) and self._at_once
         )
         self._covariances: list[Tensor] = []
         self._others: Tensor | None = None  # ‖g_i − c‖², (B,), of all terms that are not visited
@@ -155,6 +154,7 @@ class _Penalty:
             if isinstance(term, VisitedTerm):
                 center, away = (partial(f, name) for f in (self._directions.center, self._directions.away))
                 parts.append(term.ask((a, b), center, away, sums))
+                term.visit.reads_numbers = self._at_once
                 if a and self._tells_apart:
                     term.visit.on_norms = partial(_note_covariance, self._covariances, self._own_mean.get(name))
                 continue

@@ -216,11 +216,14 @@ class ConvProduct(Product):
             return _raw.conv_sq_norms(x, gy, self.kernel_size, *self._geometry, path)
         return _raw.conv_deviation_sq_norms(x, gy, center, *self._geometry, path)
 
-    def sq_norms_with_grad(self, x, gy, center, mask):  # noqa: D102
+    def sq_norms_with_grad(self, x, gy, center, mask, scale=1.0):  # noqa: D102
         path = self._path(x, gy, "grad", center, mask[2])
         apart = None if center is None or path == "direct" or not self._multiplies_apart(x, center) else center
         about = center if apart is None else None
-        s, *rest = _raw.conv_sq_norms_with_grad(x, gy, about, self.kernel_size, *self._geometry, path, list(mask))
+        call = x, gy, about, self.kernel_size, *self._geometry, path, list(mask)
+        s, *rest = (
+            _raw.conv_sq_norms_with_grad(*call) if scale == 1 else _raw.conv_sq_norms_with_scaled_grad(*call, scale)
+        )
         dx, dgy, total = (t if wanted else None for t, wanted in zip(rest, mask, strict=True))
         if apart is not None:  # ‖G_i − c‖² = ‖G_i‖² − 2 ⟨gy_i, c ∗ x_i⟩ + ‖c‖²
             y = self.output(x, apart)
@@ -228,9 +231,9 @@ class ConvProduct(Product):
             square = torch.linalg.vector_norm(apart, dtype=torch.float64).square()
             s = (s.double() - 2 * inner + square).clamp(min=0).to(s.dtype)
             if dgy is not None:
-                dgy.sub_(y, alpha=2)
+                dgy.sub_(y, alpha=2 * scale)
             if dx is not None:
-                dx.sub_(self.input_grad(gy, apart, x), alpha=2)
+                dx.sub_(self.input_grad(gy, apart, x), alpha=2 * scale)
         return s, dx, dgy, total
 
     @staticmethod

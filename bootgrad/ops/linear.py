@@ -133,15 +133,18 @@ class LinearProduct(Product):
             return _raw.linear_sq_norms(*self._roles(x, gy), path)
         return _raw.linear_deviation_sq_norms(*self._roles(x, gy), center, path)
 
-    def sq_norms_with_grad(self, x, gy, center, mask):  # noqa: D102
+    def sq_norms_with_grad(self, x, gy, center, mask, scale=1.0):  # noqa: D102
         if x.size(1) == 1:
-            return self._rank1(x, gy, center, mask)
+            return self._rank1(x, gy, center, mask, 2 * scale)
         path = self._path(x, gy, "grad", center, mask[2])
         masks = [*self._roles(*mask[:2]), mask[2]]
         s, *grads, total = _raw.linear_sq_norms_with_grad(*self._roles(x, gy), center, path, masks)
+        if scale != 1:
+            for d in grads:
+                d.mul_(scale)
         return s, *(t if wanted else None for t, wanted in zip((*self._roles(*grads), total), mask, strict=True))
 
-    def _rank1(self, x, gy, center, mask):
+    def _rank1(self, x, gy, center, mask, twice=2.0):
         """S = ‖x‖²‖gy‖² − 2 ⟨gy, c x⟩ + ‖c‖², its derivatives and Σ G_i, all samples in one product with c."""
         dtype, types = accumulation_dtype(x.dtype), (x.dtype, gy.dtype)
         x, gy = x.squeeze(1).to(dtype), gy.squeeze(1).to(dtype)
@@ -153,12 +156,12 @@ class LinearProduct(Product):
             cx = x @ center
             s = _about(s, (gy * cx).sum(1), center)
         if mask[0]:
-            dx = 2 * gg[:, None] * x
-            dx = dx if center is None else dx.addmm_(gy, center.t(), alpha=-2)
+            dx = twice * gg[:, None] * x
+            dx = dx if center is None else dx.addmm_(gy, center.t(), alpha=-twice)
             dx = dx.unsqueeze(1).to(types[0])
         if mask[1]:
-            dgy = 2 * xx[:, None] * gy
-            dgy = dgy if center is None else dgy.sub_(cx, alpha=2)
+            dgy = twice * xx[:, None] * gy
+            dgy = dgy if center is None else dgy.sub_(cx, alpha=twice)
             dgy = dgy.unsqueeze(1).to(types[1])
         return s, dx, dgy, total
 

@@ -75,9 +75,12 @@ class Product(ABC):
 
     @abstractmethod
     def sq_norms_with_grad(
-        self, x: Tensor, gy: Tensor, center: Tensor | None, mask: tuple[bool, bool, bool]
+        self, x: Tensor, gy: Tensor, center: Tensor | None, mask: tuple[bool, bool, bool], scale: float = 1.0
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """‖G_i − c‖² with its derivatives by x and by gy, and Σ_i G_i, where ``mask`` asks for them; not differentiable."""
+        """‖G_i − c‖² with ``scale`` times its derivatives by x and by gy, and Σ_i G_i, where ``mask`` asks for them.
+
+        Not differentiable.
+        """
 
     @abstractmethod
     def jvp(self, x: Tensor, gy: Tensor, v: Tensor) -> Tensor:
@@ -277,6 +280,7 @@ class Visit:
         factors: a and b.
         center, direction: make c, None for zero, and v, when the visit is made.
         sum_wanted: whether Σ_i G_i is to be made along with the norms.
+        reads_numbers: whether a tensor's number may be read, for which an accelerator would have to be waited for.
         on_norms: called with this, c, x and gy after the norms were made.
         sq_norms: ‖G_i − c‖², (B,), after the visit.
         total: Σ_i G_i, where it is known.
@@ -286,7 +290,7 @@ class Visit:
         """A visit of a layer with this product."""
         self.product = product
         self.factors = (0.0, 0.0)
-        self.sum_wanted = False
+        self.sum_wanted = self.reads_numbers = False
         self.center: Callable[[], Tensor | None] = _nothing
         self.direction: Callable[[], Tensor | None] = _nothing
         self.on_norms: Callable[[Visit, Tensor | None, Tensor, Tensor], None] | None = None
@@ -300,13 +304,14 @@ class Visit:
         dx = dgy = None
         a, b = self.factors
         if a:
-            factor = a * scale
-            c = self.center()
-            s, dx, dgy, total = self.product.sq_norms_with_grad(x, gy, c, (*mask, self.sum_wanted))
+            c, factor = self.center(), a * scale
+            wanted, number = (*mask, self.sum_wanted), float(factor) if self.reads_numbers else 1.0
+            s, dx, dgy, total = self.product.sq_norms_with_grad(x, gy, c, wanted, number)
             self.sq_norms, self.total = s, self.total if total is None else total
             if self.on_norms is not None:
                 self.on_norms(self, c, x, gy)
-            dx, dgy = (None if d is None else d.mul_(factor) for d in (dx, dgy))
+            if not self.reads_numbers:
+                dx, dgy = (None if d is None else d.mul_(factor) for d in (dx, dgy))
         if b and any(mask):
             v = self.direction()
             assert v is not None

@@ -99,11 +99,17 @@ POOLING_SCHEMAS = {
     "max_pool2d_gather": "(Tensor h, Tensor index, Tensor? blocked) -> Tensor",
 }
 
-# Convolutions themselves: in float32 on CPUs; in any dtype in plain torch, as on GPUs.
+# Convolutions themselves: in float32 on CPUs; in any dtype in plain torch, as on GPUs. Beside them what a step on a CPU saves a
+# sweep over activations by.
 CONVOLUTION_SCHEMAS = {
     # Of x (B, C, *S) with weight (O, C/groups, *K); and the gradient of its input, of spatial ``size`` S
     "conv_output": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
     "conv_input_grad": f"(Tensor gy, Tensor weight, int[] size, {_GEOMETRY}) -> Tensor",
+    # ``conv_sq_norms_with_grad`` with both derivatives multiplied by ``scale``
+    "conv_sq_norms_with_scaled_grad": (
+        f"(Tensor x, Tensor gy, Tensor? center, int[] kernel_size, {_GEOMETRY}, str path, bool[3] mask, float scale)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
     # Of x (B, C, H, W) with a 3×3 kernel, (O, C, 3, 3), with stride 1; transposed, with the kernel (C, O, 3, 3) turned around:
     # the gradient of the input of a convolution whose padding was 2 less this one's
     "conv3x3": "(Tensor x, Tensor weight, Tensor? bias, int[] padding, bool transposed) -> Tensor",
@@ -472,6 +478,13 @@ def check_product(x: Tensor, gy: Tensor, weight: Tensor, stride, padding, dilati
     check_shape("weight", weight, weight_shape(x, gy, kernel_size, groups))
     torch._check(weight.dtype == x.dtype, lambda: f"weight must have dtype {x.dtype}; got {weight.dtype}")
     check_device("weight", weight, x)
+
+
+@_fake("conv_sq_norms_with_scaled_grad")
+def _(x, gy, center, kernel_size, stride, padding, dilation, groups, path, mask, scale):
+    return torch.ops.bootgrad.conv_sq_norms_with_grad(
+        x, gy, center, kernel_size, stride, padding, dilation, groups, path, mask
+    )
 
 
 @_fake("conv_output")

@@ -121,7 +121,7 @@ Tensor applied(const Layer& layer, const Tensor& h, const std::string& path, boo
 }
 
 FourTensors sq_norms_with_grad(const Layer& layer, const std::optional<Tensor>& center, const std::string& path,
-                               const std::vector<bool>& mask) {
+                               const std::vector<bool>& mask, double scale) {
   require(mask.size() == 3, "mask must have 3 entries; got ", mask.size());
   Call call(layer);
   call.set_center("center", center);
@@ -135,6 +135,7 @@ FourTensors sq_norms_with_grad(const Layer& layer, const std::optional<Tensor>& 
   call.sum = result(sum);
   call.dx = result(dx);
   call.dgy = result(dgy);
+  call.scale = scale;
   call.run();
   return {s, dx, dgy, sum};
 }

@@ -27,6 +27,6 @@ FourTensors statistics(const Layer& layer, const std::optional<Tensor>& center, 
 Tensor applied(const Layer& layer, const Tensor& h, const std::string& path, bool transposed,
                const std::optional<Tensor>& weights = {}, const std::optional<Tensor>& shift = {}, double factor = 1);
 FourTensors sq_norms_with_grad(const Layer& layer, const std::optional<Tensor>& center, const std::string& path,
-                               const std::vector<bool>& mask);
+                               const std::vector<bool>& mask, double scale = 1);
 
 }  // namespace bootgrad

@@ -199,3 +199,28 @@ def calls(function):
     with Listing():
         function()
     return names
+
+
+@pytest.mark.parametrize("path", ["direct", "gram"])
+@pytest.mark.parametrize("shape", ["few channels", "depthwise, stride 2", "groups", "stride 3 and 2", "1x1"])
+@pytest.mark.parametrize("backend", ["compiled", "eager"])
+def test_norms_with_scaled_derivatives(backend, shape, path):
+    x, weight, _, gy, geometry = case(*SHAPES[shape])
+    scaled = (
+        OPS.conv_sq_norms_with_scaled_grad
+        if backend == "compiled"
+        else eager_convolution.conv_sq_norms_with_scaled_grad
+    )
+    for center in (None, torch.randn_like(weight)):
+        call = x, gy, center, weight.shape[2:], *geometry, path, [True, True, True]
+        plain, ours = OPS.conv_sq_norms_with_grad(*call), scaled(*call, -0.3)
+        for factor, before, after in zip((1, -0.3, -0.3, 1), plain, ours, strict=True):
+            torch.testing.assert_close(after, factor * before, rtol=1e-5, atol=1e-5 * before.abs().max().item())
+
+
+def test_schema_of_norms_with_scaled_derivatives():
+    x, weight, _, gy, geometry = case(*SHAPES["groups"])
+    geometry = [list(g) if isinstance(g, tuple) else g for g in geometry]
+    for mask in ([True, True, False], [False, True, True]):
+        call = x, gy, None, list(weight.shape[2:]), *geometry, "direct", mask, 0.5
+        opcheck(OPS.conv_sq_norms_with_scaled_grad.default, call)

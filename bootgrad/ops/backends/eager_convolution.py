@@ -23,6 +23,12 @@ def conv_input_grad(gy: Tensor, weight: Tensor, size, stride, padding, dilation,
     return grads[0].contiguous()
 
 
+def conv_sq_norms_with_scaled_grad(x: Tensor, gy: Tensor, center: Tensor | None, *geometry) -> tuple[Tensor, ...]:
+    """As the schema says."""
+    s, dx, dgy, total = torch.ops.bootgrad.conv_sq_norms_with_grad(x, gy, center, *geometry[:-1])
+    return s, dx.mul_(geometry[-1]), dgy.mul_(geometry[-1]), total
+
+
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, padding, transposed: bool) -> Tensor:
     """As the schema says."""
     schema.check_conv3x3(x, weight, bias, padding, transposed)

@@ -26,7 +26,8 @@ struct ConvLayer {
   const bool same = sizeof(In) == sizeof(T);
   const bool copy_x = !same || plan.x_plane != plan.pixels;
   const bool copy_gy = !same || plan.g_plane != plan.T;
-  const T* center = nullptr;    // [groups, R, ld]
+  const T twice = static_cast<T>(2 * call.scale);  // what derivatives of squares are multiplied by
+  const T* center = nullptr;                       // [groups, R, ld]
   const T* center_t = nullptr;  // [groups, K, Og, ldc], kernel positions by phase; where dx is wanted
 
   const In* x_of(int64_t b) const { return static_cast<const In*>(call.x) + b * plan.C * plan.pixels; }

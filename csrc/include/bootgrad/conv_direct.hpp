@@ -120,14 +120,15 @@ struct ConvDirect : ConvLayer<In> {
         continue;
       }
       if (call.dgy) {
-        this->forward(plan.T, xg, plan.pos, m.keep, m.dgyt, T(2));
+        this->forward(plan.T, xg, plan.pos, m.keep, m.dgyt, this->twice);
         this->write_dgy(b, g, m.dgyt, T(1));
       }
       if (call.dx) {
         this->transpose_weights(m.keep, m.keep_t);
         for (int64_t i = 0; i < plan.n_phases; ++i) {
           const Phase& phase = plan.phases[i];
-          this->backward(phase, phase.pixels, gy + g * this->gy_group(), phase.rows, phase.out, m.keep_t, m.dxt, T(2));
+          this->backward(phase, phase.pixels, gy + g * this->gy_group(), phase.rows, phase.out, m.keep_t, m.dxt,
+                         this->twice);
         }
         this->write_dx(b, g, m.dxt, T(1));
       }
@@ -138,7 +139,7 @@ struct ConvDirect : ConvLayer<In> {
 
   void shifted_dgy(int64_t b, int64_t g, const T* x, const Memory& m) const {
     gemm_of<T>(plan.Og, ldt, plan.R, GatheredBoth<T>{{m.keep, m.output, m.output_depth}, plan.tap}, x, 0,
-               Store<T>{m.planes, ldt, ldt, T(2), false, nullptr});
+               Store<T>{m.planes, ldt, ldt, this->twice, false, nullptr});
     write_planes(m.planes, ldt, plan.Og, plan.P, plan.pos,
                  static_cast<In*>(call.dgy) + (b * plan.O + g * plan.Og) * plan.T);
   }
@@ -146,7 +147,7 @@ struct ConvDirect : ConvLayer<In> {
   void shifted_dx(int64_t b, int64_t g, const T* gy, const Memory& m) const {
     const Phase& all = *plan.phases;
     gemm_of<T>(plan.Cg, ldp, all.taps * plan.Og, GatheredBoth<T>{{m.keep, m.input, m.input_depth}, all.depth}, gy, 0,
-               Store<T>{m.planes, ldp, ldp, T(2), false, nullptr});
+               Store<T>{m.planes, ldp, ldp, this->twice, false, nullptr});
     write_planes(m.planes, ldp, plan.Cg, plan.S, all.rows,
                  static_cast<In*>(call.dx) + (b * plan.C + g * plan.Cg) * plan.pixels);
   }

@@ -200,8 +200,8 @@ struct ConvGram : ConvLayer<In> {
       if (call.center) inner -= dot(dgyt, gyt, plan.T * ld);
       if (call.dx) this->transposed_x(b, g, m.xt);
       norm += rank1 ? rank_one(b, m, dgyt, dxt) : grads ? with_gradients(b, g, m, gyt, dgyt, dxt) : norm_only(b, g, m);
-      if (call.dgy) this->write_dgy(b, g, dgyt, T(2));
-      if (call.dx) this->write_dx(b, g, dxt, T(2));
+      if (call.dgy) this->write_dgy(b, g, dgyt, this->twice);
+      if (call.dx) this->write_dx(b, g, dxt, this->twice);
     }
     if (call.sq_norms) static_cast<T*>(call.sq_norms)[b] = not_negative(norm);
     if (call.deviation) static_cast<T*>(call.deviation)[b] = not_negative(norm - 2 * inner + center_sq);

@@ -237,7 +237,7 @@ struct ConvNarrow : ConvLayer<In> {
     for (int64_t i = 0; i < taps; ++i) store<T>(lanes + i * n, sum[i]);
   }
 
-  // out[v] = 2 Σ_i weight[i] · from[offset i + v]
+  // out[v] = twice Σ_i weight[i] · from[offset i + v]
   void spread(const T* from, const int64_t* offset, const T* weight, int64_t count, int64_t end, T* out) const {
     if (count == 0) clear(out, end);
     for (int64_t i = 0; i < count;)
@@ -247,12 +247,12 @@ struct ConvNarrow : ConvLayer<In> {
   }
 
   template <int64_t taps>
-  static __attribute__((noinline)) void spread_some(const T* from, const int64_t* offset, const T* weight, int64_t end,
-                                                    T* out, bool add) {
+  __attribute__((noinline)) void spread_some(const T* from, const int64_t* offset, const T* weight, int64_t end, T* out,
+                                             bool add) const {
     const T* at[taps];
     Vector<T> factor[taps];
 #pragma GCC unroll 9
-    for (int64_t i = 0; i < taps; ++i) at[i] = from + offset[i], factor[i] = Vector<T>{} + 2 * weight[i];
+    for (int64_t i = 0; i < taps; ++i) at[i] = from + offset[i], factor[i] = Vector<T>{} + this->twice * weight[i];
     for (int64_t v = 0; v < end; v += n) {
       Vector<T> sum = add ? load<T>(out + v) : Vector<T>{};
 #pragma GCC unroll 9

@@ -145,7 +145,7 @@ struct ConvOutput : ConvPlanes<T> {
 
   const T* split(int64_t b, T* out) const {
     const T* x = static_cast<const T*>(call.x) + b * plan.C * plan.pixels;
-    if (as_is && b + 1 < plan.B) return x;  // vectors run beyond the last plane
+    if (as_is && (plan.B - b - 1) * plan.C * plan.pixels >= n) return x;  // vectors run beyond the last plane
     if (as_is) {
       copy_row(x, out, plan.C * plan.pixels);
       return out;
@@ -220,6 +220,12 @@ struct ConvInputGrad : ConvPlanes<T> {
       depth = c.take<int64_t>(plan.reached * plan.Og);
       shift = c.take<int64_t>(plan.reached * plan.Og);
       row = c.take<int64_t>(plan.Cg);
+      line = c.take<int64_t>(plan.S[0] * plan.S[1]);
+    }
+    for (int64_t i = 0; i < plan.S[0] * plan.S[1]; ++i) {
+      const int64_t at[2] = {i / plan.S[1], i % plan.S[1]};
+      line[i] = (at[0] % parts[0] * parts[1] + at[1] % parts[1]) * parts[2] * plan.Cg * ld +
+                (at[0] / plan.stride[0] * plan.gs[1] + at[1] / plan.stride[1]) * plan.gs[2];
     }
     for (int64_t i = 0; i < plan.n_phases; ++i)
       for (int64_t j = 0; j < plan.phases[i].taps * plan.Og; ++j) {
@@ -242,6 +248,7 @@ struct ConvInputGrad : ConvPlanes<T> {
   int64_t parts[3];                // phases by dimension
   bool as_is, compact;             // gy and dx lie in memory as the kernel has them
   int64_t *depth, *shift, *row;    // [reached·Og], [reached·Og], [Cg]
+  int64_t* line;                   // [S0·S1] where a line of dx comes from
 
   struct Memory {
     T *gy, *dx;  // [O, plane], [phases, Cg, ld]
@@ -266,7 +273,7 @@ struct ConvInputGrad : ConvPlanes<T> {
 
   const T* take(int64_t b, T* out) const {
     const T* gy = static_cast<const T*>(call.gy) + b * plan.O * plan.T;
-    if (as_is && b + 1 < plan.B) return gy;  // vectors run beyond the last plane
+    if (as_is && (plan.B - b - 1) * plan.O * plan.T >= n) return gy;  // vectors run beyond the last plane
     if (as_is) {
       copy_row(gy, out, plan.O * plan.T);
       return out;
@@ -282,27 +289,25 @@ struct ConvInputGrad : ConvPlanes<T> {
 
   // The phases' pixels between each other.
   void put(const T* from, T* dx) const {
-    const int64_t width = plan.S[2], phase = plan.Cg * ld;
+    const int64_t lines = plan.S[0] * plan.S[1], width = plan.S[2], phase = plan.Cg * ld;
     const T* const end = dx + plan.Cg * plan.pixels;
     typename LanesUpTo<n>::type lanes;
     for (int64_t c = 0; c < plan.Cg; ++c, from += ld)
-      for (int64_t i = 0; i < plan.S[0]; ++i)
-        for (int64_t j = 0; j < plan.S[1]; ++j, dx += width) {
-          const T* in = from + (i % parts[0] * parts[1] + j % parts[1]) * parts[2] * phase +
-                        (i / plan.stride[0] * plan.gs[1] + j / plan.stride[1]) * plan.gs[2];
-          if (parts[2] == 1) {
-            Planes::give_line(in, dx, width, end);
-          } else if (parts[2] == 2 && !Planes::beyond(dx, width, 2 * n, end)) {
-            for (int64_t w = 0; w < width; w += 2 * n) {
-              Vector<T> low, high;
-              interleave(load<T>(in + w / 2), load<T>(in + phase + w / 2), low, high, lanes);
-              store<T>(dx + w, low);
-              store<T>(dx + w + n, high);
-            }
-          } else {
-            for (int64_t w = 0; w < width; ++w) dx[w] = in[w % parts[2] * phase + w / parts[2]];
+      for (int64_t i = 0; i < lines; ++i, dx += width) {
+        const T* in = from + line[i];
+        if (parts[2] == 1) {
+          Planes::give_line(in, dx, width, end);
+        } else if (parts[2] == 2 && !Planes::beyond(dx, width, 2 * n, end)) {
+          for (int64_t w = 0; w < width; w += 2 * n) {
+            Vector<T> low, high;
+            interleave(load<T>(in + w / 2), load<T>(in + phase + w / 2), low, high, lanes);
+            store<T>(dx + w, low);
+            store<T>(dx + w + n, high);
           }
+        } else {
+          for (int64_t w = 0; w < width; ++w) dx[w] = in[w % parts[2] * phase + w / parts[2]];
         }
+      }
   }
 };
 

@@ -84,8 +84,9 @@ struct ConvCall {
   void* deviation;  // (B,)  ‖G_i − center‖²
   void* inner;      // (B,)  ⟨G_i, center⟩
   void* bias;       // (B, O)  Σ_t gy; without dx and dgy
-  void* dx;         // as x   derivative of ‖G_i − center‖²
+  void* dx;         // as x   scale times the derivative of ‖G_i − center‖²
   void* dgy;        // as gy
+  double scale = 1;
   // Where there is h, dgy = G_i ∗ h for h as x, or dx = G_iᵀ ∗ h for h as gy, and no other result.
   const void* h;
   double factor;      // with a center, center + factor·G_i takes the place of G_i, on the direct path
