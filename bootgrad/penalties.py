@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError, RecordingError
-from .ops.schema import accumulation_dtype
-from .per_sample import Direction, PerSampleGradients, Zeros, as_parameter_dict, sq_norm
+from .per_sample import Direction, PerSampleGradients, Zeros, as_parameter_dict, sq_norm, stacked_sq_norms
 from .rules.terms import total
 from .statistics import CheckedOnRead
 
@@ -154,6 +153,5 @@ def total_sq_norm(tensors: Iterable[Tensor]) -> Tensor:
     """Σ ‖t‖² over tensors, in float64."""
     alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for t in tensors:
-        alike.setdefault((accumulation_dtype(t.dtype), t.device), []).append(t)
-    norms = (torch.stack(torch._foreach_norm(ts, 2, dtype)) for (dtype, _), ts in alike.items())
-    return total(n.double().square().sum() for n in norms)
+        alike.setdefault((t.dtype, t.device), []).append(t)
+    return total(stacked_sq_norms(ts).double().sum() for ts in alike.values())

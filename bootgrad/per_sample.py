@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
 from .ops.schema import accumulation_dtype
-from .rules.terms import Term, total
+from .rules.terms import LONG, Term, total
 
 Direction = Mapping[str, Tensor] | Tensor
 
@@ -278,4 +278,10 @@ def grouped(tensors: Sequence[Tensor], function: Callable[[list[Tensor]], Iterab
 
 def stacked_sq_norms(tensors: list[Tensor]) -> Tensor:
     """‖t‖² of each of n tensors of one dtype and device, (n,), in the accumulation dtype."""
-    return torch.stack(torch._foreach_norm(tensors, 2, accumulation_dtype(tensors[0].dtype))).square()
+    # A norm is added up entry by entry, which loses digits over long tensors; a sum by halves.
+    short = [t if t.numel() <= LONG else t.new_zeros(()) for t in tensors]
+    out = torch.stack(torch._foreach_norm(short, 2, accumulation_dtype(tensors[0].dtype))).square()
+    for k, t in enumerate(tensors):
+        if t.numel() > LONG:
+            out[k] = sq_norm(t)
+    return out

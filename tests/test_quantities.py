@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 import bootgrad
 from bootgrad import reference
 from bootgrad.errors import UnsupportedError
+from bootgrad.penalties import total_sq_norm
 from bootgrad.rules.stand_ins import StandIns
-from bootgrad.rules.terms import recomputed
+from bootgrad.rules.terms import SqDistances, recomputed
 
 from .models import SHAPES, Residual, Unknown, loss_of, make
 
@@ -369,3 +370,10 @@ def test_a_function_that_differentiates_once_below_every_parameter_does_no_harm(
     )
     D = flat(rows)
     check(ours, torch.autograd.grad((D - D.mean(0)).square().sum(1).mean(), x)[0])
+
+
+def test_long_rows_keep_their_digits():
+    rows = torch.randn(2, 3_000_000)
+    exact, ours = rows.double().square().sum(1), SqDistances.apply(None, rows).double()
+    assert ((ours - exact).abs() <= 1e-6 * exact).all()
+    assert abs(total_sq_norm(rows.unbind()) - exact.sum()) <= 1e-6 * exact.sum()

@@ -27,6 +27,7 @@ from ..ops.product import CovarianceTrace, LayerStatistics, Product, Visit, Weig
 from ..ops.schema import accumulation_dtype
 
 CHUNK_BYTES = 64 * 2**20
+LONG = 2**14  # entries from which a norm, added up one by one, is left to a sum by halves
 
 
 class Term(ABC):
@@ -348,7 +349,10 @@ class SqDistances(Function):
         apart = rows if centers is None else torch._foreach_sub(rows, centers)
         ctx.save_for_backward(*apart)
         norms = [torch.linalg.vector_norm(_flat(t), dim=1, dtype=accumulation_dtype(t.dtype)) for t in apart]
-        return torch.stack(norms).square_().sum(0)
+        squares = [
+            _sq_norms(t) if t.shape[1:].numel() > LONG else n.square() for t, n in zip(apart, norms, strict=True)
+        ]
+        return torch.stack(squares).sum(0)
 
     @staticmethod
     @once_differentiable
