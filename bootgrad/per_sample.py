@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
 from .ops.schema import accumulation_dtype
-from .rules.terms import LONG, Term, total
+from .rules.terms import LONG, Term, sq_norms_of_rows, total
 
 Direction = Mapping[str, Tensor] | Tensor
 
@@ -261,7 +261,7 @@ class Transposed:
 
 def sq_norm(t: Tensor) -> Tensor:
     """‖t‖² in the accumulation dtype."""
-    return t.to(accumulation_dtype(t.dtype)).square().sum()
+    return sq_norms_of_rows(t.unsqueeze(0)).squeeze(0)
 
 
 def grouped(tensors: Sequence[Tensor], function: Callable[[list[Tensor]], Iterable[Tensor]]) -> list[Tensor]:
@@ -278,7 +278,7 @@ def grouped(tensors: Sequence[Tensor], function: Callable[[list[Tensor]], Iterab
 
 def stacked_sq_norms(tensors: list[Tensor]) -> Tensor:
     """‖t‖² of each of n tensors of one dtype and device, (n,), in the accumulation dtype."""
-    # A norm is added up entry by entry, which loses digits over long tensors; a sum by halves.
+    # A norm is added up entry by entry, which loses digits over long tensors.
     short = [t if t.numel() <= LONG else t.new_zeros(()) for t in tensors]
     out = torch.stack(torch._foreach_norm(short, 2, accumulation_dtype(tensors[0].dtype))).square()
     for k, t in enumerate(tensors):

@@ -15,7 +15,7 @@ from bootgrad import reference
 from bootgrad.errors import UnsupportedError
 from bootgrad.penalties import total_sq_norm
 from bootgrad.rules.stand_ins import StandIns
-from bootgrad.rules.terms import SqDistances, recomputed
+from bootgrad.rules.terms import DenseTerm, SqDistances, recomputed
 
 from .models import SHAPES, Residual, Unknown, loss_of, make
 
@@ -377,3 +377,16 @@ def test_long_rows_keep_their_digits():
     exact, ours = rows.double().square().sum(1), SqDistances.apply(None, rows).double()
     assert ((ours - exact).abs() <= 1e-6 * exact).all()
     assert abs(total_sq_norm(rows.unbind()) - exact.sum()) <= 1e-6 * exact.sum()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_long_rows_do_not_depend_on_threads(rows):
+    threads, values = torch.get_num_threads(), torch.randn(rows, 100_003)
+    out = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            out.append((SqDistances.apply(None, values), DenseTerm(values).sq_norms(), total_sq_norm([values])))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for others in out[1:] for a, b in zip(out[0], others, strict=True))

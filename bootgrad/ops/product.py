@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..planning import ConvLayer, LinearLayer
@@ -159,23 +159,24 @@ class WeightGrad(Function):
         return None, dx, dgy, None, None
 
 
+def _by_node() -> bool:
+    """Whether something differentiates what is made now, in reverse or forward mode: by ops alone tangents would be lost."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def output(product: Product, x: Tensor, weight: Tensor) -> Tensor:
     """W ∗ x; here and below without a node where no graph is made, which takes as long as a small product."""
-    return Output.apply(product, x, weight) if torch.is_grad_enabled() else product.output(x, weight)
+    return Output.apply(product, x, weight) if _by_node() else product.output(x, weight)
 
 
 def input_grad(product: Product, gy: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """Wᵀ ∗ gy, of which nothing is differentiated by x."""
-    if torch.is_grad_enabled():
-        return InputGrad.apply(product, gy, weight, x.detach())
-    return product.input_grad(gy, weight, x)
+    return InputGrad.apply(product, gy, weight, x.detach()) if _by_node() else product.input_grad(gy, weight, x)
 
 
 def weight_grad(product: Product, x: Tensor, gy: Tensor, dtype: torch.dtype) -> Tensor:
     """Σ_i G_i, cast to ``dtype``."""
-    if torch.is_grad_enabled():
-        return WeightGrad.apply(product, x, gy, dtype)
-    return product.weight_grad(x, gy).to(dtype)
+    return WeightGrad.apply(product, x, gy, dtype) if _by_node() else product.weight_grad(x, gy).to(dtype)
 
 
 def jvp(product: Product, x: Tensor, gy: Tensor, v: Tensor) -> Tensor:

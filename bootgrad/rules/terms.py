@@ -27,7 +27,7 @@ from ..ops.product import CovarianceTrace, LayerStatistics, Product, Visit, Weig
 from ..ops.schema import accumulation_dtype
 
 CHUNK_BYTES = 64 * 2**20
-LONG = 2**14  # entries from which a norm, added up one by one, is left to a sum by halves
+LONG = 2**14  # entries of a row that are added up at once
 
 
 class Term(ABC):
@@ -62,7 +62,7 @@ class Term(ABC):
 
     def sq_norms(self, center: Tensor | None = None) -> Tensor:
         """‖g_i − center‖², (B,)."""
-        return torch.cat(self._chunked(lambda rows, c: _sq_norms(rows if c is None else rows - c), center))
+        return torch.cat(self._chunked(lambda rows, c: sq_norms_of_rows(rows if c is None else rows - c), center))
 
     def covariance(self, mean: Tensor) -> Tensor:
         """Σ_i ‖g_i − ḡ‖², where ``mean`` is the value of ḡ."""
@@ -151,8 +151,20 @@ def vmap(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
         return torch.func.vmap(function)(*rows)
 
 
-def _sq_norms(rows: Tensor) -> Tensor:
-    return _flat(rows).to(accumulation_dtype(rows.dtype)).square().sum(1)
+def sq_norms_of_rows(rows: Tensor) -> Tensor:
+    """‖r_i‖², (B,), of rows (B, *shape), in the accumulation dtype; long ones by blocks, whatever the number of threads."""
+    squares = _flat(rows).to(accumulation_dtype(rows.dtype)).square()
+    if squares.size(1) <= LONG:
+        return squares.sum(1)
+    whole = squares.size(1) // LONG * LONG
+    return squares[:, :whole].unflatten(1, (-1, LONG)).sum(2).sum(1) + squares[:, whole:].sum(1)
+
+
+def _sq_norms_at_once(rows: Tensor) -> Tensor:
+    """The same without squares in memory where rows are short: a norm is added up entry by entry, which loses digits."""
+    if rows.shape[1:].numel() > LONG:
+        return sq_norms_of_rows(rows)
+    return torch.linalg.vector_norm(_flat(rows), dim=1, dtype=accumulation_dtype(rows.dtype)).square()
 
 
 def _flat(rows: Tensor) -> Tensor:
@@ -321,7 +333,7 @@ class DenseTerm(Term):
         return self.values[start:stop]
 
     def sq_norms(self, center=None):  # noqa: D102
-        return _sq_norms(self.values if center is None else self.values - center)
+        return sq_norms_of_rows(self.values if center is None else self.values - center)
 
     def jvp(self, v):  # noqa: D102
         dtype = accumulation_dtype(self.values.dtype)
@@ -348,11 +360,7 @@ class SqDistances(Function):
         """Compute the sum; ``centers`` is None for zeros."""
         apart = rows if centers is None else torch._foreach_sub(rows, centers)
         ctx.save_for_backward(*apart)
-        norms = [torch.linalg.vector_norm(_flat(t), dim=1, dtype=accumulation_dtype(t.dtype)) for t in apart]
-        squares = [
-            _sq_norms(t) if t.shape[1:].numel() > LONG else n.square() for t, n in zip(apart, norms, strict=True)
-        ]
-        return torch.stack(squares).sum(0)
+        return torch.stack([_sq_norms_at_once(t) for t in apart]).sum(0)
 
     @staticmethod
     @once_differentiable

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bootgrad import planning
 from bootgrad.ops.backends import eager_convolution
 from bootgrad.ops.convolution import ConvProduct
+from bootgrad.ops.product import Output
 
 OPS = torch.ops.bootgrad
 # B, C, O, S, K, stride, padding, dilation, groups
@@ -224,3 +226,13 @@ def test_schema_of_norms_with_scaled_derivatives():
     for mask in ([True, True, False], [False, True, True]):
         call = x, gy, None, list(weight.shape[2:]), *geometry, "direct", mask, 0.5
         opcheck(OPS.conv_sq_norms_with_scaled_grad.default, call)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_tangents_are_not_lost():
+    """Of a backward pass without a graph, too: they raise."""
+    x, weight, _, gy, geometry = case(16, *SHAPES["few channels"][1:])
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    y = Output.apply(ConvProduct((5, 5), *geometry), *leaves)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        torch.autograd.grad(y, leaves, forward_ad.make_dual(gy, torch.randn_like(gy)))
