@@ -390,3 +390,10 @@ def test_long_rows_do_not_depend_on_threads(rows):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for others in out[1:] for a, b in zip(out[0], others, strict=True))
+
+
+def test_distances_of_dense_rows_to_second_order():
+    rows = [torch.randn(4, *s, dtype=torch.float64, requires_grad=True) for s in ((3,), (2, 2))]
+    for centers in (None, [torch.randn(3, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)]):
+        assert torch.autograd.gradcheck(lambda *r, c=centers: SqDistances.apply(c, *r), rows)
+        assert torch.autograd.gradgradcheck(lambda *r, c=centers: SqDistances.apply(c, *r), rows)

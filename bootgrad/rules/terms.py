@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..errors import RecordingError
 from ..ops import product
@@ -359,14 +358,15 @@ class SqDistances(Function):
     def forward(ctx, centers, *rows):
         """Compute the sum; ``centers`` is None for zeros."""
         apart = rows if centers is None else torch._foreach_sub(rows, centers)
-        ctx.save_for_backward(*apart)
+        ctx.centers = centers
+        ctx.save_for_backward(*rows)
         return torch.stack([_sq_norms_at_once(t) for t in apart]).sum(0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, alpha):
         """Differentiate by the rows."""
-        apart, factors = ctx.saved_tensors, 2 * alpha
+        rows, factors = ctx.saved_tensors, 2 * alpha
+        apart = rows if ctx.centers is None else torch._foreach_sub(rows, ctx.centers)
         shaped = {n: factors.reshape(-1, *[1] * (n - 1)) for n in {t.dim() for t in apart}}
         return None, *torch._foreach_mul(apart, [shaped[t.dim()] for t in apart])
 
