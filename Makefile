@@ -35,7 +35,7 @@ demo: $(VENV)/.demo
 		--reg1 0.01 --reg2 0.03 --center ema --out demo --overwrite
 
 test: lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-all: $(VENV)/.dev
 	mkdir -p build && rm -f build/kernel_resources
