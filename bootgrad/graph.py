@@ -55,8 +55,10 @@ class Uses:
 _LEAF = 2**63  # leaves are numbered from here, in whatever order
 
 
-def walk(losses: Tensor, uses: Uses, names: Mapping[int, str], alone: bool) -> tuple[dict[Any, str], list[Tensor]]:
-    """The nodes that losses reach, in a fixed order, with their names, and the leaves outside of recorded uses.
+def walk(
+    losses: Tensor, uses: Uses, names: Mapping[int, str], alone: bool
+) -> tuple[dict[Any, str], set[Any], list[Tensor]]:
+    """What losses reach.
 
     Args:
         losses: where the walk begins.
@@ -64,11 +66,15 @@ def walk(losses: Tensor, uses: Uses, names: Mapping[int, str], alone: bool) -> t
         names: parameters' names by id.
         alone: the batch is one sample, whose gradient plain autograd has however it comes about.
 
+    Returns:
+        The nodes, in a fixed order, with their names; those of them that several lead to; the leaves outside of recorded uses.
+
     Raises:
         UnsupportedError: a parameter is met outside of its recorded uses, or through their derivatives.
     """
     nodes: dict[Any, str] = {} if losses.grad_fn is None else {losses.grad_fn: losses.grad_fn.name()}
     seen = set(nodes)
+    shared = set()
     leaves: dict[int, Tensor] = {}
     stack = list(nodes)
     while stack:
@@ -79,7 +85,10 @@ def walk(losses: Tensor, uses: Uses, names: Mapping[int, str], alone: bool) -> t
                 "leave checkpointing out of recorded forward passes"
             )
         for successor, _ in node.next_functions:
-            if successor is None or successor in seen:
+            if successor is None:
+                continue
+            if successor in seen:
+                shared.add(successor)
                 continue
             if successor in uses:
                 if alone or uses.met_by(node):
@@ -102,7 +111,7 @@ def walk(losses: Tensor, uses: Uses, names: Mapping[int, str], alone: bool) -> t
                     "requires_grad_(False)"
                 )
             leaves[id(variable)] = variable
-    return nodes, list(leaves.values())
+    return nodes, shared, list(leaves.values())
 
 
 def check_losses(losses: Any) -> None:

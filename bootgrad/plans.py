@@ -199,7 +199,7 @@ def _gpu_workspace(layer: Layer, path: str, purpose: str, precision: str) -> flo
 def _others(recording: record, batch_size: int) -> tuple[OtherPlan, ...]:
     found = []
     for operation in recording.operations:
-        if not (isinstance(operation, ProductOperation) and operation.weight is not None):
+        if operation.covers is None and not (isinstance(operation, ProductOperation) and operation.weight is not None):
             entries = sum(t.numel() * t.element_size() for t in operation.tracked)
             found.append(OtherPlan(operation.name, _names(recording, operation), batch_size * entries))
     return tuple(found)

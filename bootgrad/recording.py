@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from .derived import Derived, derive, is_batch_free, may_be_batch_free, pull_back
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .graph import Uses, check_finite, check_losses, filled, gradients, is_capturing, powers_of_two, walk
+from .ops.piecewise import is_seen
 from .ops.product import Product
 from .rules.base import RULES, Operation, Phase, ProductOperation, is_in_place
 from .rules.elementwise import expand_row
@@ -318,9 +319,16 @@ class Recording(TorchFunctionMode):
         return reach
 
     def _walk(self, losses: Tensor) -> Reach:
-        nodes, leaves = walk(losses, self._uses, self._names, alone=self.batch_size == 1)
+        nodes, shared, leaves = walk(losses, self._uses, self._names, alone=self.batch_size == 1)
         self._graph = hash(tuple(nodes.values()))
         operations = [o for o in self.operations if o.edge.node in nodes]
+        idle = set()  # of an operation and one that covers it, either
+        for o in operations:
+            if o.covers is not None:
+                node = o.covers.edge.node
+                o.covers_all = node not in shared and not is_seen(o.between, node)
+                idle.add(id(o.covers if o.covers_all else o))
+        operations = [o for o in operations if id(o) not in idle]
         used = {id(leaf) for o in operations for t in o.tracked for leaf in self.leaves(t)} | set(map(id, leaves))
         parameters = {name: p for name, p in self.parameters.items() if id(p) in used}
         own = self._names.keys() | {id(o.probe) for o in self.operations}

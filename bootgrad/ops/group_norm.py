@@ -10,6 +10,7 @@ gx = r P(γ gy). Torch differentiates that by a long chain of elementwise passes
     ∂⟨u, gx⟩/∂x  = −r² [ a P(γ gy) + b P(u) + s x̂ ]      a = mean(u x̂), b = mean(γ gy x̂), s = mean(γ gy P(u))
 
 and cotangents a, b of the per-sample gradients add a x̂ + b to ∂/∂gy and r P(a gy) to ∂/∂x: all in one visit of u, gy and x.
+A ReLU behind the norm, z = max(0, y), is passed in the same visits: gy is gz where z > 0, else 0, and so is ∂/∂gz of ∂/∂gy.
 Letters: ``B`` samples, ``C`` channels, ``G`` groups, ``N`` positions of a channel.
 """
 
@@ -34,13 +35,25 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, 
 
 
 def backward(
-    gy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, groups: int, eps: float, mask: list[bool]
+    gy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    z: Tensor | None,
+    groups: int,
+    eps: float,
+    mask: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by x, γ and β that ``mask`` asks for; differentiable to any order where gradients are enabled."""
+    """The gradients by x, γ and β that ``mask`` asks for; differentiable to any order where gradients are enabled.
+
+    Where ``z`` is given, the output of a ReLU behind the norm, ``gy`` is its gradient.
+    """
     if torch.is_grad_enabled() or _is_ours_faster(x):
-        gx, *rows = GroupNormBackward.apply(gy, x, weight, mean, rstd, groups, eps, mask[0])
+        gx, *rows = GroupNormBackward.apply(gy, x, weight, mean, rstd, z, groups, eps, mask[0])
         return gx, *(r.sum(0).to(gy.dtype) if wanted else None for r, wanted in zip(rows, mask[1:], strict=True))
     B, C = x.shape[:2]
+    gy = gy if z is None else torch.ops.aten.threshold_backward(gy, z, 0)
     args = (gy.contiguous(), x.contiguous(), mean, rstd, weight, B, C, _positions(x), groups, mask)
     grads = torch.ops.aten.native_group_norm_backward(*args)
     return tuple(g if wanted else None for g, wanted in zip(grads, mask, strict=True))
@@ -56,27 +69,35 @@ def _positions(x: Tensor) -> int:
 
 
 class GroupNormBackward(Function):
-    """(gx, Σ gy x̂, Σ gy): r P(γ gy), None unless it is asked for, and the rows of γ and β, (B, C) each."""
+    """(gx, Σ gy x̂, Σ gy): r P(γ gy), None unless it is asked for, and the rows of γ and β, (B, C) each.
+
+    With ``z``, the output of a ReLU behind the norm, in which nothing is differentiated, ``gy`` is the gradient of that.
+    """
 
     @staticmethod
-    def forward(ctx, gy, x, weight, mean, rstd, groups, eps, input_grad):
+    def forward(ctx, gy, x, weight, mean, rstd, z, groups, eps, input_grad):
         """Compute all three in one visit."""
-        ctx.save_for_backward(gy, x, weight, mean, rstd)
+        ctx.save_for_backward(gy, x, weight, mean, rstd, z)
         ctx.groups, ctx.eps = groups, eps
         ctx.set_materialize_grads(False)
-        gx, *rows = _raw.group_norm_backward(gy, x, *_wide(x, weight, mean, rstd), input_grad)
+        op, given = (_raw.group_norm_backward, (gy,)) if z is None else (_raw.group_norm_relu_backward, (gy, z))
+        gx, *rows = op(*given, x, *_wide(x, weight, mean, rstd), input_grad)
         return gx if input_grad else None, *rows
 
     @staticmethod
     def backward(ctx, u, a, b):
         """Differentiate by gy, x and γ."""
-        gy, x, weight, mean, rstd = ctx.saved_tensors
+        gy, x, weight, mean, rstd, z = ctx.saved_tensors
         if torch.is_grad_enabled():
-            dgy, dx, dw = _differentiable((u, a, b), (gy, x, weight), ctx.groups, ctx.eps)
+            dgy, dx, dw = _differentiable((u, a, b), (gy, x, weight), z, ctx.groups, ctx.eps)
         else:
-            dgy, dx, rows = _raw.group_norm_double_backward(u, a, b, gy, x, *_wide(x, weight, mean, rstd))
+            wide = _wide(x, weight, mean, rstd)
+            if z is None:
+                dgy, dx, rows = _raw.group_norm_double_backward(u, a, b, gy, x, *wide)
+            else:
+                dgy, dx, rows = _raw.group_norm_relu_double_backward(u, a, b, gy, z, x, *wide)
             dw = None if weight is None or u is None else rows.sum(0).to(weight.dtype)
-        return dgy, dx, dw, None, None, None, None, None
+        return dgy, dx, dw, None, None, None, None, None, None
 
 
 def _wide(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -84,8 +105,11 @@ def _wide(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
-def _plain(gy: Tensor, x: Tensor, weight: Tensor | None, groups: int, eps: float) -> tuple[Tensor, ...]:
+def _plain(
+    gy: Tensor, x: Tensor, weight: Tensor | None, z: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, ...]:
     """(gx, Σ gy x̂, Σ gy) in plain torch."""
+    gy = gy if z is None else gy.masked_fill(z <= 0, 0)
     grouped = x.reshape(x.size(0), groups, -1)
     centered = grouped - grouped.mean(2, keepdim=True)
     r = (centered.square().mean(2, keepdim=True) + eps).rsqrt()
@@ -98,13 +122,13 @@ def _plain(gy: Tensor, x: Tensor, weight: Tensor | None, groups: int, eps: float
 
 
 def _differentiable(
-    cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor | None], groups: int, eps: float
+    cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor | None], z: Tensor | None, groups: int, eps: float
 ) -> list[Tensor | None]:
     """The derivatives as plain torch has them, with a graph: third derivatives and beyond."""
     gy, x, weight = (None if t is None else t.view_as(t) for t in inputs)
     assert gy is not None and x is not None
     wanted = [t for t in (gy, x, weight) if t is not None and t.requires_grad]
-    pairs = zip(_plain(gy, x, weight, groups, eps), cotangents, strict=True)
+    pairs = zip(_plain(gy, x, weight, z, groups, eps), cotangents, strict=True)
     used = [(out, c.to(out.dtype)) for out, c in pairs if c is not None and out.requires_grad]
     outputs, given = zip(*used, strict=True)
     grads = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True, allow_unused=True))

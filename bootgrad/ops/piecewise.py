@@ -4,8 +4,9 @@ Their derivative does not change with the input, except where pieces meet. Torch
 tensor of zeros, which it makes and adds: two passes over each activation of a double backward pass. Here it is not there.
 
 Where a ReLU's output is pooled and then let go, gradients pass both at once: to the maxima's places where the maxima are
-positive, and not by way of a gradient for every entry of that output, which has no other reader. A hook of the output is a
-reader; an edge that was taken of it (`get_gradient_edge`) and pre-hooks of its node are not seen.
+positive, and not by way of a gradient for every entry of that output, which has no other reader. A hook of the output or of its
+node is a reader; an edge that was taken of it (`get_gradient_edge`) is not seen. Behind a recorded group norm the ReLU is one
+with that instead: see `rules.normalization`.
 """
 
 import weakref
@@ -33,17 +34,34 @@ class Relu(Function):
     @staticmethod
     def backward(ctx, gy, behind):
         """Differentiate by x."""
-        gx = None if gy is None else _relu_grad(gy, *ctx.saved_tensors)
+        gx = None if gy is None else relu_grad(gy, *ctx.saved_tensors)
         return gx if behind is None else behind if gx is None else gx + behind, None
 
 
-def _note_hook(ctx, tensor):
-    ctx.is_watched = True
-    return torch._C._FunctionBase._register_hook_dict(ctx, tensor)
+def watch(function: type[Function]) -> None:
+    """Have the nodes of ``function`` know, by ``is_watched``, whether they or an output have had a hook."""
+    # The first is what torch calls on the node of a tensor that gets its first hook.
+    for name in ("_register_hook_dict", "register_hook", "register_prehook"):
+        setattr(function._backward_cls, name, _noting(getattr(torch._C._FunctionBase, name)))  # type: ignore[attr-defined]
 
 
-# What torch calls on the node of a tensor that gets its first hook.
-Relu._backward_cls._register_hook_dict = _note_hook  # type: ignore[attr-defined]
+def _noting(register):
+    def note(ctx, hook):
+        ctx.is_watched = True
+        return register(ctx, hook)
+
+    return note
+
+
+def is_seen(tensor: weakref.ref | None, node) -> bool:
+    """Whether anybody sees the gradient of an output of ``node``, which is ``watch``ed: by a hook, or as it is still alive.
+
+    There is no such tensor, None, where it was changed in place.
+    """
+    return getattr(node, "is_watched", False) or (tensor is not None and tensor() is not None)
+
+
+watch(Relu)
 
 
 class ReluGrad(Function):
@@ -58,10 +76,11 @@ class ReluGrad(Function):
     @staticmethod
     def backward(ctx, h):
         """Differentiate by gy."""
-        return _relu_grad(h, *ctx.saved_tensors), None
+        return relu_grad(h, *ctx.saved_tensors), None
 
 
-def _relu_grad(gy: Tensor, y: Tensor) -> Tensor:
+def relu_grad(gy: Tensor, y: Tensor) -> Tensor:
+    """Gy where y > 0, else 0."""
     return ReluGrad.apply(gy, y) if torch.is_grad_enabled() else _aten.threshold_backward(gy, y, 0)
 
 
@@ -80,7 +99,7 @@ class MaxPool2d(Function):
     def backward(ctx, gy):
         """Differentiate by x, or by what the ReLU was given where nobody is left to see the gradient between."""
         index, blocked = ctx.saved_tensors
-        unseen = blocked is not None and ctx.alive() is None and not getattr(ctx.node, "is_watched", False)
+        unseen = blocked is not None and not is_seen(ctx.alive, ctx.node)
         gx = MaxPool2dGrad.apply(gy, index, blocked if unseen else None, ctx.size)
         return (None, gx, None, None, None) if unseen else (gx, None, None, None, None)
 

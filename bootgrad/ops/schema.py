@@ -99,6 +99,19 @@ POOLING_SCHEMAS = {
     "max_pool2d_gather": "(Tensor h, Tensor index, Tensor? blocked) -> Tensor",
 }
 
+# The same of a ReLU behind a group norm, z = max(0, y): gz takes the place of gy, and only where z > 0 does it count, or is
+# differentiated by. In plain torch on GPUs what is between.
+RELU_SCHEMAS = {
+    "group_norm_relu_backward": (
+        "(Tensor gz, Tensor z, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool input_grad)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "group_norm_relu_double_backward": (
+        "(Tensor? u, Tensor? a, Tensor? b, Tensor gz, Tensor z, Tensor x, Tensor? weight, Tensor mean, Tensor rstd)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+}
+
 # Convolutions themselves: in float32 on CPUs; in any dtype in plain torch, as on GPUs. Beside them what a step on a CPU saves a
 # sweep over activations by.
 CONVOLUTION_SCHEMAS = {
@@ -124,7 +137,7 @@ cuda_library = torch.library.Library(CUDA_NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     cuda_library.define(_name + _schema)
-for _name, _schema in (APPLIED_SCHEMAS | POOLING_SCHEMAS | CONVOLUTION_SCHEMAS).items():
+for _name, _schema in (APPLIED_SCHEMAS | POOLING_SCHEMAS | RELU_SCHEMAS | CONVOLUTION_SCHEMAS).items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -466,6 +479,18 @@ def _(u, a, b, gy, x, weight, mean, rstd):
     check_layer("a", a, x.shape[:2], x)
     check_layer("b", b, x.shape[:2], x)
     return x.new_empty(x.shape), x.new_empty(x.shape), _channel_rows(x)
+
+
+@_fake("group_norm_relu_backward")
+def _(gz, z, x, weight, mean, rstd, input_grad):
+    check_group_norm(x, {"z": z}, weight, mean, rstd)
+    return torch.ops.bootgrad.group_norm_backward(gz, x, weight, mean, rstd, input_grad)
+
+
+@_fake("group_norm_relu_double_backward")
+def _(u, a, b, gz, z, x, weight, mean, rstd):
+    check_group_norm(x, {"z": z}, weight, mean, rstd)
+    return torch.ops.bootgrad.group_norm_double_backward(u, a, b, gz, x, weight, mean, rstd)
 
 
 def check_product(x: Tensor, gy: Tensor, weight: Tensor, stride, padding, dilation, groups) -> None:

@@ -125,6 +125,11 @@ class Operation(ABC):
         self.name = name
         self.tracked = list(tracked)
         self.probe: Tensor | None = None
+        # An operation whose part this one can take, too, as long as nobody looks at the output ``between`` them; each walk from
+        # losses decides whether it does. Sums of gradients are right either way.
+        self.covers: Operation | None = None
+        self.between: weakref.ref | None = None
+        self.covers_all = False
 
     @property
     def recorder(self) -> Recorder:

@@ -6,6 +6,7 @@ summed over what the parameter is broadcast along.
 
 import functools
 import inspect
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..errors import UnsupportedError
-from ..ops import group_norm
+from ..ops import group_norm, piecewise
 from .base import Operation, Phase, Recorder, RowsOperation, per_sample_sum, rule
+from .stand_ins import saved_tensors_hooks
 from .terms import DenseTerm
 
 _CHANNELS = {F.group_norm, torch.group_norm, F.batch_norm, torch.batch_norm}
@@ -56,9 +58,9 @@ def _normalization(recorder: Recorder, func, args, kwargs):
     plain = {n: v for n, v in options.items() if n not in ("weight", "bias")} | {"weight": None}
     if "bias" in options:
         plain["bias"] = None
-    aliases = {n: recorder.alias(t) for n, t in zip(names, tracked, strict=True)}
     if func in (F.group_norm, torch.group_norm) and x.dim() > 1 and x.numel():
-        return _group_norm(recorder, names, tracked, options | aliases)
+        return _group_norm(recorder, options)
+    aliases = {n: recorder.alias(t) for n, t in zip(names, tracked, strict=True)}
     y = _call(func, options | aliases)
 
     def rows_of(gy, batch_size, x):
@@ -80,35 +82,59 @@ def _instance_norm(recorder: Recorder, func, args, kwargs):
     """Group norm with a group for each channel, where nothing runs along."""
     options = _arguments(func, args, kwargs)
     x: Tensor = options["input"]
-    names = [n for n in ("weight", "bias") if recorder.is_tracked(options.get(n))]
     own_statistics = options.get("use_input_stats", True) and options.get("running_mean") is None
     if recorder.is_tracked(x) or not own_statistics or x.dim() < 3 or not x.numel():
         return NotImplemented
-    tracked = [options[n] for n in names]
-    aliases = {n: recorder.alias(t) for n, t in zip(names, tracked, strict=True)}
-    return _group_norm(recorder, names, tracked, options | aliases | {"num_groups": x.size(1)})
+    return _group_norm(recorder, options | {"num_groups": x.size(1)})
 
 
-def _group_norm(recorder: Recorder, names, tracked, options: dict) -> Tensor:
-    x, weight, bias = options["input"], options.get("weight"), options.get("bias")
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):  # there torch's autocast runs group norm in float32
-        x = x.float()
-        weight, bias = (None if t is None else recorder.alias_cast(t, torch.float32) for t in (weight, bias))
-    operation = GroupNormOperation(recorder, names, tracked, options["num_groups"], options.get("eps", 1e-5))
-    return operation(x, weight, bias)
+def _group_norm(recorder: Recorder, options: dict) -> Tensor:
+    affine = options.get("weight"), options.get("bias")
+    return GroupNormOperation(recorder, *affine, options["num_groups"], options.get("eps", 1e-5))(options["input"])
 
 
 class GroupNormOperation(Operation):
-    """Group norm; ``names`` says which of weight and bias are tracked."""
+    """Group norm, or a group norm and the ReLU behind it; tracked are its weight, its bias, or both."""
 
-    def __init__(self, recorder, names: Sequence[str], tracked, groups: int, eps: float):
+    def __init__(self, recorder, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float):
         """Describe the call."""
-        super().__init__(recorder, "group_norm", tracked)
-        self.names, self.geometry = names, (groups, eps)
+        affine = {"weight": weight, "bias": bias}
+        tracked = {name: t for name, t in affine.items() if t is not None and recorder.is_tracked(t)}
+        super().__init__(recorder, "group_norm", list(tracked.values()))
+        self.names, self.affine, self.geometry = list(tracked), (weight, bias), (groups, eps)
 
-    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """The output, in the record."""
-        return self.attach(RecordedGroupNorm.apply(self, self.new_probe(x.size(0), x), x, weight, bias))
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):  # there torch's autocast runs group norm in float32
+            x = x.float()
+        self.versions = self._versions()
+        return self.attach(RecordedGroupNorm.apply(self, self.new_probe(x.size(0), x), x, *self._aliases(x)))
+
+    def joined(self, y: Tensor, saved: tuple[Tensor, ...], inplace: bool) -> Tensor:
+        """The ReLU of ``y``, this operation's output, as one operation with the norm, whose node saved ``saved``."""
+        x, _, mean, rstd, _ = saved
+        both = GroupNormOperation(self.recorder, *self.affine, *self.geometry)
+        both.covers, both.between = self, None if inplace else weakref.ref(y)
+        probe = both.new_probe(x.size(0), x)
+        return both.attach(RecordedGroupNormRelu.apply(both, probe, x, *both._aliases(x), y, mean, rstd, inplace))
+
+    @property
+    def is_as_it_was(self) -> bool:
+        """Whether an operation can be made again of what this one was made of."""
+        return self.versions is not None and self.versions == self._versions() and self._recorder() is not None
+
+    def _versions(self) -> tuple | None:
+        """Of weight and bias; None where nodes hand what they save to somebody else, who need not expect to be asked twice."""
+        return (
+            None
+            if saved_tensors_hooks()
+            else tuple((t._version, t.requires_grad) for t in self.affine if t is not None)
+        )
+
+    def _aliases(self, x: Tensor) -> list[Tensor | None]:
+        recorder, cast = self.recorder, x.is_cuda and torch.is_autocast_enabled("cuda")
+        out = [t if t is None or not recorder.is_tracked(t) else recorder.alias(t) for t in self.affine]
+        return [recorder.alias_cast(t, torch.float32) if cast and t is not None else t for t in out]
 
     def terms(self, gy, batch_size):  # noqa: D102
         rows = self.recorder.by_product(self, gy)
@@ -132,14 +158,17 @@ class RecordedGroupNorm(Function):
     def forward(ctx, operation, probe, x, weight, bias):
         """Compute y."""
         ctx.operation = operation
+        ctx.set_materialize_grads(False)
         y, mean, rstd = group_norm.forward(x, weight, bias, *operation.geometry)
-        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.save_for_backward(x, weight, mean, rstd, None)
         return y
 
     @staticmethod
     def backward(ctx, gy):
         """Differentiate by what the phase asks for."""
-        operation, phase, mask = ctx.operation, ctx.operation.phase, list(ctx.needs_input_grad[2:])
+        if gy is None:  # it went to what covers this
+            return None, None, None, None, None
+        operation, phase, mask = ctx.operation, ctx.operation.phase, list(ctx.needs_input_grad[2:5])
         statistics = phase is Phase.STATISTICS and operation.recorder.takes_statistics(operation)
         if phase is not Phase.OUTPUTS and not statistics:
             probe = operation.row_norms(gy) if phase is Phase.ROW_NORMS else None
@@ -150,6 +179,50 @@ class RecordedGroupNorm(Function):
             return None, None, gx, None, None
         sums = (r.sum(0).to(gy.dtype) if wanted else None for r, wanted in zip(rows, mask[1:], strict=True))
         return None, operation.read(operation.rows(rows, operation.recorder.batch_size)), gx, *sums
+
+
+piecewise.watch(RecordedGroupNorm)
+
+
+class RecordedGroupNormRelu(Function):
+    """The ReLU of y, the output of a recorded group norm: gradients go to that, or, where nobody sees them there, past it.
+
+    The pass is that of `RecordedGroupNorm`, which takes what both save, z last, and both are given, from x to the bias.
+    """
+
+    @staticmethod
+    def forward(ctx, operation, probe, x, weight, bias, y, mean, rstd, inplace):
+        """Compute z."""
+        ctx.operation = operation
+        if inplace:
+            ctx.mark_dirty(y)
+        z = y.relu_() if inplace else y.relu()
+        ctx.save_for_backward(x, weight, mean, rstd, z)
+        ctx.set_materialize_grads(False)
+        return z
+
+    @staticmethod
+    def backward(ctx, gz):
+        """Differentiate by y, or by all that y was made of."""
+        if gz is None:
+            return (None,) * 9
+        if ctx.operation.covers_all:
+            return *RecordedGroupNorm.backward(ctx, gz), None, None, None, None
+        return None, None, None, None, None, piecewise.relu_grad(gz, ctx.saved_tensors[-1]), None, None, None
+
+
+def joined_relu(y: Tensor, inplace: bool) -> Tensor | None:
+    """The ReLU of ``y``, recorded as one with the group norm that y comes from as it is; None where it does not."""
+    node = y.grad_fn
+    if not isinstance(node, RecordedGroupNorm._backward_cls) or y._version or y._is_view():
+        return None
+    if not torch.is_grad_enabled() or not node.operation.is_as_it_was:
+        return None
+    try:
+        saved = node.saved_tensors
+    except RuntimeError:  # the graph was freed: the values are all that is left of it
+        return None
+    return node.operation.joined(y, saved, inplace)
 
 
 def _call(func, options: dict) -> Tensor:

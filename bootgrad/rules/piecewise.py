@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.piecewise import max_pool2d, relu
+from .normalization import joined_relu
 from .stand_ins import plain_rule
 
 _T = torch.Tensor
@@ -23,7 +24,8 @@ def _relu_(func, args, kwargs):
 def _apply_relu(input: Tensor, inplace: bool = False):
     if inplace and (input.is_leaf or input._is_view()):
         return NotImplemented
-    return relu(input, inplace)
+    out = joined_relu(input, inplace)
+    return relu(input, inplace) if out is None else out
 
 
 @plain_rule(torch.max_pool2d, F.max_pool2d)

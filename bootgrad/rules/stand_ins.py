@@ -46,8 +46,13 @@ def is_in_checkpoint() -> bool:
 
     The mode of now will be gone by then, and what the calls save must be the same.
     """
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
+    hooks = saved_tensors_hooks()
     return getattr(hooks[0] if hooks else None, "__module__", "") == "torch.utils.checkpoint"
+
+
+def saved_tensors_hooks() -> tuple | None:
+    """What packs and unpacks the tensors that nodes save now, if anything."""
+    return getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
 
 
 def run_plain(func: Callable, args: tuple, kwargs: dict) -> Any:

@@ -13,9 +13,10 @@ namespace {
 class Norm {
  public:
   Norm(const Tensor& x_in, const Tensor& gy_in, const std::optional<Tensor>& weight_in, const Tensor& mean_in,
-       const Tensor& rstd_in)
+       const Tensor& rstd_in, const std::optional<Tensor>& z_in = std::nullopt)
       : x(checked(x_in, mean_in, rstd_in)), gy(like_x("gy", gy_in)), mean(packed(mean_in)), rstd(packed(rstd_in)) {
     if (weight_in) weight = layer("weight", *weight_in, {x.size(1)});
+    if (z_in) z = like_x("z", *z_in);
     call.runtime = &runtime();
     call.dtype = dtype_of(x);
     call.B = x.size(0);
@@ -25,6 +26,7 @@ class Norm {
     for (int64_t d = 2; d < x.dim(); ++d) call.N *= x.size(d);
     call.x = pointer(x);
     call.gy = pointer(gy);
+    call.z = pointer(z);
     call.mean = pointer(mean);
     call.rstd = pointer(rstd);
     call.weight = pointer(weight);
@@ -53,7 +55,7 @@ class Norm {
   }
 
   Tensor x, gy, mean, rstd;
-  std::optional<Tensor> weight;
+  std::optional<Tensor> weight, z;
   GroupNormCall call{};
 
  private:
@@ -68,9 +70,9 @@ class Norm {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& gy, const Tensor& x, std::optional<Tensor> weight,
-                                                       const Tensor& mean, const Tensor& rstd, bool input_grad) {
-  Norm norm(x, gy, weight, mean, rstd);
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+
+ThreeTensors backward(Norm norm, const Tensor& x, bool input_grad) {
   Tensor rows = norm.rows(), bias = norm.rows();
   Tensor dx = input_grad ? norm.activation() : allocate(x, {0}, x.scalar_type());
   norm.call.rows = result(rows);
@@ -80,11 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& gy, const T
   return {dx, rows, bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_double_backward(std::optional<Tensor> u, std::optional<Tensor> a,
-                                                              std::optional<Tensor> b, const Tensor& gy,
-                                                              const Tensor& x, std::optional<Tensor> weight,
-                                                              const Tensor& mean, const Tensor& rstd) {
-  Norm norm(x, gy, weight, mean, rstd);
+ThreeTensors double_backward(Norm norm, std::optional<Tensor> u, std::optional<Tensor> a, std::optional<Tensor> b) {
   if (u) u = norm.like_x("u", *u);
   if (a) a = norm.layer("a", *a, norm.channels());
   if (b) b = norm.layer("b", *b, norm.channels());
@@ -99,11 +97,35 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_double_backward(std::optional<Tens
   return {dgy, dx, rows};
 }
 
+ThreeTensors group_norm_backward(const Tensor& gy, const Tensor& x, std::optional<Tensor> weight, const Tensor& mean,
+                                 const Tensor& rstd, bool input_grad) {
+  return backward(Norm(x, gy, weight, mean, rstd), x, input_grad);
+}
+
+ThreeTensors group_norm_double_backward(std::optional<Tensor> u, std::optional<Tensor> a, std::optional<Tensor> b,
+                                        const Tensor& gy, const Tensor& x, std::optional<Tensor> weight,
+                                        const Tensor& mean, const Tensor& rstd) {
+  return double_backward(Norm(x, gy, weight, mean, rstd), u, a, b);
+}
+
+ThreeTensors group_norm_relu_backward(const Tensor& gz, const Tensor& z, const Tensor& x, std::optional<Tensor> weight,
+                                      const Tensor& mean, const Tensor& rstd, bool input_grad) {
+  return backward(Norm(x, gz, weight, mean, rstd, z), x, input_grad);
+}
+
+ThreeTensors group_norm_relu_double_backward(std::optional<Tensor> u, std::optional<Tensor> a, std::optional<Tensor> b,
+                                             const Tensor& gz, const Tensor& z, const Tensor& x,
+                                             std::optional<Tensor> weight, const Tensor& mean, const Tensor& rstd) {
+  return double_backward(Norm(x, gz, weight, mean, rstd, z), u, a, b);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bootgrad, CPU, m) {
   m.impl("group_norm_backward", TORCH_BOX(&group_norm_backward));
   m.impl("group_norm_double_backward", TORCH_BOX(&group_norm_double_backward));
+  m.impl("group_norm_relu_backward", TORCH_BOX(&group_norm_relu_backward));
+  m.impl("group_norm_relu_double_backward", TORCH_BOX(&group_norm_relu_double_backward));
 }
 
 }  // namespace bootgrad

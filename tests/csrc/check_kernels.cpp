@@ -502,7 +502,7 @@ void check_group_norm(int64_t B, int64_t C, int64_t groups, int64_t N) {
   using F = Format<In>;
   const int64_t M = C / groups * N, entries = B * C * N;
   const double scale = 4;  // above 1/√0.1, the largest factor of an element
-  const std::vector<In> x = draw<In>(entries), gy = draw<In>(entries), u = draw<In>(entries);
+  const std::vector<In> x = draw<In>(entries), gz = draw<In>(entries), u = draw<In>(entries), z = draw<In>(entries);
   const std::vector<T> weight = draw<T>(C), a = draw<T>(B * C), b = draw<T>(B * C);
   std::vector<T> mean(static_cast<size_t>(B * groups)), rstd(mean.size());
   for (size_t g = 0; g < mean.size(); ++g) {
@@ -513,8 +513,11 @@ void check_group_norm(int64_t B, int64_t C, int64_t groups, int64_t N) {
     }
     mean[g] = static_cast<T>(sum), rstd[g] = static_cast<T>(1 / std::sqrt(squares - sum * sum + 0.1));
   }
-  for (int given = 0; given < 16; ++given) {
+  for (int given = 0; given < 32; ++given) {  // 16: with a ReLU behind
     const auto part = [&](int bit, const auto& values, size_t i) { return given & bit ? value(values[i]) : 0.0; };
+    const auto passes = [&](size_t i) { return given & 16 ? value(z[i]) > 0 : true; };
+    Doubles gy(gz.size());
+    for (size_t i = 0; i < gy.size(); ++i) gy[i] = passes(i) ? value(gz[i]) : 0;
     const auto gamma = [&](size_t channel) { return given & 8 ? value(weight[channel % static_cast<size_t>(C)]) : 1; };
     Doubles normal(x.size()), dx(x.size()), dgy(x.size()), dx2(x.size());
     Doubles rows(a.size()), bias(a.size()), rows2(a.size());
@@ -533,8 +536,8 @@ void check_group_norm(int64_t B, int64_t C, int64_t groups, int64_t N) {
         return m;
       };
       const auto of_u = [&](size_t i) { return part(1, u, i); };
-      const auto of_g = [&](size_t i) { return gamma(channel(i)) * value(gy[i]); };
-      const auto of_a = [&](size_t i) { return part(2, a, channel(i)) * value(gy[i]); };
+      const auto of_g = [&](size_t i) { return gamma(channel(i)) * gy[i]; };
+      const auto of_a = [&](size_t i) { return part(2, a, channel(i)) * gy[i]; };
       const Mean mu = means(of_u), mg = means(of_g), ma = means(of_a);
       const auto project = [&](const auto& w, const Mean& m, size_t i) {
         return w(i) - m.plain - normal[i] * m.normal;
@@ -543,9 +546,9 @@ void check_group_norm(int64_t B, int64_t C, int64_t groups, int64_t N) {
       for (size_t i = first; i < end; ++i) {
         const size_t c = channel(i);
         const double Pu = project(of_u, mu, i), Pg = project(of_g, mg, i), Pa = project(of_a, ma, i);
-        rows[c] += value(gy[i]) * normal[i], bias[c] += value(gy[i]), rows2[c] += r * value(gy[i]) * Pu;
+        rows[c] += gy[i] * normal[i], bias[c] += gy[i], rows2[c] += r * gy[i] * Pu;
         dx[i] = r * Pg;
-        dgy[i] = gamma(c) * r * Pu + part(2, a, c) * normal[i] + part(4, b, c);
+        dgy[i] = passes(i) ? gamma(c) * r * Pu + part(2, a, c) * normal[i] + part(4, b, c) : 0;
         dx2[i] = -r * r * (mu.normal * Pg + mg.normal * Pu + s * normal[i]) + r * Pa;
       }
     }
@@ -553,7 +556,8 @@ void check_group_norm(int64_t B, int64_t C, int64_t groups, int64_t N) {
     for (n_threads = 1; n_threads <= 3; n_threads += 2) {
       GroupNormCall call{};
       call.runtime = &runtime, call.dtype = F::dtype, call.B = B, call.C = C, call.groups = groups, call.N = N;
-      call.x = x.data(), call.gy = gy.data(), call.mean = mean.data(), call.rstd = rstd.data();
+      call.x = x.data(), call.gy = gz.data(), call.mean = mean.data(), call.rstd = rstd.data();
+      if (given & 16) call.z = z.data();
       if (given & 8) call.weight = weight.data();
       std::vector<In> first(x.size()), second(x.size());
       std::vector<T> sums(a.size()), shifts(a.size());

@@ -46,7 +46,7 @@ def test_the_backward_pass_to_the_second_order(shape, groups, affine):
 
     def grads(gy, x, weight=None):
         mean, rstd = forward(x.detach(), None, None, groups, EPS)[1:]
-        return GroupNormBackward.apply(gy, x, weight, mean, rstd, groups, EPS, True)
+        return GroupNormBackward.apply(gy, x, weight, mean, rstd, None, groups, EPS, True)
 
     inputs = (gy, x, weight) if affine else (gy, x)
     expected = torch.autograd.grad(y, (x, biases), gy, retain_graph=True)
@@ -55,7 +55,7 @@ def test_the_backward_pass_to_the_second_order(shape, groups, affine):
         torch.testing.assert_close(grads(*inputs)[1].sum(0), torch.autograd.grad(y, weight, gy, retain_graph=True)[0])
         for enabled in (True, False):
             with torch.set_grad_enabled(enabled):
-                ours = backward(gy, x, weight, mean, rstd, groups, EPS, [True, True, True])
+                ours = backward(gy, x, weight, mean, rstd, None, groups, EPS, [True, True, True])
             torch.testing.assert_close(ours[0], expected[0])
             torch.testing.assert_close(ours[2], expected[1].sum(0))
     assert gradcheck(grads, inputs)
@@ -63,16 +63,49 @@ def test_the_backward_pass_to_the_second_order(shape, groups, affine):
 
 
 @SHAPES
-def test_the_recorded_call_to_the_second_order(shape, groups):
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_relu_behind_it_is_a_gate_for_gradients(shape, groups, weighted):
+    torch.manual_seed(0)
+    x, gz, weight = random(*shape), random(*shape), random(shape[1]) if weighted else None
+    mean, rstd = forward(x.detach(), None, None, groups, EPS)[1:]
+    z = torch.randn(shape, dtype=x.dtype).relu()
+
+    def grads(gz, x, weight=None, z=z):
+        mean, rstd = forward(x.detach(), None, None, groups, EPS)[1:]
+        return GroupNormBackward.apply(gz, x, weight, mean, rstd, z, groups, EPS, True)
+
+    inputs = (gz, x, weight) if weighted else (gz, x)
+    passed = gz * (z > 0)
+    torch.testing.assert_close(grads(*inputs), grads(passed, *inputs[1:], z=None))
+    assert gradcheck(grads, inputs)
+    assert gradgradcheck(grads, inputs)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            ours = backward(gz, x, weight, mean, rstd, z, groups, EPS, [True, weighted, True])
+            torch.testing.assert_close(
+                ours, backward(passed, x, weight, mean, rstd, None, groups, EPS, [True, weighted, True])
+            )
+
+
+@SHAPES
+@pytest.mark.parametrize("behind", ["nothing", "relu", "relu in place"])
+def test_the_recorded_call_to_the_second_order(shape, groups, behind):
     torch.manual_seed(0)
     x, norm = random(*shape), torch.nn.GroupNorm(groups, shape[1], EPS, dtype=torch.float64)
     torch.nn.init.normal_(norm.weight)
+    act = {"nothing": torch.nn.Identity(), "relu": torch.nn.ReLU(), "relu in place": torch.nn.ReLU(inplace=True)}[
+        behind
+    ]
 
     def recorded(x, *parameters):
-        with record(norm):
-            return norm(x)
+        with record(norm) as rec:
+            z = act(norm(x))
+        if behind != "nothing":
+            (joined,) = [o for o in rec.operations if o.covers is not None]
+            joined.covers_all = True  # as a recording decides where nobody else reads what is between
+        return z
 
-    torch.testing.assert_close(recorded(x), norm(x))
+    torch.testing.assert_close(recorded(x), act(norm(x)))
     inputs = (x, norm.weight, norm.bias)
     assert gradcheck(recorded, inputs)
     assert gradgradcheck(recorded, inputs)
@@ -87,12 +120,14 @@ def arguments(name, shape, groups, dtype, weighted=True):
     rstd = ((grouped - mean[..., None]).square().mean(2) + EPS).rsqrt()
     a, b = (torch.randn(*shape[:2], generator=g, dtype=torch.float64).to(wide) for _ in range(2))
     weight = torch.randn(shape[1], generator=g, dtype=torch.float64).to(wide) if weighted else None
-    if name == "group_norm_backward":
-        return gy, x, weight, mean, rstd, True
-    return u, a, b, gy, x, weight, mean, rstd
+    given = (gy, torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)) if "relu" in name else (gy,)
+    if "double" not in name:
+        return *given, x, weight, mean, rstd, True
+    return u, a, b, *given, x, weight, mean, rstd
 
 
-OPS = pytest.mark.parametrize("name", ["group_norm_backward", "group_norm_double_backward"])
+NAMES = [f"group_norm_{kind}" for kind in ("backward", "double_backward", "relu_backward", "relu_double_backward")]
+OPS = pytest.mark.parametrize("name", NAMES)
 TOLERANCES = {
     torch.float64: dict(rtol=1e-11, atol=1e-11),
     torch.float32: dict(rtol=1e-4, atol=1e-4),  # differences of sums of the size of N
@@ -140,7 +175,7 @@ def test_the_input_s_gradient_may_be_left_out():
         torch.testing.assert_close(tuple(rows), function(*args)[1:])
 
 
-@pytest.mark.parametrize("name", ["group_norm_backward", "group_norm_double_backward"])
+@OPS
 def test_a_channel_without_positions_has_zero_gradients(name):
     empty = torch.zeros(2, 4, 0)
     args = [

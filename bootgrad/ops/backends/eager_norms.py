@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..schema import accumulation_dtype, check_group_norm, check_layer
+from ..schema import RELU_SCHEMAS, accumulation_dtype, check_group_norm, check_layer, library
 
 CHUNK_BYTES = 8 * 2**20
 
@@ -64,6 +64,28 @@ def group_norm_double_backward(
     return dgy, dx, rows
 
 
+@torch.no_grad()
+def group_norm_relu_backward(gz: Tensor, z: Tensor, x: Tensor, *rest) -> tuple[Tensor, ...]:
+    """`group_norm_backward` for the gradient of z = max(0, y)."""
+    return torch.ops.bootgrad.group_norm_backward(_passed(gz, z, x), x, *rest)
+
+
+@torch.no_grad()
+def group_norm_relu_double_backward(
+    u: Tensor | None, a: Tensor | None, b: Tensor | None, gz: Tensor, z: Tensor, x: Tensor, *rest
+) -> tuple[Tensor, ...]:
+    """The adjoint of `group_norm_relu_backward`: by gz, by x, and by γ for each sample."""
+    dgy, dx, rows = torch.ops.bootgrad.group_norm_double_backward(u, a, b, _passed(gz, z, x), x, *rest)
+    return _passed(dgy, z, x), dx, rows
+
+
+def _passed(g: Tensor, z: Tensor, x: Tensor) -> Tensor:
+    """``g`` where z > 0, else 0."""
+    for name, t in (("gz", g), ("z", z)):
+        torch._check(t.shape == x.shape and t.dtype == x.dtype, lambda name=name: f"{name} must be like x")
+    return torch.ops.aten.threshold_backward(g, z, 0)
+
+
 def _checked(
     gy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, u: Tensor | None = None
 ) -> Tensor:
@@ -111,3 +133,7 @@ def _projected(w: Tensor, normal: Tensor, rstd: Tensor) -> Tensor:
     groups = rstd.size(1)
     out = w - _group_mean(w, groups) - normal * _group_mean(w * normal, groups)
     return out * rstd.repeat_interleave(w.size(1) // groups, 1)[..., None]
+
+
+for _name in RELU_SCHEMAS:
+    library.impl(_name, globals()[_name], "CompositeExplicitAutograd")

@@ -2,11 +2,12 @@
 // passes over it.
 //
 // Letters: C channels, N positions of a channel, M = C/groups · N entries of a group, x̂ = r (x − μ), and the projection
-// P(w) = w − mean(w) − x̂ mean(w x̂). The formulas stand in bootgrad/ops/group_norm.py.
+// P(w) = w − mean(w) − x̂ mean(w x̂). The formulas stand in bootgrad/ops/group_norm.py. Gated, a ReLU is behind
+// the norm, whose output is z, and gy is the gradient of z: only where z > 0 does it reach the norm.
 
 namespace bootgrad::BOOTGRAD_ISA {
 
-template <class In>
+template <class In, bool gated>
 struct GroupNorm {
   using T = Compute<In>;
   static constexpr int64_t n = kLanes<T>;
@@ -37,11 +38,18 @@ struct GroupNorm {
   };
 
   // The last vector of a channel overlaps the one before: only what that has not seen counts in sums.
-  Vector<T> unseen(const In* p) const {
+  BOOTGRAD_INLINE Vector<T> unseen(const Vector<T>& last) const {
     Vector<T> lane;
     for (int64_t j = 0; j < n; ++j) lane[j] = static_cast<T>(j);
-    return lane < static_cast<T>(n - (N - full)) ? Vector<T>{} : load_wide(p + N - n);
+    return lane < static_cast<T>(n - (N - full)) ? Vector<T>{} : last;
   }
+
+  // What passes the ReLU: of a vector, and of an entry.
+  static BOOTGRAD_INLINE Vector<T> passed(const Vector<T>& v, const In* z) {
+    if constexpr (gated) return load_wide(z) <= T(0) ? Vector<T>{} : v;
+    return v;
+  }
+  static T passed_one(T v, const In* z) { return gated && widen(*z) <= T(0) ? T(0) : v; }
 
   // Those of a short run of vectors in the compute type, with x − μ for x̂; those of u are zero where there is none.
   template <bool with_u>
@@ -64,12 +72,13 @@ struct GroupNorm {
   template <bool with_u>
   BOOTGRAD_INLINE Sums sums(int64_t channel, T mean, T rstd) const {
     const In *gy = at(call.gy, channel), *x = at(call.x, channel), *u = with_u ? at(call.u, channel) : nullptr;
+    const In* z = gated ? at(call.z, channel) : gy;
     // Outputs are fetched while inputs are: when it is their turn, writing does not wait for memory.
     const In *dx = call.dx ? at(call.dx, channel) : nullptr, *dgy = call.dgy ? at(call.dgy, channel) : nullptr;
     const auto add = [&](Run<with_u>& run, int64_t i) {
       if (dx) __builtin_prefetch(dx + i, 1);
       if (dgy) __builtin_prefetch(dgy + i, 1);
-      run.add(load_wide(gy + i), load_wide(x + i) - mean, with_u ? load_wide(u + i) : Vector<T>{});
+      run.add(passed(load_wide(gy + i), z + i), load_wide(x + i) - mean, with_u ? load_wide(u + i) : Vector<T>{});
     };
     Sums total{};
     if (N == n) {  // without the loops, which cost such a channel a quarter of its time
@@ -81,12 +90,17 @@ struct GroupNorm {
         const int64_t end = full - i < 64 * n ? full : i + 64 * n;
         Run<with_u> run;
         for (; i < end; i += n) add(run, i);
-        if (end == full && full < N) run.add(unseen(gy), load_wide(x + N - n) - mean, with_u ? unseen(u) : Vector<T>{});
+        if (end == full && full < N) {
+          const int64_t last = N - n;
+          run.add(unseen(passed(load_wide(gy + last), z + last)), load_wide(x + last) - mean,
+                  with_u ? unseen(load_wide(u + last)) : Vector<T>{});
+        }
         run.add_to(total);
       }
     } else {
       for (int64_t i = 0; i < N; ++i) {
-        const double g = static_cast<double>(widen(gy[i])), v = with_u ? static_cast<double>(widen(u[i])) : 0;
+        const double g = static_cast<double>(passed_one(widen(gy[i]), z + i));
+        const double v = with_u ? static_cast<double>(widen(u[i])) : 0;
         const double centered = static_cast<double>(widen(x[i])) - static_cast<double>(mean);
         total.gy += g, total.gy_x += g * centered;
         total.u += v, total.u_x += v * centered, total.u_gy += v * g;
@@ -129,12 +143,12 @@ struct GroupNorm {
       const T constant = static_cast<T>(r * r * b * static_cast<double>(mean) - r * g_mean);
       for (int64_t k = 0; k < Cg; ++k) {
         const int64_t c = first + k;
-        const In *gy = at(call.gy, c), *x = at(call.x, c);
+        const In *gy = at(call.gy, c), *x = at(call.x, c), *z = gated ? at(call.z, c) : gy;
         In* dx = at(call.dx, c);
         const T of_gy = static_cast<T>(r * gamma(own + k));
         const auto value = [&](auto g, auto x) { return g * of_gy + (x * of_x + constant); };
-        cover([&](int64_t i) { store_narrow(dx + i, value(load_wide(gy + i), load_wide(x + i))); },
-              [&](int64_t i) { narrow(value(widen(gy[i]), widen(x[i])), dx[i]); });
+        cover([&](int64_t i) { store_narrow(dx + i, value(passed(load_wide(gy + i), z + i), load_wide(x + i))); },
+              [&](int64_t i) { narrow(value(passed_one(widen(gy[i]), z + i), widen(x[i])), dx[i]); });
       }
     });
   }
@@ -164,6 +178,7 @@ struct GroupNorm {
       for (int64_t k = 0; k < Cg; ++k) {
         const int64_t c = first + k;
         const In *u = with_u ? at(call.u, c) : nullptr, *gy = at(call.gy, c), *x = at(call.x, c);
+        const In* z = gated ? at(call.z, c) : gy;
         In *dgy = at(call.dgy, c), *dx = at(call.dx, c);
         const double a = number(call.a, c), of_u = r * gamma(own + k), across = r * (a - of_u * ux);
         const T dgy_of_u = static_cast<T>(of_u), of_other = static_cast<T>(across);  // dgy's of x, and dx's of gy
@@ -176,23 +191,30 @@ struct GroupNorm {
         };
         cover(
             [&](int64_t i) {
-              const Vector<T> v = with_u ? load_wide(u + i) : Vector<T>{}, g = load_wide(gy + i), w = load_wide(x + i);
-              store_narrow(dgy + i, by_gy(v, w)), store_narrow(dx + i, by_x(v, g, w));
+              const Vector<T> v = with_u ? load_wide(u + i) : Vector<T>{}, w = load_wide(x + i);
+              const Vector<T> g = passed(load_wide(gy + i), z + i);
+              store_narrow(dgy + i, passed(by_gy(v, w), z + i)), store_narrow(dx + i, by_x(v, g, w));
             },
             [&](int64_t i) {
-              const T v = with_u ? static_cast<T>(widen(u[i])) : T(0), g = widen(gy[i]), w = widen(x[i]);
-              narrow(by_gy(v, w), dgy[i]), narrow(by_x(v, g, w), dx[i]);
+              const T v = with_u ? static_cast<T>(widen(u[i])) : T(0), w = widen(x[i]);
+              const T g = passed_one(widen(gy[i]), z + i);
+              narrow(passed_one(by_gy(v, w), z + i), dgy[i]), narrow(by_x(v, g, w), dx[i]);
             });
       }
     });
   }
 };
 
-template <class In>
+template <class In, bool gated>
 void group_norm_of(const GroupNormCall& call) {
-  const GroupNorm<In> norm{call};
+  const GroupNorm<In, gated> norm{call};
   if (!call.dgy) return norm.backward();
   call.u ? norm.template double_backward<true>() : norm.template double_backward<false>();
+}
+
+template <class In>
+void group_norm_of(const GroupNormCall& call) {
+  call.z ? group_norm_of<In, true>(call) : group_norm_of<In, false>(call);
 }
 
 inline void group_norm(const GroupNormCall& call) {

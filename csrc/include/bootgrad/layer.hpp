@@ -108,6 +108,7 @@ struct GroupNormCall {
   DType dtype;
   int64_t B, C, groups, N;  // N positions of a channel
   const void *x, *gy, *u;   // (B, C, N); u, the cotangent of dx, or null
+  const void* z;            // (B, C, N): the output of a ReLU behind the norm, or null
   // Of the compute type: mean and rstd (B, groups), weight (C,) or null, cotangents of the rows a and b (B, C) or null.
   const void *mean, *rstd, *weight, *a, *b;
   void *rows, *bias_rows;  // (B, C)
