@@ -12,7 +12,7 @@ import bootgrad
 
 
 class Net(nn.Module):
-    """A convolution, a group norm, a ReLU by ``call(norm, x)``, and a linear layer."""
+    """A convolution, a norm and what is behind it by ``call(model, hidden)``, (B, 4, H, W) both, and a linear layer."""
 
     def __init__(self, call):
         super().__init__()
@@ -258,6 +258,6 @@ def test_the_penalties_of_a_network_with_and_without_a_reader_between(dtype):
         for _ in range(2):
             report = reg.backward(losses_of(model), x.to(dtype), y)
         results.append([report.reg1, report.covariance_trace, *(p.grad for p in model.parameters())])
-    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2  # bfloat16 has 8 bits
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance / 10)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import library
+from .piecewise import relu_grad
 from .schema import accumulation_dtype
 
 _raw = torch.ops.bootgrad
@@ -53,7 +54,7 @@ def backward(
         gx, *rows = GroupNormBackward.apply(gy, x, weight, mean, rstd, z, groups, eps, mask[0])
         return gx, *(r.sum(0).to(gy.dtype) if wanted else None for r, wanted in zip(rows, mask[1:], strict=True))
     B, C = x.shape[:2]
-    gy = gy if z is None else torch.ops.aten.threshold_backward(gy, z, 0)
+    gy = gy if z is None else relu_grad(gy, z)
     args = (gy.contiguous(), x.contiguous(), mean, rstd, weight, B, C, _positions(x), groups, mask)
     grads = torch.ops.aten.native_group_norm_backward(*args)
     return tuple(g if wanted else None for g, wanted in zip(grads, mask, strict=True))
@@ -109,7 +110,7 @@ def _plain(
     gy: Tensor, x: Tensor, weight: Tensor | None, z: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, ...]:
     """(gx, Σ gy x̂, Σ gy) in plain torch."""
-    gy = gy if z is None else gy.masked_fill(z <= 0, 0)
+    gy = gy if z is None else relu_grad(gy, z)
     grouped = x.reshape(x.size(0), groups, -1)
     centered = grouped - grouped.mean(2, keepdim=True)
     r = (centered.square().mean(2, keepdim=True) + eps).rsqrt()

@@ -102,12 +102,12 @@ class GroupNormOperation(Operation):
         tracked = {name: t for name, t in affine.items() if t is not None and recorder.is_tracked(t)}
         super().__init__(recorder, "group_norm", list(tracked.values()))
         self.names, self.affine, self.geometry = list(tracked), (weight, bias), (groups, eps)
+        self.versions = self._versions()
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output, in the record."""
         if x.is_cuda and torch.is_autocast_enabled("cuda"):  # there torch's autocast runs group norm in float32
             x = x.float()
-        self.versions = self._versions()
         return self.attach(RecordedGroupNorm.apply(self, self.new_probe(x.size(0), x), x, *self._aliases(x)))
 
     def joined(self, y: Tensor, saved: tuple[Tensor, ...], inplace: bool) -> Tensor:
@@ -125,11 +125,9 @@ class GroupNormOperation(Operation):
 
     def _versions(self) -> tuple | None:
         """Of weight and bias; None where nodes hand what they save to somebody else, who need not expect to be asked twice."""
-        return (
-            None
-            if saved_tensors_hooks()
-            else tuple((t._version, t.requires_grad) for t in self.affine if t is not None)
-        )
+        if saved_tensors_hooks():
+            return None
+        return tuple((t._version, t.requires_grad) for t in self.affine if t is not None)
 
     def _aliases(self, x: Tensor) -> list[Tensor | None]:
         recorder, cast = self.recorder, x.is_cuda and torch.is_autocast_enabled("cuda")
