@@ -88,7 +88,7 @@ def take_turns(
     Args:
         steps: each returns the seconds that it took.
         rounds: how many are wanted.
-        seconds: after which a step, if it has had three rounds, has had its share.
+        seconds: after which a step, if it has had a round that counts, has had its share.
 
     Returns:
         {step: {round: milliseconds}}, and {step: why} of those that raised; they are left out from then on.
@@ -97,7 +97,7 @@ def take_turns(
     spent, failures = dict.fromkeys(steps, 0.0), {}
     for k in range(-1, rounds):
         for name, step in steps.items():
-            if name in failures or (k >= 3 and spent[name] > seconds):
+            if name in failures or (k >= 1 and spent[name] > seconds):
                 continue
             try:
                 elapsed = step()
