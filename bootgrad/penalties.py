@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError, RecordingError
-from .per_sample import Direction, PerSampleGradients, Zeros, as_parameter_dict, sq_norm, stacked_sq_norms
+from .ops.distances import sq_distances
+from .per_sample import Direction, PerSampleGradients, Zeros, as_parameter_dict, sq_norm
 from .rules.terms import total
 from .statistics import CheckedOnRead
 
@@ -138,7 +139,7 @@ class Distances:
         for c in centers.values():
             if c is not None and id(c) not in known:
                 known[id(c)] = (
-                    self.sq_mean if isinstance(c, Zeros) else total_sq_norm([g - c[n] for n, g in mean.items()])
+                    self.sq_mean if isinstance(c, Zeros) else total_sq_distance(mean.values(), (c[n] for n in mean))
                 )
         self.from_center = {name: None if c is None else known[id(c)] for name, c in centers.items()}
 
@@ -151,7 +152,9 @@ class Distances:
 
 def total_sq_norm(tensors: Iterable[Tensor]) -> Tensor:
     """Σ ‖t‖² over tensors, in float64."""
-    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for t in tensors:
-        alike.setdefault((t.dtype, t.device), []).append(t)
-    return total(stacked_sq_norms(ts).double().sum() for ts in alike.values())
+    return sq_distances(list(tensors)).sum()
+
+
+def total_sq_distance(a: Iterable[Tensor], b: Iterable[Tensor]) -> Tensor:
+    """Σ ‖a_k − b_k‖² over pairs of tensors, in float64."""
+    return sq_distances(list(a), list(b)).sum()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
 from .ops.schema import accumulation_dtype
-from .rules.terms import LONG, Term, sq_norms_of_rows, total
+from .rules.terms import Term, sq_norms_of_rows, total
 
 Direction = Mapping[str, Tensor] | Tensor
 
@@ -273,15 +273,4 @@ def grouped(tensors: Sequence[Tensor], function: Callable[[list[Tensor]], Iterab
     for places in groups.values():
         for k, value in zip(places, function([tensors[k] for k in places]), strict=True):
             out[k] = value
-    return out
-
-
-def stacked_sq_norms(tensors: list[Tensor]) -> Tensor:
-    """‖t‖² of each of n tensors of one dtype and device, (n,), in the accumulation dtype."""
-    # A norm is added up entry by entry, which loses digits over long tensors.
-    short = [t if t.numel() <= LONG else t.new_zeros(()) for t in tensors]
-    out = torch.stack(torch._foreach_norm(short, 2, accumulation_dtype(tensors[0].dtype))).square()
-    for k, t in enumerate(tensors):
-        if t.numel() > LONG:
-            out[k] = sq_norm(t)
     return out

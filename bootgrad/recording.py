@@ -251,9 +251,9 @@ class Recording(TorchFunctionMode):
         """Whether the operation's probe is read now."""
         return self.phase is Phase.STATISTICS and id(operation) in self._chosen
 
-    def takes_visit(self, operation: Operation) -> bool:
-        """Whether a penalty will visit the operation's weight in the graph that is made now."""
-        return self.phase is Phase.OUTPUTS and id(operation) in self._chosen
+    def takes_visit(self, tracked: Tensor | None) -> bool:
+        """Whether a penalty will visit a product's weight or bias in the graph that is made now."""
+        return self.phase is Phase.OUTPUTS and id(tracked) in self._chosen
 
     def center_of(self, tracked: Tensor) -> Tensor | None:
         """The present center's part for a tracked tensor that has a probe."""
@@ -396,11 +396,11 @@ class Recording(TorchFunctionMode):
         weights: Tensor,
         operations: Sequence[Operation],
         create_graph: bool = False,
-        visited: Sequence[Operation] = (),
+        visited: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """Gy of each operation under the losses Σ w_i ℓ_i; no gradient of a parameter is computed.
 
-        Where a graph is made, one with places for a penalty to visit the weights of ``visited`` at.
+        Where a graph is made, one with places for a penalty to visit the parameters ``visited`` at.
         """
         with self.in_phase(Phase.OUTPUTS, visited):
             edges = [o.edge for o in operations]
@@ -427,11 +427,11 @@ class Recording(TorchFunctionMode):
                     uses[id(leaf)] = uses.get(id(leaf), 0) + 1
         return uses
 
-    def products(self, operations: Sequence[Operation]) -> list[Operation]:
-        """Products with a parameter itself that no other operation uses: one visit of (x, gy) tells all about it."""
+    def visitable(self, operations: Sequence[Operation]) -> list[Tensor]:
+        """Weights and biases of products that no other operation uses: one visit of (x, gy) tells all about them."""
         uses = self._count_uses(operations)
-        weights = ((o, o.weight) for o in operations if isinstance(o, ProductOperation))
-        return [o for o, w in weights if w is not None and self._known[id(w)] is None and uses[id(w)] == 1]
+        tracked = [t for o in operations if isinstance(o, ProductOperation) for t in o.tracked]
+        return [t for t in tracked if self._known[id(t)] is None and uses[id(t)] == 1]
 
     def split(self, operations: Sequence[Operation]) -> tuple[list[Operation], list[Operation]]:
         """Operations whose probe can be read, and the others: parameters used twice, weights made from parameters."""
@@ -455,9 +455,14 @@ class Recording(TorchFunctionMode):
         self._known = dict.fromkeys(self._names)
         self._constants.clear()
 
-    def in_phase(self, phase: Phase, probed: Sequence[Operation] = (), centers: dict[str, Tensor] | None = None):
-        """A context in which backward passes through the record are of ``phase``."""
-        return _InPhase(self, phase, set(map(id, probed)), centers)
+    def in_phase(
+        self, phase: Phase, chosen: Sequence[Operation | Tensor] = (), centers: dict[str, Tensor] | None = None
+    ):
+        """A context in which backward passes through the record are of ``phase``.
+
+        ``chosen`` are the operations whose probes are read, or the parameters that will be visited.
+        """
+        return _InPhase(self, phase, set(map(id, chosen)), centers)
 
     def read_probes(
         self, probed: Sequence[Operation], grads: Sequence[Tensor]
@@ -500,8 +505,8 @@ def _refuse_second_runs(func: Callable) -> None:
 
 
 class _InPhase:
-    def __init__(self, recording: Recording, phase: Phase, probed: set[int], centers):
-        self.recording, self.state = recording, (phase, probed, centers)
+    def __init__(self, recording: Recording, phase: Phase, chosen: set[int], centers):
+        self.recording, self.state = recording, (phase, chosen, centers)
 
     def _swap(self):
         r = self.recording

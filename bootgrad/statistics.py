@@ -17,8 +17,9 @@ from .accumulation import accumulate, call_hooks, gated
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .graph import filled, gradients, refuse_marked
 from .heap import keep_freed_memory
+from .ops.distances import sq_distances
 from .ops.schema import accumulation_dtype
-from .per_sample import Direction, PerSampleGradients, as_parameter_dict, grouped, stacked_sq_norms
+from .per_sample import Direction, PerSampleGradients, as_parameter_dict, grouped
 from .recording import Reach, Recording
 from .rules.base import Phase
 from .rules.terms import DenseTerm, Term
@@ -246,16 +247,17 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             g = by_name.get(name)
             grads.append(torch.zeros_like(p) if g is None else g)
             rows.append(norms[name][0] if name in norms else p.new_zeros(B, dtype=accumulation_dtype(p.dtype)))
-        sq_means = grouped(grads, lambda gs: stacked_sq_norms(gs) / (B * scale) ** 2)
+        sq_means = (sq_distances(grads) / (B * scale) ** 2).unbind()
         sq_norms = grouped(rows, lambda s: torch.stack(s) / scale**2)
-        for name, g, s, of_rows, sq_mean in zip(self.parameters, grads, rows, sq_norms, sq_means, strict=True):
+        if scaled is not None:
+            centers = [scaled[name] for name in self.parameters]
+            mean_deviations = (sq_distances(grads, centers, 1 / B) / scale**2).unbind()
+        for k, (name, s) in enumerate(zip(self.parameters, rows, strict=True)):
             deviation = mean_deviation = None
             if scaled is not None:
-                c = scaled[name]
-                deviation = norms[name][1] if name in norms else s + torch.linalg.vector_norm(c, dtype=s.dtype).square()
-                deviation = deviation / scale**2
-                mean_deviation = (g.to(s.dtype) / B - c).square().sum() / scale**2
-            parts[name] = Moments(of_rows, sq_mean, deviation, mean_deviation)
+                deviation = norms[name][1] if name in norms else s + sq_distances([centers[k]])[0].to(s.dtype)
+                deviation, mean_deviation = deviation / scale**2, mean_deviations[k].to(s.dtype)
+            parts[name] = Moments(sq_norms[k], sq_means[k].to(s.dtype), deviation, mean_deviation)
         return combine(parts, losses.detach() if reach.finite is not None else None)
 
     def per_sample_gradients(self, losses: Tensor, create_graph: bool = False) -> PerSampleGradients:
@@ -284,7 +286,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             rows = zip(reach.parameters, grads, strict=True)
             terms: dict[str, Term] = {name: DenseTerm(g.unsqueeze(0)) for name, g in rows if g is not None}
         else:
-            visits = self.products(reach.operations) if visited and create_graph else []
+            visits = self.visitable(reach.operations) if visited and create_graph else []
             gys = self.output_gradients(losses, weights, reach.operations, create_graph, visits)
             refuse_marked(gys)
             with torch.set_grad_enabled(create_graph), self.in_phase(Phase.OUTPUTS, visits):

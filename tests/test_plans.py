@@ -127,7 +127,7 @@ def counting(conv_layer):
         ops.conv_weighted_sum: product,
         ops.conv_statistics: norms("statistics"),
         ops.conv_sq_norms_with_grad: norms("grad"),
-        ops.conv_sq_norms_with_scaled_grad: norms("grad"),
+        ops.conv_visit: norms("grad"),
     }
 
 

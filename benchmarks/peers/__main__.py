@@ -76,7 +76,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=60, help="a way's share per network; it has one round at least")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="a way's share per network; it has one round at least"
+    )
     parser.add_argument("--memory-runs", type=int, default=1, help="processes per memory figure, of which the median")
     parser.add_argument(
         "--out", type=Path, default=FOLDER, help="folder of peers.csv, peers_correctness.csv, peers.png"

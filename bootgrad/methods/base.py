@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..penalties import Distances, total_sq_norm
+from ..penalties import Distances, total_sq_distance
 from ..rules.terms import total
 from ..second_pass import Replay
 from ..statistics import record as Record
@@ -169,7 +169,7 @@ def whole_covariance(covariance: Tensor, mean: Directions, m: int, rest: FirstOr
     if rest is None:
         return covariance
     share = m / (m + rest.losses.numel())
-    apart = total_sq_norm([g - rest.mean[name] for name, g in mean.items()])
+    apart = total_sq_distance(mean.values(), (rest.mean[name] for name in mean))
     return share * covariance + (1 - share) * rest.covariance + share * (1 - share) * apart
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .. import graph
 from ..errors import UnsupportedError
-from ..ops.product import Visit
-from ..penalties import Distances, total_sq_norm
+from ..ops.product import Mask, Visit
+from ..penalties import Distances, total_sq_distance, total_sq_norm
 from ..per_sample import PerSampleGradients, Zeros
-from ..rules.terms import DenseTerm, SqDistances, VisitedTerm, total
+from ..rules.terms import DenseTerm, SqDistances, VisitedBias, VisitedTerm, total
 from ..statistics import difference
 from .base import (
     Directions,
@@ -64,7 +64,7 @@ class Exact(Method):
             raise
         penalty.finish()
         own = G._mean_values() if penalties.mean else {}
-        mean = whole_mean(own, G.batch_size, rest) if own else {}
+        mean = penalty.mean or (whole_mean(own, G.batch_size, rest) if own else {})
         distances = Distances(mean, penalties.centers)
         covariance = torch.full_like(distances.sq_mean, torch.nan)
         if penalties.statistics:
@@ -113,6 +113,7 @@ class _Penalty:
 
     Attributes:
         zero: (), has the gradient.
+        mean: ḡ of the whole batch, where the penalties need it.
         tells_reg1: whether the norms are those of Reg1.
     """
 
@@ -122,6 +123,7 @@ class _Penalty:
         c1, c2 = penalties.centers["reg1"], penalties.centers["reg2"]
         self._G = G
         self._visited = {name: term for name, term in G._terms.items() if isinstance(term, VisitedTerm)}
+        self._biases = {id(term.visit): name for name, term in G._terms.items() if isinstance(term, VisitedBias)}
         self._sq_norms: Tensor | None = None  # ‖g_i‖², (B,), for Γ
         if penalties.statistics and not a:
             with torch.no_grad():
@@ -130,7 +132,7 @@ class _Penalty:
         if self._own_mean:
             for term in self._visited.values():
                 term.forget_total()
-        mean = whole_mean(dict(self._own_mean), G.batch_size, rest) if self._own_mean else {}
+        self.mean = mean = whole_mean(dict(self._own_mean), G.batch_size, rest) if self._own_mean else {}
         along = 0 < b <= 2 * LARGEST_RATIO * a
         self._directions = _Directions(mean if c1 is None else c1, mean, c2, b / (2 * a) if along else 0.0)
         self.tells_reg1 = bool(a and not b)
@@ -156,7 +158,12 @@ class _Penalty:
                 parts.append(term.ask((a, b), center, away, sums))
                 term.visit.reads_numbers = self._at_once
                 if a and self._tells_apart:
-                    term.visit.on_norms = partial(_note_covariance, self._covariances, self._own_mean.get(name))
+                    names = [n for n in (name, self._biases.get(id(term.visit))) if n is not None]
+                    means = [self._own_mean[n] for n in names] if self._own_mean else None
+                    term.visit.on_norms = partial(_note_covariance, self._covariances, means)
+                continue
+            if isinstance(term, VisitedBias):
+                term.ask(*(partial(f, name) for f in (self._directions.center, self._directions.away)))
                 continue
             if a and isinstance(term, DenseTerm):
                 rows[name] = term.values
@@ -197,7 +204,9 @@ class _Penalty:
             return value if self._about_own_mean else (value - self._distance(mean)).clamp(min=0)
         if self._others is None:
             return total(self._covariances)
-        others = {name: term for name, term in self._G._terms.items() if name not in self._visited}
+        others = {
+            name: term for name, term in self._G._terms.items() if not isinstance(term, VisitedTerm | VisitedBias)
+        }
         own = {name: mean[name] for name in others}
         about, sq_mean = self._distance(own), total_sq_norm(own.values())
 
@@ -208,20 +217,32 @@ class _Penalty:
 
     def _distance(self, mean: Directions) -> Tensor:
         """‖ḡ − c‖² over the parameters of ``mean``, (), float64."""
-        centers = ((g, self._directions.center(name)) for name, g in mean.items())
-        return total_sq_norm([g if c is None else g - c for g, c in centers])
+        if self._directions.is_zero:
+            return total_sq_norm(mean.values())
+        centers = (self._directions.center(name) for name in mean)
+        return total_sq_distance(mean.values(), (c for c in centers if c is not None))
 
 
 def _note_covariance(
-    found: list[Tensor], mean: Tensor | None, visit: Visit, center: Tensor | None, x: Tensor, gy: Tensor
+    found: list[Tensor],
+    means: list[Tensor] | None,
+    visit: Visit,
+    centers: tuple[Tensor | None, ...],
+    x: Tensor,
+    gy: Tensor,
 ) -> None:
     """Append Γ of a layer that was visited about a center; its mean gradient is known, or was made on the way."""
-    assert visit.sq_norms is not None and center is not None
-    if mean is None:
-        assert visit.total is not None
-        mean = visit.total / x.size(0)
-    about, sq_mean = total_sq_norm([mean.reshape(center.shape) - center]), total_sq_norm([mean])
-    found.append(_covariance(visit.sq_norms, about, sq_mean, lambda: visit.product.sq_norms(x, gy, None)))
+    assert visit.sq_norms is not None
+    cs = [c for c in centers if c is not None]
+    if means is None:
+        means = [t / x.size(0) for t in (visit.total, visit.bias_total) if t is not None]
+    means = [mean.reshape(c.shape) for mean, c in zip(means, cs, strict=True)]
+
+    def again() -> Tensor:
+        wanted = Mask(False, False, False, visit.with_bias)
+        return visit.product.visit(x, gy, (None, None), wanted).sq_norms
+
+    found.append(_covariance(visit.sq_norms, total_sq_distance(means, cs), total_sq_norm(means), again))
 
 
 def _covariance(norms: Tensor, about: Tensor, sq_mean: Tensor, again: Callable[[], Tensor]) -> Tensor:

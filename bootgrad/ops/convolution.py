@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import planning
 from ..errors import ArgumentError, UnsupportedError
 from . import library, product
-from .product import LayerStatistics, Product
+from .product import LayerStatistics, Product, VisitResult
 from .schema import argument_errors, check_conv, check_shape, weight_shape
 
 _raw = torch.ops.bootgrad
@@ -197,13 +197,13 @@ class ConvProduct(Product):
         return stacked, x, gy, torch.Size((*weight_shape[:2], 1, *weight_shape[2:]))
 
     def rows(self, x, gy):  # noqa: D102
-        B, C, *S = x.shape
+        (B, C, *S), O = x.shape, gy.size(1)  # noqa: E741
         # One grouped convolution over all samples: its weight gradient holds each sample's own.
-        weight = x.new_zeros(B * gy.size(1), C // self.groups, *self.kernel_size, requires_grad=True)
+        weight = x.new_zeros(B * O, C // self.groups, *self.kernel_size, requires_grad=True)
         folded = ConvProduct(self.kernel_size, self.stride, self.padding, self.dilation, B * self.groups)
         x, gy = x.reshape(1, B * C, *S), gy.reshape(1, -1, *gy.shape[2:])
         g = folded._backward(gy, x, weight, (False, True, False))[1]
-        return g.view(B, -1, *weight.shape[1:])
+        return g.view(B, O, *weight.shape[1:])
 
     def statistics(self, x, gy, center):  # noqa: D102
         path = self._path(x, gy, "statistics", center)
@@ -216,15 +216,17 @@ class ConvProduct(Product):
             return _raw.conv_sq_norms(x, gy, self.kernel_size, *self._geometry, path)
         return _raw.conv_deviation_sq_norms(x, gy, center, *self._geometry, path)
 
-    def sq_norms_with_grad(self, x, gy, center, mask, scale=1.0):  # noqa: D102
-        path = self._path(x, gy, "grad", center, mask[2])
+    def visit(self, x, gy, centers, mask, scale=1.0):  # noqa: D102
+        center, bias_center = centers
+        path = self._path(x, gy, "grad", center, mask.total)
         apart = None if center is None or path == "direct" or not self._multiplies_apart(x, center) else center
         about = center if apart is None else None
-        call = x, gy, about, self.kernel_size, *self._geometry, path, list(mask)
-        s, *rest = (
-            _raw.conv_sq_norms_with_grad(*call) if scale == 1 else _raw.conv_sq_norms_with_scaled_grad(*call, scale)
-        )
-        dx, dgy, total = (t if wanted else None for t, wanted in zip(rest, mask, strict=True))
+        call = self.kernel_size, *self._geometry, path, list(mask[:3])
+        if scale == 1 and not mask.bias:
+            s, *rest = _raw.conv_sq_norms_with_grad(x, gy, about, *call)
+        else:
+            s, *rest = _raw.conv_visit(x, gy, about, mask.bias, bias_center, *call, scale)
+        dx, dgy, total, rows = (t if wanted else None for t, wanted in zip((*rest, None)[:4], mask, strict=True))
         if apart is not None:  # ‖G_i − c‖² = ‖G_i‖² − 2 ⟨gy_i, c ∗ x_i⟩ + ‖c‖²
             y = self.output(x, apart)
             inner = (y * gy).flatten(1).sum(1, dtype=torch.float64)
@@ -234,7 +236,7 @@ class ConvProduct(Product):
                 dgy.sub_(y, alpha=2 * scale)
             if dx is not None:
                 dx.sub_(self.input_grad(gy, apart, x), alpha=2 * scale)
-        return s, dx, dgy, total
+        return VisitResult(s, dx, dgy, total, rows)
 
     @staticmethod
     def _multiplies_apart(x: Tensor, center: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import planning
 from ..errors import ArgumentError
 from . import product
-from .product import LayerStatistics, Product, per_sample
+from .product import LayerStatistics, Mask, Product, VisitResult, per_sample
 from .schema import accumulation_dtype, argument_errors, check_linear, check_shape
 
 _raw = torch.ops.bootgrad
@@ -127,43 +127,58 @@ class LinearProduct(Product):
 
     def sq_norms(self, x, gy, center):  # noqa: D102
         if x.size(1) == 1:
-            return self._rank1(x, gy, center, (False, False, False))[0]
+            return self._rank1(x, gy, (center, None), Mask(False, False, False, False)).sq_norms
         path = self._path(x, gy, "norms", center)
         if center is None:
             return _raw.linear_sq_norms(*self._roles(x, gy), path)
         return _raw.linear_deviation_sq_norms(*self._roles(x, gy), center, path)
 
-    def sq_norms_with_grad(self, x, gy, center, mask, scale=1.0):  # noqa: D102
+    def visit(self, x, gy, centers, mask, scale=1.0):  # noqa: D102
         if x.size(1) == 1:
-            return self._rank1(x, gy, center, mask, 2 * scale)
-        path = self._path(x, gy, "grad", center, mask[2])
-        masks = [*self._roles(*mask[:2]), mask[2]]
+            return self._rank1(x, gy, centers, mask, 2 * scale)
+        center, bias_center = centers
+        path = self._path(x, gy, "grad", center, mask.total)
+        masks = [*self._roles(*mask[:2]), mask.total]
         s, *grads, total = _raw.linear_sq_norms_with_grad(*self._roles(x, gy), center, path, masks)
         if scale != 1:
             for d in grads:
                 d.mul_(scale)
-        return s, *(t if wanted else None for t, wanted in zip((*self._roles(*grads), total), mask, strict=True))
+        dx, dgy, total = (t if wanted else None for t, wanted in zip((*self._roles(*grads), total), mask, strict=False))
+        if not mask.bias:
+            return VisitResult(s, dx, dgy, total, None)
+        rows = gy.sum(1, dtype=s.dtype)
+        apart = rows if bias_center is None else rows - bias_center
+        if dgy is not None:
+            dgy.add_(apart.unsqueeze(1).to(dgy.dtype), alpha=2 * scale)
+        return VisitResult(s + apart.square().sum(1), dx, dgy, total, rows)
 
-    def _rank1(self, x, gy, center, mask, twice=2.0):
-        """S = ‖x‖²‖gy‖² − 2 ⟨gy, c x⟩ + ‖c‖², its derivatives and Σ G_i, all samples in one product with c."""
+    def _rank1(self, x, gy, centers, mask, twice=2.0):
+        """S = ‖x‖²‖gy‖² − 2 ⟨gy, c x⟩ + ‖c‖², its derivatives and Σ G_i, all samples in one product with c.
+
+        A bias adds ‖gy − c_b‖², as if x had a further entry of one.
+        """
+        center, bias_center = centers
         dtype, types = accumulation_dtype(x.dtype), (x.dtype, gy.dtype)
         x, gy = x.squeeze(1).to(dtype), gy.squeeze(1).to(dtype)
         xx, gg = x.square().sum(1), gy.square().sum(1)
         s, dx, dgy = xx * gg, None, None
-        total = self.weight_grad(x, gy) if mask[2] else None
+        total = self.weight_grad(x, gy) if mask.total else None
         if center is not None:
             center = center if self.transposed else center.t()  # (I, O)
             cx = x @ center
             s = _about(s, (gy * cx).sum(1), center)
-        if mask[0]:
+        if mask.bias:
+            s = s + (gg if bias_center is None else (gy - bias_center).square().sum(1))
+        if mask.x_grad:
             dx = twice * gg[:, None] * x
             dx = dx if center is None else dx.addmm_(gy, center.t(), alpha=-twice)
             dx = dx.unsqueeze(1).to(types[0])
-        if mask[1]:
-            dgy = twice * xx[:, None] * gy
+        if mask.gy_grad:
+            dgy = twice * (xx + mask.bias)[:, None] * gy
             dgy = dgy if center is None else dgy.sub_(cx, alpha=twice)
+            dgy = dgy if bias_center is None else dgy.sub_(bias_center, alpha=twice)
             dgy = dgy.unsqueeze(1).to(types[1])
-        return s, dx, dgy, total
+        return VisitResult(s, dx, dgy, total, gy if mask.bias else None)
 
     def jvp(self, x, gy, v):  # noqa: D102
         if x.size(1) == 1:

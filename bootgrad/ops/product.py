@@ -36,6 +36,25 @@ class LayerStatistics(NamedTuple):
     bias_rows: Tensor
 
 
+class Mask(NamedTuple):
+    """What a visit makes beside the norms: derivatives by x and gy, Σ G_i, and whether the bias is visited, too."""
+
+    x_grad: bool
+    gy_grad: bool
+    total: bool
+    bias: bool
+
+
+class VisitResult(NamedTuple):
+    """‖G_i − c‖² (B,), its derivatives, Σ G_i and the bias's rows b_i (B, O), None where they were not asked for."""
+
+    sq_norms: Tensor
+    x_grad: Tensor | None
+    gy_grad: Tensor | None
+    total: Tensor | None
+    bias_rows: Tensor | None
+
+
 class Product(ABC):
     """The products of one kind of layer. ``x`` has samples in dimension 0, ``gy`` the shape of the output."""
 
@@ -74,13 +93,21 @@ class Product(ABC):
         """‖G_i − c‖², (B,); not differentiable."""
 
     @abstractmethod
-    def sq_norms_with_grad(
-        self, x: Tensor, gy: Tensor, center: Tensor | None, mask: tuple[bool, bool, bool], scale: float = 1.0
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def visit(
+        self, x: Tensor, gy: Tensor, centers: tuple[Tensor | None, Tensor | None], mask: Mask, scale: float = 1.0
+    ) -> VisitResult:
         """‖G_i − c‖² with ``scale`` times its derivatives by x and by gy, and Σ_i G_i, where ``mask`` asks for them.
 
-        Not differentiable.
+        Where it asks for the bias, too, of both together: ‖b_i − c_b‖² adds to the norm, b_i = Σ_t gy_{i,t}. ``centers`` are c
+        and c_b, None for zeros. Not differentiable.
         """
+
+    def sq_norms_with_grad(
+        self, x: Tensor, gy: Tensor, center: Tensor | None, mask: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """`visit` of the weight alone: ‖G_i − c‖², its derivatives by x and by gy, and Σ_i G_i."""
+        visited = self.visit(x, gy, (center, None), Mask(*mask, False))
+        return visited.sq_norms, visited.x_grad, visited.gy_grad, visited.total
 
     @abstractmethod
     def jvp(self, x: Tensor, gy: Tensor, v: Tensor) -> Tensor:
@@ -280,23 +307,25 @@ class Visit:
     Attributes:
         factors: a and b.
         center, direction: make c, None for zero, and v, when the visit is made.
+        with_bias: whether the layer's bias is visited, too, as a further part of G_i.
+        bias_center, bias_direction: make its parts of c and v.
         sum_wanted: whether Σ_i G_i is to be made along with the norms.
         reads_numbers: whether a tensor's number may be read, for which an accelerator would have to be waited for.
-        on_norms: called with this, c, x and gy after the norms were made.
+        on_norms: called with this, the parts of c, x and gy after the norms were made.
         sq_norms: ‖G_i − c‖², (B,), after the visit.
-        total: Σ_i G_i, where it is known.
+        total, bias_total: Σ_i G_i, where it is known.
     """
 
     def __init__(self, product: Product):
         """A visit of a layer with this product."""
         self.product = product
         self.factors = (0.0, 0.0)
-        self.sum_wanted = self.reads_numbers = False
-        self.center: Callable[[], Tensor | None] = _nothing
-        self.direction: Callable[[], Tensor | None] = _nothing
-        self.on_norms: Callable[[Visit, Tensor | None, Tensor, Tensor], None] | None = None
+        self.with_bias = self.sum_wanted = self.reads_numbers = False
+        self.center = self.direction = self.bias_center = self.bias_direction = _nothing
+        self.on_norms: Callable[[Visit, tuple[Tensor | None, ...], Tensor, Tensor], None] | None = None
         self.sq_norms: Tensor | None = None
         self.total: Tensor | None = None
+        self.bias_total: Tensor | None = None
 
     def make(
         self, x: Tensor, gy: Tensor, mask: tuple[bool, bool], scale: Tensor | float = 1.0
@@ -305,24 +334,25 @@ class Visit:
         dx = dgy = None
         a, b = self.factors
         if a:
-            c, factor = self.center(), a * scale
-            wanted, number = (*mask, self.sum_wanted), float(factor) if self.reads_numbers else 1.0
-            s, dx, dgy, total = self.product.sq_norms_with_grad(x, gy, c, wanted, number)
-            self.sq_norms, self.total = s, self.total if total is None else total
+            centers, factor = (self.center(), self.bias_center()), a * scale
+            wanted, number = Mask(*mask, self.sum_wanted, self.with_bias), float(factor) if self.reads_numbers else 1.0
+            self.sq_norms, dx, dgy, total, rows = self.product.visit(x, gy, centers, wanted, number)
+            if self.sum_wanted:
+                self.total, self.bias_total = total, None if rows is None else rows.sum(0)
             if self.on_norms is not None:
-                self.on_norms(self, c, x, gy)
+                self.on_norms(self, centers, x, gy)
             if not self.reads_numbers:
                 dx, dgy = (None if d is None else d.mul_(factor) for d in (dx, dgy))
         if b and any(mask):
-            v = self.direction()
+            directions = self.direction(), self.bias_direction()
+            v, v_bias = (None if v is None else (v * (b * scale)).to(x.dtype) for v in directions)
             assert v is not None
-            v = (v * (b * scale)).to(x.dtype)
             dx = _added(dx, self.product.input_grad(gy, v, x)) if mask[0] else None
-            dgy = _added(dgy, self.product.output(x, v)) if mask[1] else None
+            dgy = _added(dgy, self.product.output(x, v, v_bias)) if mask[1] else None
         return dx, dgy
 
 
-def _nothing() -> None:
+def _nothing() -> Tensor | None:
     return None
 
 

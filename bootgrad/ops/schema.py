@@ -118,16 +118,24 @@ CONVOLUTION_SCHEMAS = {
     # Of x (B, C, *S) with weight (O, C/groups, *K); and the gradient of its input, of spatial ``size`` S
     "conv_output": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
     "conv_input_grad": f"(Tensor gy, Tensor weight, int[] size, {_GEOMETRY}) -> Tensor",
-    # ``conv_sq_norms_with_grad`` with both derivatives multiplied by ``scale``
-    "conv_sq_norms_with_scaled_grad": (
-        f"(Tensor x, Tensor gy, Tensor? center, int[] kernel_size, {_GEOMETRY}, str path, bool[3] mask, float scale)"
-        " -> (Tensor, Tensor, Tensor, Tensor)"
+    # ``conv_sq_norms_with_grad`` with both derivatives multiplied by ``scale``; where ``biased``, of weight and bias together:
+    # ‖b_i − bias_center‖², zeros when absent, adds to s_i, and its derivative to that by gy. Last b_i = Σ_t gy_{i,t}, (B, O) of
+    # the accumulation dtype, else (0, O)
+    "conv_visit": (
+        f"(Tensor x, Tensor gy, Tensor? center, bool biased, Tensor? bias_center, int[] kernel_size, {_GEOMETRY}, str path,"
+        " bool[3] mask, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     # Of x (B, C, H, W) with a 3×3 kernel, (O, C, 3, 3), with stride 1; transposed, with the kernel (C, O, 3, 3) turned around:
     # the gradient of the input of a convolution whose padding was 2 less this one's
     "conv3x3": "(Tensor x, Tensor weight, Tensor? bias, int[] padding, bool transposed) -> Tensor",
     # Σ_i w_i G_i of such a convolution, (O, C, 3, 3) in the accumulation dtype; w (B,) is ones when absent
     "conv3x3_weighted_sum": "(Tensor x, Tensor gy, Tensor? w, int[] padding) -> Tensor",
+}
+
+# Tensors shaped as parameters, in plain torch on GPUs.
+PARAMETER_SCHEMAS = {
+    # (n,) float64  ‖scale·a_k − b_k‖² of n pairs of one dtype; b is empty for zeros
+    "sq_distances": "(Tensor[] a, Tensor[] b, float scale) -> Tensor",
 }
 
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -137,7 +145,9 @@ cuda_library = torch.library.Library(CUDA_NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     cuda_library.define(_name + _schema)
-for _name, _schema in (APPLIED_SCHEMAS | POOLING_SCHEMAS | RELU_SCHEMAS | CONVOLUTION_SCHEMAS).items():
+for _name, _schema in (
+    APPLIED_SCHEMAS | POOLING_SCHEMAS | RELU_SCHEMAS | CONVOLUTION_SCHEMAS | PARAMETER_SCHEMAS
+).items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -493,6 +503,15 @@ def _(u, a, b, gz, z, x, weight, mean, rstd):
     return torch.ops.bootgrad.group_norm_double_backward(u, a, b, gz, x, weight, mean, rstd)
 
 
+def check_bias_center(x: Tensor, gy: Tensor, biased: bool, bias_center: Tensor | None) -> None:
+    """Raise unless the center's part for the bias, (O,), is there only where the bias is visited, too."""
+    torch._check(
+        biased or bias_center is None,
+        lambda: "bias_center is for a layer whose bias is visited, too: biased must be true",
+    )
+    check_layer("bias_center", bias_center, gy.shape[1:2], x)
+
+
 def check_product(x: Tensor, gy: Tensor, weight: Tensor, stride, padding, dilation, groups) -> None:
     """Raise unless x, gy and weight are those of one convolution."""
     torch._check(
@@ -505,11 +524,12 @@ def check_product(x: Tensor, gy: Tensor, weight: Tensor, stride, padding, dilati
     check_device("weight", weight, x)
 
 
-@_fake("conv_sq_norms_with_scaled_grad")
-def _(x, gy, center, kernel_size, stride, padding, dilation, groups, path, mask, scale):
-    return torch.ops.bootgrad.conv_sq_norms_with_grad(
+@_fake("conv_visit")
+def _(x, gy, center, biased, bias_center, kernel_size, stride, padding, dilation, groups, path, mask, scale):
+    check_bias_center(x, gy, biased, bias_center)
+    return *torch.ops.bootgrad.conv_sq_norms_with_grad(
         x, gy, center, kernel_size, stride, padding, dilation, groups, path, mask
-    )
+    ), _layer(x, (x.size(0) if biased else 0, gy.size(1)))
 
 
 @_fake("conv_output")
@@ -553,6 +573,26 @@ def _(x, gy, w, padding):
     check_conv(x, gy, (3, 3), (1, 1), padding, (1, 1), 1)
     check_layer("w", w, x.shape[:1], x)
     return x.new_empty(gy.size(1), x.size(1), 3, 3, dtype=accumulation_dtype(x.dtype))
+
+
+def check_pairs(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+    """Raise unless there are tensors of one dtype, and as many of the same shapes in ``b``, or none."""
+    torch._check(len(a) > 0, lambda: "sq_distances needs at least one tensor")
+    torch._check(len(b) in (0, len(a)), lambda: f"a and b must have as many tensors; got {len(a)} and {len(b)}")
+    for s, t in zip(a, b or a, strict=True):
+        torch._check(
+            s.shape == t.shape and s.dtype == t.dtype == a[0].dtype,
+            lambda s=s, t=t: (
+                "a and b must have one dtype, and their tensors shapes in pairs; "
+                f"got {tuple(s.shape)} and {tuple(t.shape)}"
+            ),
+        )
+
+
+@_fake("sq_distances")
+def _(a, b, scale):
+    check_pairs(a, b)
+    return a[0].new_empty(len(a), dtype=torch.float64)
 
 
 @_fake("max_pool2d")

@@ -28,7 +28,7 @@ from ..errors import RecordingError
 from ..ops.product import Product, Visit, Visited, input_grad, weight_grad
 from ..ops.schema import accumulation_dtype
 from ..planning import ConvLayer, LinearLayer
-from .terms import DenseTerm, FactoredTerm, Term, VisitedTerm
+from .terms import DenseTerm, FactoredTerm, Term, VisitedBias, VisitedTerm
 
 
 class Phase(Enum):
@@ -82,8 +82,8 @@ class Recorder(Protocol):
     def takes_statistics(self, operation: "Operation") -> bool:
         """Whether the operation's probe is read in the present backward pass."""
 
-    def takes_visit(self, operation: "Operation") -> bool:
-        """Whether a penalty will visit the operation's weight in the graph of the present backward pass."""
+    def takes_visit(self, tracked: Tensor | None) -> bool:
+        """Whether a penalty will visit a product's weight or bias in the graph of the present backward pass."""
 
     def center_of(self, tracked: Tensor) -> Tensor | None:
         """The center about which statistics are taken, shaped as ``tracked``; None when there is none."""
@@ -266,11 +266,14 @@ class ProductOperation(Operation):
             term = self.recorder.by_product(self, gy)
             # The pass ended before this operation's node, or a hook put another gradient in the place of the one it saw: a
             # visit that is made now is the first to be differentiated.
-            if term is None and self.recorder.takes_visit(self):
+            if term is None and self.recorder.takes_visit(self.weight):
                 term = self.visited(self.saved()[0], gy)
             out.append(self.factored(self.saved()[0], gy, batch_size) if term is None else term)
         if self.bias is not None:
-            out.append(DenseTerm(self.bias_rows(gy, batch_size)))
+            if out and isinstance(out[0], VisitedTerm) and self.recorder.takes_visit(self.bias):
+                out.append(VisitedBias(out[0], self.bias.shape))
+            else:
+                out.append(DenseTerm(self.bias_rows(gy, batch_size)))
         return out
 
     def statistics(self, x: Tensor, gy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -308,7 +311,7 @@ class RecordedProduct(Function):
         """Differentiate by what the phase asks for."""
         operation, (x, weight) = ctx.operation, ctx.saved_tensors
         phase, product = operation.phase, operation.product
-        if phase is Phase.OUTPUTS and operation.recorder.takes_visit(operation):
+        if phase is Phase.OUTPUTS and operation.recorder.takes_visit(operation.weight):
             # Before the input's gradient: a later node would be differentiated earlier.
             operation.recorder.keep_by_product(operation, gy, operation.visited(x, gy))
         gx = gw = gb = probe = None

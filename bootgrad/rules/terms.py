@@ -3,6 +3,7 @@
     FactoredTerm    (x, gy) of a linear or convolution layer, never multiplied out
     DenseTerm       the rows themselves, where they are small: biases, affine and elementwise parameters
     VisitedTerm     the same, held by the graph alone until a penalty's backward pass has come by
+    VisitedBias     the layer's bias, visited along with it
     ComputedTerm    rows made in chunks of samples when they are needed: unknown operations, derived parameters
     SumTerm         several uses of one parameter; ‖Σ_uses G_i‖² has cross terms, so rows are added before squaring
 
@@ -257,7 +258,7 @@ class VisitedTerm(FactoredTerm):
         """Stand for the rows whose pair the node of ``token`` holds, a `Visited`."""
         self.product, self.shape, self.inner, self.visit, self._token = product, shape, inner, visit, token
         x = self.x
-        self._batch_size, self._dtype = x.size(0), accumulation_dtype(x.dtype)
+        self._batch_size, self.dtype = x.size(0), accumulation_dtype(x.dtype)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """(x, gy), until the visit."""
@@ -291,15 +292,9 @@ class VisitedTerm(FactoredTerm):
         sum_wanted: bool,
     ) -> Tensor:
         """A zero to differentiate in the place of a Σ_i ‖g_i − c‖² + b ⟨Σ_i g_i, v⟩, with factors a and b; see `Visit`."""
-        dtype, inner = self._dtype, self.inner
-
-        def shaped(make: Callable[[], Tensor | None]) -> Tensor | None:
-            made = make()
-            return None if made is None else made.reshape(inner).to(dtype)
-
         visit = self.visit
         visit.factors, visit.sum_wanted = factors, sum_wanted
-        visit.center, visit.direction = functools.partial(shaped, center), functools.partial(shaped, direction)
+        visit.center, visit.direction = (_in_form(make, self.inner, self.dtype) for make in (center, direction))
         return self._token
 
     def forget_total(self) -> None:
@@ -312,6 +307,16 @@ class VisitedTerm(FactoredTerm):
         if self.visit.factors[0] and self.visit.sq_norms is None:
             with torch.no_grad():
                 self.visit.make(*self.pair(), (False, False))
+
+
+def _in_form(make: Callable[[], Tensor | None], shape: torch.Size, dtype: torch.dtype) -> Callable[[], Tensor | None]:
+    """What ``make`` makes, if anything, in this shape and dtype."""
+
+    def made() -> Tensor | None:
+        t = make()
+        return None if t is None else t.reshape(shape).to(dtype)
+
+    return made
 
 
 @dataclass
@@ -369,6 +374,33 @@ class SqDistances(Function):
         apart = rows if ctx.centers is None else torch._foreach_sub(rows, ctx.centers)
         shaped = {n: factors.reshape(-1, *[1] * (n - 1)) for n in {t.dim() for t in apart}}
         return None, *torch._foreach_mul(apart, [shaped[t.dim()] for t in apart])
+
+
+class VisitedBias(DenseTerm):
+    """Rows Σ_t gy_{i,t} of a layer's bias, which the visit of the layer's weight makes along with its own."""
+
+    def __init__(self, weight: VisitedTerm, shape: torch.Size):
+        """Join the visit of ``weight``."""
+        self.visit, self.shape, self._weight = weight.visit, shape, weight
+        self.visit.with_bias = True
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """The rows, from the visit that a weight's norms without a graph take, or made anew."""
+        at_hand = self._weight.__dict__.get("statistics")
+        return self._weight.product.bias_rows(self._weight.gy) if at_hand is None else at_hand.bias_rows
+
+    @property
+    def batch_size(self) -> int:  # noqa: D102
+        return self._weight.batch_size
+
+    def weighted_sum(self, w):  # noqa: D102
+        return super().weighted_sum(w) if w is not None or self.visit.bias_total is None else self.visit.bias_total
+
+    def ask(self, center: Callable[[], Tensor | None], direction: Callable[[], Tensor | None]) -> None:
+        """Say what the visit's center and direction are for the bias; the rest is the weight's to ask."""
+        self.visit.bias_center = _in_form(center, self.shape, self._weight.dtype)
+        self.visit.bias_direction = _in_form(direction, self.shape, self._weight.dtype)
 
 
 @dataclass

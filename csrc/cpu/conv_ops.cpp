@@ -113,10 +113,11 @@ FourTensors conv_sq_norms_with_grad(const Tensor& x, const Tensor& gy, std::opti
   return sq_norms_with_grad(checked(x, gy, kernel, {stride, padding, dilation, groups}), center, path, mask);
 }
 
-FourTensors conv_sq_norms_with_scaled_grad(const Tensor& x, const Tensor& gy, std::optional<Tensor> center,
-                                           Sizes kernel, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
-                                           std::string path, std::vector<bool> mask, double scale) {
-  return sq_norms_with_grad(checked(x, gy, kernel, {stride, padding, dilation, groups}), center, path, mask, scale);
+FiveTensors conv_visit(const Tensor& x, const Tensor& gy, std::optional<Tensor> center, bool biased,
+                       std::optional<Tensor> bias_center, Sizes kernel, Sizes stride, Sizes padding, Sizes dilation,
+                       int64_t groups, std::string path, std::vector<bool> mask, double scale) {
+  return visit(checked(x, gy, kernel, {stride, padding, dilation, groups}), center, biased, bias_center, path, mask,
+               scale);
 }
 
 // A call of the convolution itself, between x and y or their gradients.
@@ -178,7 +179,7 @@ Tensor conv_input_grad(const Tensor& gy, const Tensor& weight, Sizes size, Sizes
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bootgrad, CPU, m) {
-  m.impl("conv_sq_norms_with_scaled_grad", TORCH_BOX(&conv_sq_norms_with_scaled_grad));
+  m.impl("conv_visit", TORCH_BOX(&conv_visit));
   m.impl("conv_output", TORCH_BOX(&conv_output));
   m.impl("conv_input_grad", TORCH_BOX(&conv_input_grad));
   m.impl("conv_sq_norms", TORCH_BOX(&conv_sq_norms));

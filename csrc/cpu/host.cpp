@@ -80,11 +80,16 @@ Sizes sizes_of(const Tensor& t) {
   return sizes;
 }
 
-void check_pair(const Tensor& x, const Tensor& gy) {
+void check_dtype(const char* name, const Tensor& x) {
   const ScalarType type = x.scalar_type();
   require(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
               type == ScalarType::Half,
-          "x must be float32, float64, bfloat16 or float16 on the CPU; cast it");
+          name, " must be float32, float64, bfloat16 or float16 on the CPU; cast it");
+}
+
+void check_pair(const Tensor& x, const Tensor& gy) {
+  check_dtype("x", x);
+  const ScalarType type = x.scalar_type();
   require(type == gy.scalar_type(), "x and gy must have one dtype; got ", name_of(type), " and ",
           name_of(gy.scalar_type()));
   require(x.size(0) == gy.size(0), "x and gy must have one batch size; got ", x.size(0), " and ", gy.size(0));

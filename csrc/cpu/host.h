@@ -35,6 +35,8 @@ void require(bool condition, const Parts&... parts) {
 std::string shown(const Sizes& sizes);
 Sizes sizes_of(const Tensor& t);
 
+// Raises unless the tensor has a supported dtype.
+void check_dtype(const char* name, const Tensor& x);
 // Raises unless x and gy are tensors of one supported dtype and batch size.
 void check_pair(const Tensor& x, const Tensor& gy);
 // Raises unless an optional layer-shaped or (B,) input has the shape and the accumulation dtype of x.

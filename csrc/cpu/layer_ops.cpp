@@ -22,6 +22,14 @@ class Call : public ConvCall {
     center = pointer(center_);
   }
 
+  void set_bias(bool wanted, const std::optional<Tensor>& c) {
+    require(wanted || !c, "bias_center is for a layer whose bias is visited, too: biased must be true");
+    check_layer("bias_center", c, {layer_.shape.O}, x_);
+    biased = wanted;
+    if (c) bias_center_ = packed(*c);
+    bias_center = pointer(bias_center_);
+  }
+
   void set_w(const std::optional<Tensor>& t) {
     check_layer("w", t, {layer_.shape.B}, x_);
     if (t) w_ = packed(*t);
@@ -40,7 +48,7 @@ class Call : public ConvCall {
  private:
   const Layer& layer_;
   Tensor x_, gy_;
-  std::optional<Tensor> center_, w_;
+  std::optional<Tensor> center_, bias_center_, w_;
 };
 
 }  // namespace
@@ -120,23 +128,33 @@ Tensor applied(const Layer& layer, const Tensor& h, const std::string& path, boo
   return out;
 }
 
-FourTensors sq_norms_with_grad(const Layer& layer, const std::optional<Tensor>& center, const std::string& path,
-                               const std::vector<bool>& mask, double scale) {
+FiveTensors visit(const Layer& layer, const std::optional<Tensor>& center, bool biased,
+                  const std::optional<Tensor>& bias_center, const std::string& path, const std::vector<bool>& mask,
+                  double scale) {
   require(mask.size() == 3, "mask must have 3 entries; got ", mask.size());
   Call call(layer);
   call.set_center("center", center);
+  call.set_bias(biased, bias_center);
   call.gram = is_gram(path);
   const Tensor &x = layer.x, &gy = layer.gy;
   Tensor s = call.per_sample();
   Tensor dx = allocate(x, mask[0] ? sizes_of(x) : Sizes{0}, x.scalar_type());
   Tensor dgy = allocate(x, mask[1] ? sizes_of(gy) : Sizes{0}, x.scalar_type());
   Tensor sum = call.sums(mask[2] ? layer.weight_shape : Sizes{0});
+  Tensor bias = call.sums({biased ? layer.shape.B : 0, layer.shape.O});
   (center ? call.deviation : call.sq_norms) = result(s);
   call.sum = result(sum);
+  call.bias = result(bias);
   call.dx = result(dx);
   call.dgy = result(dgy);
   call.scale = scale;
   call.run();
+  return {s, dx, dgy, sum, bias};
+}
+
+FourTensors sq_norms_with_grad(const Layer& layer, const std::optional<Tensor>& center, const std::string& path,
+                               const std::vector<bool>& mask) {
+  const auto [s, dx, dgy, sum, bias] = visit(layer, center, false, {}, path, mask, 1);
   return {s, dx, dgy, sum};
 }
 

@@ -17,6 +17,7 @@ struct Layer {
 };
 
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Tensor sq_norms(const Layer& layer, const std::string& path);
 Tensor deviation_sq_norms(const Layer& layer, const Tensor& center, const std::string& path);
@@ -27,6 +28,9 @@ FourTensors statistics(const Layer& layer, const std::optional<Tensor>& center, 
 Tensor applied(const Layer& layer, const Tensor& h, const std::string& path, bool transposed,
                const std::optional<Tensor>& weights = {}, const std::optional<Tensor>& shift = {}, double factor = 1);
 FourTensors sq_norms_with_grad(const Layer& layer, const std::optional<Tensor>& center, const std::string& path,
-                               const std::vector<bool>& mask, double scale = 1);
+                               const std::vector<bool>& mask);
+FiveTensors visit(const Layer& layer, const std::optional<Tensor>& center, bool biased,
+                  const std::optional<Tensor>& bias_center, const std::string& path, const std::vector<bool>& mask,
+                  double scale);
 
 }  // namespace bootgrad

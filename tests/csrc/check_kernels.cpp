@@ -207,7 +207,7 @@ void check(const Case& c) {
   const ConvPlan plan = ConvTables(s, c.channels_last, false, false).plan;  // for its numbers: the tables are gone
   const auto x = draw<In>(s.B * s.C * plan.pixels), gy = draw<In>(s.B * s.O * plan.T);
   const int64_t P = s.O * plan.Cg * plan.K;
-  const auto center = draw<T>(P), w = draw<T>(s.B);
+  const auto center = draw<T>(P), w = draw<T>(s.B), bias_center = draw<T>(s.O);
   const Oracle oracle(c, x, gy, center, w);
   const Oracle unweighted(c, x, gy, center, std::vector<T>(static_cast<size_t>(s.B), T(1)));
   double center_sq = 0;
@@ -217,7 +217,8 @@ void check(const Case& c) {
     std::vector<T> sum, sq_norms, deviation, inner, bias;
     std::vector<In> dx, dgy;
   };
-  auto run = [&](bool gram, bool with_center, bool with_w, bool sum, bool norms, bool inner, bool grads) {
+  auto run = [&](bool gram, bool with_center, bool with_w, bool sum, bool norms, bool inner, bool grads,
+                 bool biased = false) {
     Results first;
     for (int64_t threads : {1, 3}) {
       n_threads = threads;
@@ -234,7 +235,9 @@ void check(const Case& c) {
       if (sum) want(r.sum, P, call.sum);
       if (norms && !(grads && with_center)) want(r.sq_norms, s.B, call.sq_norms);
       if (norms && with_center) want(r.deviation, s.B, call.deviation);
-      if (norms && sum && !grads) want(r.bias, s.B * s.O, call.bias);
+      if (norms && ((sum && !grads) || biased)) want(r.bias, s.B * s.O, call.bias);
+      call.biased = biased;
+      if (biased && with_center) call.bias_center = bias_center.data();
       if (inner) want(r.inner, s.B, call.inner);
       if (grads) want(r.dx, s.B * s.C * plan.pixels, call.dx), want(r.dgy, s.B * s.O * plan.T, call.dgy);
       const ConvTables tables(s, c.channels_last, gram, call.dx);
@@ -297,6 +300,21 @@ void check(const Case& c) {
         if (sum) compare("sum beside derivatives", g.sum, unweighted.sum, F::sums);
         compare("dx", g.dx, with_center ? oracle.dx : oracle.dx_plain, F::elements);
         compare("dgy", g.dgy, with_center ? oracle.dgy : oracle.dgy_plain, F::elements);
+      }
+      if (c.channels_last) continue;
+      Doubles norms = with_center ? oracle.deviation : oracle.sq_norms,
+              dgy = with_center ? oracle.dgy : oracle.dgy_plain;
+      for (int64_t i = 0; i < s.B * s.O; ++i) {
+        const double apart = oracle.bias[i] - (with_center ? value(bias_center[i % s.O]) : 0);
+        norms[i / s.O] += apart * apart;
+        for (int64_t t = 0; t < plan.T; ++t) dgy[i * plan.T + t] += 2 * apart;
+      }
+      for (bool grads : {false, true}) {
+        const Results v = run(gram, with_center, false, grads, true, false, grads, true);
+        compare("norms with the bias", with_center ? v.deviation : v.sq_norms, norms, F::sums, scale);
+        compare("the bias's rows", v.bias, oracle.bias, F::sums);
+        if (grads) compare("dgy with the bias", v.dgy, dgy, 2 * F::elements);
+        if (grads) compare("dx with the bias", v.dx, with_center ? oracle.dx : oracle.dx_plain, F::elements);
       }
     }
 }
@@ -583,6 +601,41 @@ void check_group_norm(int64_t B, int64_t C, int64_t groups, int64_t N) {
   }
 }
 
+// Entries around a block's and a vector's end; with and without what is subtracted.
+template <class In>
+void check_sq_distances(const std::vector<int64_t>& sizes) {
+  std::vector<std::vector<In>> a, b;
+  std::vector<const void*> of_a, of_b;
+  std::vector<int64_t> first_block{0};
+  for (const int64_t size : sizes) {
+    a.push_back(draw<In>(size)), b.push_back(draw<In>(size));
+    first_block.push_back(first_block.back() + (size + kDistanceBlock - 1) / kDistanceBlock);
+  }
+  for (size_t k = 0; k < sizes.size(); ++k) of_a.push_back(a[k].data()), of_b.push_back(b[k].data());
+  for (const bool subtracts : {false, true}) {
+    std::vector<double> bits[2];
+    for (const int64_t threads : {1, 3}) {
+      n_threads = threads;
+      std::vector<double> out(sizes.size());
+      tested::sq_distances({&runtime, Format<In>::dtype, static_cast<int64_t>(sizes.size()), of_a.data(),
+                            subtracts ? of_b.data() : nullptr, sizes.data(), first_block.data(), 0.5, out.data()});
+      Doubles expected;
+      for (size_t k = 0; k < sizes.size(); ++k) {
+        double total = 0;
+        for (size_t i = 0; i < a[k].size(); ++i) {
+          const double apart = 0.5 * value(a[k][i]) - (subtracts ? value(b[k][i]) : 0);
+          total += apart * apart;
+        }
+        expected.push_back(total);
+      }
+      for (size_t k = 0; k < sizes.size(); ++k)
+        compare("squared distance", std::vector<double>{out[k]}, {expected[k]}, Format<In>::sums);
+      bits[threads > 1] = out;
+    }
+    if (bits[0] != bits[1]) std::printf("squared distances: other bits with other threads\n"), ++failures;
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -662,6 +715,11 @@ int main() {
     check_max_pool_grad<bf16>(a[0], a[1], a[2]);
     check_max_pool_grad<f16>(a[0], a[1], a[2]);
   }
+  const std::vector<int64_t> sizes{1, 17, 0, kDistanceBlock, 3 * kDistanceBlock + 5, kDistanceBlock - 1};
+  check_sq_distances<float>(sizes);
+  check_sq_distances<double>(sizes);
+  check_sq_distances<bf16>(sizes);
+  check_sq_distances<f16>(sizes);
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

@@ -62,8 +62,8 @@ def test_about_zero_no_mean_is_made(monkeypatch):
 
 def test_about_zero_no_sum_is_made_along_with_norms(monkeypatch):
     model, masks = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(12, 2)), []
-    taken = ConvProduct.sq_norms_with_grad
-    monkeypatch.setattr(ConvProduct, "sq_norms_with_grad", lambda self, *a: masks.append(a[3][2]) or taken(self, *a))
+    taken = ConvProduct.visit
+    monkeypatch.setattr(ConvProduct, "visit", lambda self, *a: masks.append(a[3].total) or taken(self, *a))
     for statistics in (True, False):
         reg = regularizer(model, "zero", reg2=0.0, statistics=statistics)
         gradient_of(reg, losses_of(model), torch.randn(3, 2, 4, 4), torch.zeros(3, dtype=torch.long))

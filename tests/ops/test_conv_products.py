@@ -203,29 +203,64 @@ def calls(function):
     return names
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("path", ["direct", "gram"])
-@pytest.mark.parametrize("shape", ["few channels", "depthwise, stride 2", "groups", "stride 3 and 2", "1x1"])
+@pytest.mark.parametrize(
+    "shape", ["few channels", "depthwise, stride 2", "groups", "stride 3 and 2", "1x1", "nothing goes in"]
+)
 @pytest.mark.parametrize("backend", ["compiled", "eager"])
-def test_norms_with_scaled_derivatives(backend, shape, path):
-    x, weight, _, gy, geometry = case(*SHAPES[shape])
-    scaled = (
-        OPS.conv_sq_norms_with_scaled_grad
-        if backend == "compiled"
-        else eager_convolution.conv_sq_norms_with_scaled_grad
-    )
-    for center in (None, torch.randn_like(weight)):
-        call = x, gy, center, weight.shape[2:], *geometry, path, [True, True, True]
-        plain, ours = OPS.conv_sq_norms_with_grad(*call), scaled(*call, -0.3)
-        for factor, before, after in zip((1, -0.3, -0.3, 1), plain, ours, strict=True):
-            torch.testing.assert_close(after, factor * before, rtol=1e-5, atol=1e-5 * before.abs().max().item())
+def test_visits(backend, shape, path, biased):
+    """Against sums of squares of the rows, made in float64 and differentiated."""
+    x, weight, bias, gy, geometry = case(*SHAPES[shape])
+    product, scale = ConvProduct(weight.shape[2:], *geometry), -0.3
+    visit = OPS.conv_visit if backend == "compiled" else eager_convolution.conv_visit
+    for center, bias_center in ((None, None), (weight, None), (None, bias), (weight, bias)):
+        if bias_center is not None and not biased:
+            continue
+        call = x, gy, center, biased, bias_center, weight.shape[2:], *geometry, path, [True, True, True], scale
+        s, dx, dgy, total, rows = visit(*call)
+        leaves = x_leaf, gy_leaf = x.double().requires_grad_(), gy.double().requires_grad_()
+        zero = 0 * (x_leaf.sum() + gy_leaf.sum())
+        G, b = product.rows(*leaves), gy_leaf.flatten(2).sum(2)
+        expected = (G - (0 if center is None else center)).flatten(1).square().sum(1) + zero
+        if biased:
+            expected = expected + (b - (0 if bias_center is None else bias_center)).square().sum(1)
+        grads = torch.autograd.grad(scale * expected.sum(), leaves, retain_graph=True)
+        for ours, exact in (
+            (s, expected),
+            (dx, grads[0]),
+            (dgy, grads[1]),
+            (total, G.sum(0)),
+            (rows, b if biased else b[:0]),
+        ):
+            assert ours.dtype == torch.float32 and ours.shape == exact.shape
+            assert (ours - exact).norm() <= 1e-5 * exact.norm()
 
 
-def test_schema_of_norms_with_scaled_derivatives():
-    x, weight, _, gy, geometry = case(*SHAPES["groups"])
+def test_a_visit_in_half_precision():
+    x, weight, bias, gy, geometry = case(*SHAPES["groups"])
+    for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 1e-3)):
+        rest = weight, True, bias, weight.shape[2:], *geometry, "direct", [True, True, True], 0.5
+        for ours, exact in zip(
+            OPS.conv_visit(x.to(dtype), gy.to(dtype), *rest),
+            OPS.conv_visit(x.to(dtype).float(), gy.to(dtype).float(), *rest),
+            strict=True,
+        ):
+            assert ours.dtype == (dtype if ours.shape in (x.shape, gy.shape) else torch.float32)
+            assert (ours - exact).norm() <= tolerance * exact.norm()
+
+
+def test_schema_of_visits():
+    x, weight, bias, gy, geometry = case(*SHAPES["groups"])
     geometry = [list(g) if isinstance(g, tuple) else g for g in geometry]
-    for mask in ([True, True, False], [False, True, True]):
-        call = x, gy, None, list(weight.shape[2:]), *geometry, "direct", mask, 0.5
-        opcheck(OPS.conv_sq_norms_with_scaled_grad.default, call)
+    for mask, biased in (([True, True, False], True), ([False, True, True], False)):
+        call = x, gy, weight, biased, bias if biased else None, list(weight.shape[2:]), *geometry, "direct", mask, 0.5
+        opcheck(OPS.conv_visit.default, call)
+    for backend in (OPS.conv_visit, eager_convolution.conv_visit):
+        with pytest.raises(RuntimeError, match="biased must be true"):
+            backend(x, gy, None, False, bias, weight.shape[2:], *geometry, "direct", [True] * 3, 1.0)
+        with pytest.raises(RuntimeError, match="bias_center must have shape"):
+            backend(x, gy, None, True, bias[1:], weight.shape[2:], *geometry, "direct", [True] * 3, 1.0)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")

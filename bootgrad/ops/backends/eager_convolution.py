@@ -23,10 +23,21 @@ def conv_input_grad(gy: Tensor, weight: Tensor, size, stride, padding, dilation,
     return grads[0].contiguous()
 
 
-def conv_sq_norms_with_scaled_grad(x: Tensor, gy: Tensor, center: Tensor | None, *geometry) -> tuple[Tensor, ...]:
+def conv_visit(
+    x: Tensor, gy: Tensor, center: Tensor | None, biased: bool, bias_center: Tensor | None, *rest
+) -> tuple[Tensor, ...]:
     """As the schema says."""
-    s, dx, dgy, total = torch.ops.bootgrad.conv_sq_norms_with_grad(x, gy, center, *geometry[:-1])
-    return s, dx.mul_(geometry[-1]), dgy.mul_(geometry[-1]), total
+    schema.check_bias_center(x, gy, biased, bias_center)
+    *geometry, scale = rest
+    s, dx, dgy, total = torch.ops.bootgrad.conv_sq_norms_with_grad(x, gy, center, *geometry)
+    dx.mul_(scale), dgy.mul_(scale)
+    if not biased:
+        return s, dx, dgy, total, s.new_empty(0, gy.size(1))
+    rows = gy.flatten(2).sum(2, dtype=s.dtype)
+    apart = rows if bias_center is None else rows - bias_center
+    if dgy.numel():
+        dgy.add_(apart.to(gy.dtype).reshape(*rows.shape, *[1] * (gy.dim() - 2)), alpha=2 * scale)
+    return s + apart.square().sum(1), dx, dgy, total, rows
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, padding, transposed: bool) -> Tensor:

@@ -83,6 +83,23 @@ struct ConvLayer {
       transpose<T>(dxt, ldc, plan.pixels, plan.Cg, out + g * plan.Cg * plan.pixels, plan.pixels, factor);
   }
 
+  // The bias's share of a sample's norm and of dgy, which are written and still in a core's cache.
+  void add_bias(int64_t b) const {
+    if (!call.biased) return;
+    const T* c = static_cast<const T*>(call.bias_center);
+    T* rows = static_cast<T*>(call.bias) + b * plan.O;
+    In* dgy = call.dgy ? static_cast<In*>(call.dgy) + b * plan.O * plan.T : nullptr;
+    double square = 0;
+    for (int64_t o = 0; o < plan.O; ++o) {
+      rows[o] = static_cast<T>(sum(gy_of(b) + o * plan.T, plan.T));
+      const T apart = c ? rows[o] - c[o] : rows[o];
+      square += static_cast<double>(apart) * static_cast<double>(apart);
+      if (dgy) add_constant(dgy + o * plan.T, twice * apart, plan.T);
+    }
+    T* norm = static_cast<T*>(call.sq_norms ? call.sq_norms : call.deviation) + b;
+    *norm = static_cast<T>(static_cast<double>(*norm) + square);
+  }
+
   // out[o] = Σ_t gyt[t, o]
   void sum_positions(const T* gyt, int64_t ld_gyt, int64_t columns, T* out) const {
     for (int64_t o = 0; o < columns; o += kLanes<T>)

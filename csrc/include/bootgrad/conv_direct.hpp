@@ -135,6 +135,7 @@ struct ConvDirect : ConvLayer<In> {
     }
     if (call.sq_norms) static_cast<T*>(call.sq_norms)[b] = static_cast<T>(plain.value());
     if (call.deviation) static_cast<T*>(call.deviation)[b] = static_cast<T>(deviation.value());
+    this->add_bias(b);
   }
 
   void shifted_dgy(int64_t b, int64_t g, const T* x, const Memory& m) const {

@@ -205,6 +205,7 @@ struct ConvGram : ConvLayer<In> {
     }
     if (call.sq_norms) static_cast<T*>(call.sq_norms)[b] = not_negative(norm);
     if (call.deviation) static_cast<T*>(call.deviation)[b] = not_negative(norm - 2 * inner + center_sq);
+    this->add_bias(b);
   }
 
   // What rounding leaves below zero is zero; NaN stays.

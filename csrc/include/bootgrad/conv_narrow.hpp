@@ -7,6 +7,9 @@
 //   ∂s/∂gy[t]    = 2 Σ_r x_ρ[t + a] · D[r]
 //   ∂s/∂x_ρ[q]   = 2 Σ_{o of the group} Σ_{r of ρ} g_o[q − a] · D_o[r]
 //
+// Where G is applied to another input instead, that takes the place of x or g in these last two once G is made, and
+// center + factor·G that of 2D.
+//
 // An offset left of the first column is in the row before, whose end is zeros: x is wider than g by the largest a.
 // Groups come in blocks of as many as there are lanes, so that a block's weights are whole vectors.
 
@@ -73,6 +76,7 @@ struct ConvNarrow : ConvLayer<In> {
  private:
   static constexpr int64_t n = kLanes<T>;
   const int64_t size = round_up<T>(plan.O * plan.R);
+  const T multiple = call.h ? T(1) : this->twice;  // what D is multiplied by
   int64_t residues[3], width[3], reach[3];
   int64_t phases, plane, length, x_step, front, g_step;
 
@@ -173,11 +177,12 @@ struct ConvNarrow : ConvLayer<In> {
         &deviation};
     for (int64_t g0 = 0; g0 < plan.groups; g0 += n) {
       const int64_t count = plan.groups - g0 < n ? plan.groups - g0 : n, rows = count * plan.Og * plan.R;
-      for (int64_t c = 0; c < count * plan.Cg; ++c) load_x(b, g0 * plan.Cg + c, m.x + c * phases * x_step, m);
+      load_x(static_cast<const In*>(call.x), b, g0, count, m);
       for (int64_t o = 0; o < count * plan.Og; ++o) {
         T* g = m.g + o * g_step + front;
-        pad(this->gy_of(b) + (g0 * plan.Og + o) * plan.T, 1, plan.P, g, width, kNoMargin);
-        if (call.bias) static_cast<T*>(call.bias)[b * plan.O + g0 * plan.Og + o] = total(g) * (w ? w[b] : T(1));
+        load_g(this->gy_of(b), g0, o, g);
+        if (call.bias && !call.biased)
+          static_cast<T*>(call.bias)[b * plan.O + g0 * plan.Og + o] = total(g) * (w ? w[b] : T(1));
         for (int64_t r = 0; r < plan.R;)
           r += in_chunks(plan.R - r, [&](auto taps) __attribute__((always_inline)) {
             correlate<taps>(m.x + o / plan.Og * plan.Cg * phases * x_step, m.tap + r, g, length,
@@ -187,20 +192,37 @@ struct ConvNarrow : ConvLayer<In> {
       clear(m.lanes + rows * n, (round_up<T>(rows) - rows) * n);
       for (int64_t r = 0; r < rows; r += n) {
         Vector<T> gradient[1][1] = {{add_lanes(m.lanes + r * n) * (w ? w[b] : T(1))}};
-        if (call.inner)
+        if (call.h)
+          displace(gradient[0][0], g0 * plan.Og * plan.R + r, m);
+        else if (call.inner)
           Dot<T>{this->center, 0, &inner}.template finish<1, 1>(0, 1, g0 * plan.Og * plan.R + r, gradient);
         else
           norms.template finish<1, 1>(0, 1, g0 * plan.Og * plan.R + r, gradient);
       }
+      if (call.h && call.dgy) load_x(static_cast<const In*>(call.h), b, g0, count, m);
+      for (int64_t o = 0; o < count * plan.Og && call.h && call.dx; ++o)
+        load_g(static_cast<const In*>(call.h) + b * plan.O * plan.T, g0, o, m.g + o * g_step + front);
       if (call.dgy) gradient_of_gy(b, g0, count, m);
       if (call.dx) gradient_of_x(b, g0, count, m);
     }
+    if (call.h) return;
     if (call.inner) static_cast<T*>(call.inner)[b] = static_cast<T>(inner.value());
     if (call.sq_norms) static_cast<T*>(call.sq_norms)[b] = static_cast<T>(plain.value());
     if (call.deviation) static_cast<T*>(call.deviation)[b] = static_cast<T>(deviation.value());
+    this->add_bias(b);
   }
 
   static constexpr int64_t kNoMargin[3] = {0, 0, 0};
+
+  void load_g(const In* gy, int64_t g0, int64_t o, T* out) const {
+    pad(gy + (g0 * plan.Og + o) * plan.T, 1, plan.P, out, width, kNoMargin);
+  }
+
+  // A vector of the weights that another input is multiplied by.
+  void displace(const Vector<T>& gradient, int64_t at, const Memory& m) const {
+    const T* from = this->center;
+    store<T>(m.keep + at, from ? load<T>(from + at) + gradient * static_cast<T>(call.factor) : gradient);
+  }
 
   template <int64_t count>
   struct Count {
@@ -237,7 +259,7 @@ struct ConvNarrow : ConvLayer<In> {
     for (int64_t i = 0; i < taps; ++i) store<T>(lanes + i * n, sum[i]);
   }
 
-  // out[v] = twice Σ_i weight[i] · from[offset i + v]
+  // out[v] = multiple · Σ_i weight[i] · from[offset i + v]
   void spread(const T* from, const int64_t* offset, const T* weight, int64_t count, int64_t end, T* out) const {
     if (count == 0) clear(out, end);
     for (int64_t i = 0; i < count;)
@@ -252,7 +274,7 @@ struct ConvNarrow : ConvLayer<In> {
     const T* at[taps];
     Vector<T> factor[taps];
 #pragma GCC unroll 9
-    for (int64_t i = 0; i < taps; ++i) at[i] = from + offset[i], factor[i] = Vector<T>{} + this->twice * weight[i];
+    for (int64_t i = 0; i < taps; ++i) at[i] = from + offset[i], factor[i] = Vector<T>{} + multiple * weight[i];
     for (int64_t v = 0; v < end; v += n) {
       Vector<T> sum = add ? load<T>(out + v) : Vector<T>{};
 #pragma GCC unroll 9
@@ -284,13 +306,18 @@ struct ConvNarrow : ConvLayer<In> {
     return static_cast<T>(sum);
   }
 
-  // A channel's plane as those of its phases.
-  __attribute__((noinline)) void load_x(int64_t b, int64_t c, T* out, const Memory& m) const {
-    const In* x = this->x_of(b) + c * plan.pixels;
+  // The channels of a block's groups, of x or what is shaped as x, each as the planes of its phases.
+  void load_x(const In* x, int64_t b, int64_t g0, int64_t count, const Memory& m) const {
+    const In* end = x + plan.B * plan.C * plan.pixels;
+    x += (b * plan.C + g0 * plan.Cg) * plan.pixels;
+    for (int64_t c = 0; c < count * plan.Cg; ++c) load_plane(x + c * plan.pixels, end, m.x + c * phases * x_step, m);
+  }
+
+  __attribute__((noinline)) void load_plane(const In* x, const In* end, T* out, const Memory& m) const {
     if (phases == 1)
       pad(x, 1, plan.S, out, plan.xs, plan.padding);
     else if (residues[2] == 2)
-      split_pairs(x, out, m, LaneNumbers{});
+      split_pairs(x, end, out, m, LaneNumbers{});
     else
       for (int64_t r = 0; r < plan.S[0] * plan.S[1]; ++r)
         for (int64_t s = 0; s < plan.S[2]; ++s) out[m.line[r] + m.column[s]] = widen(*x++);
@@ -302,7 +329,7 @@ struct ConvNarrow : ConvLayer<In> {
   // Rows of pixels, which whole vectors are read from: beyond the end of x, those of its copy. Vectors beyond a row's
   // end are zeros, and end in the next row, which is written later.
   template <int... I>
-  void split_pairs(const In* x, T* out, const Memory& m, Lanes<I...>) const {
+  void split_pairs(const In* x, const In* end, T* out, const Memory& m, Lanes<I...>) const {
     constexpr int64_t ahead = 4096 / static_cast<int64_t>(sizeof(In));
     const int64_t rows = plan.S[0] * plan.S[1], width = plan.S[2], whole = (width - 1) / (2 * n) * (2 * n);
     const Vector<T> number = {static_cast<T>(I)...}, zero{};
@@ -310,7 +337,7 @@ struct ConvNarrow : ConvLayer<In> {
     const auto in_odd = number < zero + static_cast<T>((width - whole) / 2);
     for (int64_t r = 0; r < rows; ++r, x += width) {
       const T* row = reinterpret_cast<const T*>(x);
-      if (!this->same || x + whole + 2 * n > this->x_of(plan.B)) copy_row(x, m.row, width), row = m.row;
+      if (!this->same || x + whole + 2 * n > end) copy_row(x, m.row, width), row = m.row;
       T *even = out + m.line[r] + m.column[0], *odd = out + m.line[r] + m.column[1];
       for (int64_t s = 0;; s += 2 * n, row += 2 * n, even += n, odd += n) {
         __builtin_prefetch(x + s + ahead), __builtin_prefetch(x + s + n + ahead);
@@ -346,6 +373,9 @@ struct ConvNarrow : ConvLayer<In> {
     for (int64_t o = 0; o < channels; ++o)
       spread(m.x + o / plan.Og * plan.Cg * phases * x_step, m.tap, m.keep + (g0 * plan.Og + o) * plan.R, plan.R, length,
              m.out + o * length);
+    const T* shift = static_cast<const T*>(call.shift);
+    for (int64_t o = 0; o < channels && shift; ++o)
+      add_constant(m.out + o * length, shift[b * plan.O + g0 * plan.Og + o], length);
     In* out = static_cast<In*>(call.dgy) + (b * plan.O + g0 * plan.Og) * plan.T;
     for (int64_t o = 0; o < channels; ++o)
       for (int64_t i = 0; i < plan.P[0]; ++i)

@@ -25,15 +25,17 @@
 #include "bootgrad/winograd.hpp"
 #include "bootgrad/winograd_sum.hpp"
 
+#include "bootgrad/sq_distances.hpp"
+
 namespace bootgrad::BOOTGRAD_ISA {
 
 template <class In>
 void conv_of(const ConvCall& call) {
   if (call.h) {
-    if (call.dgy || call.dx) ConvApplied<In>(call).run();
-    return;
+    if (!call.dgy && !call.dx) return;
+    return ConvNarrow<In>::fits(*call.plan) && !call.gram ? ConvNarrow<In>(call).run() : ConvApplied<In>(call).run();
   }
-  const bool norms = call.sq_norms || call.deviation, sums = call.sum || call.bias;
+  const bool norms = call.sq_norms || call.deviation, sums = call.sum || (call.bias && !call.biased);
   const bool gram = norms && call.gram && call.plan->R > 0;  // without input features there is no patch to multiply
   if (ConvNarrow<In>::fits(*call.plan) && !gram) {
     if (norms || call.inner || sums) ConvNarrow<In>(call).run();

@@ -83,10 +83,14 @@ struct ConvCall {
   void* sq_norms;   // (B,)  ‖G_i‖²
   void* deviation;  // (B,)  ‖G_i − center‖²
   void* inner;      // (B,)  ⟨G_i, center⟩
-  void* bias;       // (B, O)  Σ_t gy; without dx and dgy
+  void* bias;       // (B, O)  Σ_t gy
   void* dx;         // as x   scale times the derivative of ‖G_i − center‖²
   void* dgy;        // as gy
   double scale = 1;
+  // The bias belongs to G_i, and its part of the center is this, (O,), or null for zeros; with norms and `bias`,
+  // without `w` and channels last.
+  bool biased;
+  const void* bias_center;
   // Where there is h, dgy = G_i ∗ h for h as x, or dx = G_iᵀ ∗ h for h as gy, and no other result.
   const void* h;
   double factor;      // with a center, center + factor·G_i takes the place of G_i, on the direct path
@@ -160,6 +164,20 @@ struct WinogradSumCall : WinogradLayer {
   void* out;
 };
 
+// Pairs of tensors of one dtype, cut into blocks that are numbered through.
+constexpr int64_t kDistanceBlock = int64_t{1} << 15;
+
+struct SqDistancesCall {
+  const Runtime* runtime;
+  DType dtype;
+  int64_t tensors;
+  const void* const* a;
+  const void* const* b;                // null for zeros
+  const int64_t *sizes, *first_block;  // [tensors], [tensors + 1]
+  double scale;
+  double* out;  // [tensors]  ‖scale·a_k − b_k‖²
+};
+
 // One instruction set's implementations.
 struct Kernels {
   const char* name;
@@ -174,6 +192,7 @@ struct Kernels {
   bool (*max_pool_grad)(const MaxPoolGradCall&);
   void (*winograd)(const WinogradCall&);
   void (*winograd_sum)(const WinogradSumCall&);
+  void (*sq_distances)(const SqDistancesCall&);
 };
 
 }  // namespace bootgrad

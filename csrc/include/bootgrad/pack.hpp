@@ -108,6 +108,31 @@ double dot(const In* a, const In* b, int64_t count) {
   return total;
 }
 
+// Σ a, in the same way.
+template <class In>
+double sum(const In* a, int64_t count) {
+  using T = Compute<In>;
+  constexpr int64_t n = kLanes<T>;
+  double total = 0;
+  int64_t i = 0;
+  while (i + n <= count) {
+    Vector<T> run{};
+    for (const int64_t end = count - i < 64 * n ? count / n * n : i + 64 * n; i < end; i += n) run += load_wide(a + i);
+    for (int64_t j = 0; j < n; ++j) total += static_cast<double>(run[j]);
+  }
+  for (; i < count; ++i) total += static_cast<double>(widen(a[i]));
+  return total;
+}
+
+// out += v
+template <class T, class Out>
+void add_constant(Out* out, T v, int64_t count) {
+  constexpr int64_t n = kLanes<T>;
+  int64_t i = 0;
+  for (; i + n <= count; i += n) store_narrow(out + i, load_wide(out + i) + v);
+  for (; i < count; ++i) narrow(static_cast<T>(widen(out[i])) + v, out[i]);
+}
+
 // out[j] = Σ_r rows[r·ld + j] over the first lanes of a vector, in the same way.
 template <class T>
 void sum_rows(const T* rows, int64_t count, int64_t ld, T* out, int64_t lanes) {
