@@ -8,7 +8,7 @@
 //   ∂s/∂x_ρ[q]   = 2 Σ_{o of the group} Σ_{r of ρ} g_o[q − a] · D_o[r]
 //
 // Where G is applied to another input instead, that takes the place of x or g in these last two once G is made, and
-// center + factor·G that of 2D.
+// center + factor·G that of 2D. Without x it is the center alone: a convolution or its transpose.
 //
 // An offset left of the first column is in the row before, whose end is zeros: x is wider than g by the largest a.
 // Groups come in blocks of as many as there are lanes, so that a block's weights are whole vectors.
@@ -177,8 +177,8 @@ struct ConvNarrow : ConvLayer<In> {
         &deviation};
     for (int64_t g0 = 0; g0 < plan.groups; g0 += n) {
       const int64_t count = plan.groups - g0 < n ? plan.groups - g0 : n, rows = count * plan.Og * plan.R;
-      load_x(static_cast<const In*>(call.x), b, g0, count, m);
-      for (int64_t o = 0; o < count * plan.Og; ++o) {
+      if (call.x) load_x(static_cast<const In*>(call.x), b, g0, count, m);
+      for (int64_t o = 0; o < count * plan.Og && call.x; ++o) {
         T* g = m.g + o * g_step + front;
         load_g(this->gy_of(b), g0, o, g);
         if (call.bias && !call.biased)
@@ -190,7 +190,8 @@ struct ConvNarrow : ConvLayer<In> {
           });
       }
       clear(m.lanes + rows * n, (round_up<T>(rows) - rows) * n);
-      for (int64_t r = 0; r < rows; r += n) {
+      if (!call.x) copy_row(this->center + g0 * plan.Og * plan.R, m.keep + g0 * plan.Og * plan.R, rows);
+      for (int64_t r = 0; r < rows && call.x; r += n) {
         Vector<T> gradient[1][1] = {{add_lanes(m.lanes + r * n) * (w ? w[b] : T(1))}};
         if (call.h)
           displace(gradient[0][0], g0 * plan.Og * plan.R + r, m);
@@ -375,7 +376,7 @@ struct ConvNarrow : ConvLayer<In> {
              m.out + o * length);
     const T* shift = static_cast<const T*>(call.shift);
     for (int64_t o = 0; o < channels && shift; ++o)
-      add_constant(m.out + o * length, shift[b * plan.O + g0 * plan.Og + o], length);
+      add_constant(m.out + o * length, shift[(call.x ? b * plan.O : 0) + g0 * plan.Og + o], length);
     In* out = static_cast<In*>(call.dgy) + (b * plan.O + g0 * plan.Og) * plan.T;
     for (int64_t o = 0; o < channels; ++o)
       for (int64_t i = 0; i < plan.P[0]; ++i)

@@ -312,6 +312,13 @@ struct ConvInputGrad : ConvPlanes<T> {
 };
 
 inline void conv_product(const ConvProductCall& call) {
+  if (ConvNarrow<float>::fits(*call.plan)) {
+    ConvCall applied{};
+    applied.plan = call.plan, applied.runtime = call.runtime, applied.dtype = DType::f32;
+    applied.center = call.weight, applied.shift = call.bias;
+    applied.h = call.y ? call.x : call.gy, applied.dgy = call.y, applied.dx = call.dx;
+    return ConvNarrow<float>(applied).run();
+  }
   call.y ? ConvOutput<float>(call).run() : ConvInputGrad<float>(call).run();
 }
 

@@ -94,7 +94,7 @@ struct ConvCall {
   // Where there is h, dgy = G_i ∗ h for h as x, or dx = G_iᵀ ∗ h for h as gy, and no other result.
   const void* h;
   double factor;      // with a center, center + factor·G_i takes the place of G_i, on the direct path
-  const void* shift;  // (B, O) or null, added to every position of dgy
+  const void* shift;  // (B, O) or null, added to every position of dgy; of a convolution's own weights, (O,)
 };
 
 // A convolution in float32, y = W ∗ x + bias; or where there is dx, the gradient by x, dx = Wᵀ ∗ gy.
