@@ -4,7 +4,8 @@ A walk from the losses to the leaves stops at recorded uses of parameters, each 
 is met otherwise reached the losses unseen: an error that names it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -195,6 +196,30 @@ def gradients(losses: Tensor, inputs: Sequence, weights: Tensor, **options) -> S
                 f"an operation of the model has no second derivative in torch ({error}): use an implementation that has"
             ) from error
         raise
+
+
+@contextmanager
+def as_met(edges: Sequence[GradientEdge]) -> Iterator[Callable[[Sequence[Tensor | None]], list[Tensor | None]]]:
+    """A context for `gradients` by edges, with a function that makes of them those that the edges' nodes are run with.
+
+    Where a node has to be run for inputs further back, what torch returns for its edge is the gradient before the hooks of
+    that tensor, which may put another in its place.
+    """
+    seen: dict[int, Tensor] = {}
+
+    def see(k: int, slot: int) -> Callable[[Sequence[Tensor | None]], None]:
+        def hook(grads: Sequence[Tensor | None]) -> None:
+            if grads[slot] is not None:
+                seen[k] = grads[slot]  # type: ignore[assignment]  # not None
+
+        return hook
+
+    handles = [edge.node.register_prehook(see(k, edge.output_nr)) for k, edge in enumerate(edges)]
+    try:
+        yield lambda grads: [seen.get(k, g) for k, g in enumerate(grads)]
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def filled(grads: Sequence[Tensor | None], operations: Sequence[Operation], like: Tensor) -> list[Tensor]:

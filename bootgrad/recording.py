@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from .derived import Derived, derive, is_batch_free, may_be_batch_free, pull_back
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
-from .graph import Uses, check_finite, check_losses, filled, gradients, is_capturing, powers_of_two, walk
+from .graph import Uses, as_met, check_finite, check_losses, filled, gradients, is_capturing, powers_of_two, walk
 from .ops.piecewise import is_seen
 from .ops.product import Product
 from .rules.base import RULES, Operation, Phase, ProductOperation, is_in_place
@@ -405,7 +405,9 @@ class Recording(TorchFunctionMode):
         with self.in_phase(Phase.OUTPUTS, visited):
             edges = [o.edge for o in operations]
             options = dict(retain_graph=True, create_graph=create_graph, allow_unused=True)
-            return filled(gradients(losses, edges, weights, **options), operations, losses)
+            with as_met(edges) as met:
+                grads = met(gradients(losses, edges, weights, **options))
+            return filled(grads, operations, losses)
 
     def terms(self, operations: Sequence[Operation], gys: Sequence[Tensor]) -> dict[str, Term]:
         """One term per parameter that the operations use."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import graph
 from .accumulation import accumulate, call_hooks, gated
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from .graph import filled, gradients, refuse_marked
+from .graph import as_met, filled, gradients, refuse_marked
 from .heap import keep_freed_memory
 from .ops.distances import sq_distances
 from .ops.schema import accumulation_dtype
@@ -222,8 +222,9 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         leaves = [*reach.parameters.values(), *reach.other_leaves]
         probed, others = self.split(reach.operations) if B > 1 else ([], [])
         inputs = [*leaves, *(o.probe for o in probed), *(o.edge for o in others)]
-        with self.in_phase(Phase.STATISTICS, probed, scaled):
+        with self.in_phase(Phase.STATISTICS, probed, scaled), as_met([o.edge for o in others]) as met:
             grads = gradients(losses, inputs, seed, retain_graph=retain_graph or bool(others), allow_unused=True)
+            of_others = met(grads[len(inputs) - len(others) :])
         leaf_grads, rest = grads[: len(leaves)], grads[len(leaves) :]
         by_name = dict(zip(reach.parameters, leaf_grads, strict=False))
         norms = self.read_probes(
@@ -231,7 +232,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             [g for g in rest[: len(probed)] if g is not None],
         )
         with torch.no_grad():
-            terms: dict[str, Term] = self.terms(others, filled(rest[len(probed) :], others, losses))
+            terms: dict[str, Term] = self.terms(others, filled(of_others, others, losses))
             if B == 1:
                 terms = {name: DenseTerm(g.unsqueeze(0)) for name, g in by_name.items() if g is not None}
             for name, term in terms.items():

@@ -423,6 +423,57 @@ def test_autocast_records_what_autocast_computes():
     torch.testing.assert_close(grads.double(), expected.mean(0), rtol=5e-2, atol=2e-3 * float(expected.abs().max()))
 
 
+class Hooked(nn.Module):
+    """Its last output's gradient is changed by a hook."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 4, 3), last
+
+    def forward(self, x):
+        y = self.last(torch.tanh(self.first(x)))
+        y.register_hook(lambda g: g * torch.arange(g.size(-1)))
+        return y
+
+
+class Unruly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, x):
+        return torch.lerp(x, torch.zeros_like(x[:1]), self.scale)
+
+
+class Twice(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(torch.tanh(super().forward(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*has no rule")
+@pytest.mark.parametrize("last", [nn.Conv2d(4, 3, 3), nn.GroupNorm(2, 4), Unruly(), Twice(4, 4, 2), nn.PReLU(4)], ids=repr)
+def test_what_a_hook_puts_in_the_place_of_a_gradient_counts(last):
+    torch.manual_seed(0)
+    model, x = Hooked(last).double(), torch.randn(3, 2, 7, 7, dtype=torch.float64)
+
+    def losses(x):
+        return model(x).square().flatten(1).sum(1)
+
+    parameters = list(model.parameters())
+    rows = [torch.autograd.grad(losses(x[i : i + 1]).sum(), parameters, create_graph=True) for i in range(len(x))]
+    exact = torch.stack([sum(g.square().sum() for g in row) for row in rows])
+    gradient = torch.autograd.grad(exact.mean() + losses(x).mean(), parameters)
+    with bootgrad.record(model) as rec:
+        values = losses(x)
+    torch.testing.assert_close(rec.per_sample_gradients(values).sq_norms(), exact)
+    torch.testing.assert_close(rec.backward(values).sq_norms, exact)
+    model.zero_grad()
+    report = bootgrad.GradientRegularizer(model, reg1=1.0, center="zero").backward(losses, x)
+    torch.testing.assert_close(report.reg1, exact.mean())
+    for p, g in zip(parameters, gradient, strict=True):
+        torch.testing.assert_close(p.grad, g)
+
+
 def test_the_graph_goes_with_the_recording():
     model, x, target = make(Residual)
     rec = bootgrad.record(model)

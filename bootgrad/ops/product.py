@@ -313,7 +313,7 @@ class Visit:
         reads_numbers: whether a tensor's number may be read, for which an accelerator would have to be waited for.
         on_norms: called with this, the parts of c, x and gy after the norms were made.
         sq_norms: ‖G_i − c‖², (B,), after the visit.
-        total, bias_total: Σ_i G_i, where it is known.
+        total, bias_total: Σ_i G_i and Σ_i b_i, where they are known.
     """
 
     def __init__(self, product: Product):

@@ -233,7 +233,7 @@ void check(const Case& c) {
         if (count > 0) std::memset(static_cast<void*>(v.data()), 0xff, v.size() * sizeof v[0]), to = v.data();
       };
       if (sum) want(r.sum, P, call.sum);
-      if (norms && !(grads && with_center)) want(r.sq_norms, s.B, call.sq_norms);
+      if (norms && !((grads || biased) && with_center)) want(r.sq_norms, s.B, call.sq_norms);
       if (norms && with_center) want(r.deviation, s.B, call.deviation);
       if (norms && ((sum && !grads) || biased)) want(r.bias, s.B * s.O, call.bias);
       call.biased = biased;
@@ -309,8 +309,10 @@ void check(const Case& c) {
         norms[i / s.O] += apart * apart;
         for (int64_t t = 0; t < plan.T; ++t) dgy[i * plan.T + t] += 2 * apart;
       }
-      for (bool grads : {false, true}) {
-        const Results v = run(gram, with_center, false, grads, true, false, grads, true);
+      for (int asked = 0; asked < 4; ++asked) {
+        const bool grads = asked & 1, sum = asked & 2;
+        const Results v = run(gram, with_center, false, sum, true, false, grads, true);
+        if (sum) compare("sum with the bias", v.sum, unweighted.sum, F::sums);
         compare("norms with the bias", with_center ? v.deviation : v.sq_norms, norms, F::sums, scale);
         compare("the bias's rows", v.bias, oracle.bias, F::sums);
         if (grads) compare("dgy with the bias", v.dgy, dgy, 2 * F::elements);

@@ -1,8 +1,11 @@
 """Steps whose reports tell nothing that the penalties do not need: the same gradients, from fewer products."""
 
+import copy
+
 import pytest
 import torch
 
+import bootgrad
 from bootgrad.centers import Center
 from bootgrad.ops.convolution import ConvProduct
 from bootgrad.per_sample import PerSampleGradients
@@ -98,3 +101,26 @@ def test_differentiable_centers_get_their_mean():
         for s in (True, False)
     ]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("center", ["zero", "batch_mean", "ema"])
+@pytest.mark.parametrize("layer", [torch.nn.Conv2d(2, 3, 3), torch.nn.Conv2d(2, 20, 3), torch.nn.Conv2d(4, 4, 3, groups=4)])
+def test_a_visit_that_has_nothing_to_differentiate(layer, center):
+    """Neither x nor gy depends on a parameter: norms, Γ and the mean come without derivatives."""
+    model, x = copy.deepcopy(layer).double(), torch.randn(4, layer.in_channels, 6, 6, dtype=torch.float64)
+
+    def losses(x):
+        return model(x).flatten(1).sum(1)
+
+    reg = bootgrad.GradientRegularizer(model, reg1=0.3, center=center)
+    parts = (torch.autograd.grad(losses(x[i : i + 1]).sum(), model.parameters()) for i in range(4))
+    rows = torch.stack([torch.cat([g.flatten() for g in row]) for row in parts])
+    for _ in range(2):
+        model.zero_grad()
+        report = reg.backward(losses, x)
+        mean = rows.mean(0)
+        gamma = (rows - mean).square().sum(1).mean()
+        about = mean.square().sum() if center == "zero" else 0 * gamma
+        torch.testing.assert_close(report.covariance_trace, gamma)
+        torch.testing.assert_close(report.reg1, gamma + about)
+        torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), mean)

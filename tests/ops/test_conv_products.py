@@ -1,5 +1,7 @@
 """Convolutions themselves and their transposes, with vectors along positions: both ops, and the choice of them."""
 
+import itertools
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -217,24 +219,21 @@ def test_visits(backend, shape, path, biased):
     for center, bias_center in ((None, None), (weight, None), (None, bias), (weight, bias)):
         if bias_center is not None and not biased:
             continue
-        call = x, gy, center, biased, bias_center, weight.shape[2:], *geometry, path, [True, True, True], scale
-        s, dx, dgy, total, rows = visit(*call)
         leaves = x_leaf, gy_leaf = x.double().requires_grad_(), gy.double().requires_grad_()
         zero = 0 * (x_leaf.sum() + gy_leaf.sum())
         G, b = product.rows(*leaves), gy_leaf.flatten(2).sum(2)
-        expected = (G - (0 if center is None else center)).flatten(1).square().sum(1) + zero
+        s = (G - (0 if center is None else center)).flatten(1).square().sum(1) + zero
         if biased:
-            expected = expected + (b - (0 if bias_center is None else bias_center)).square().sum(1)
-        grads = torch.autograd.grad(scale * expected.sum(), leaves, retain_graph=True)
-        for ours, exact in (
-            (s, expected),
-            (dx, grads[0]),
-            (dgy, grads[1]),
-            (total, G.sum(0)),
-            (rows, b if biased else b[:0]),
-        ):
-            assert ours.dtype == torch.float32 and ours.shape == exact.shape
-            assert (ours - exact).norm() <= 1e-5 * exact.norm()
+            s = s + (b - (0 if bias_center is None else bias_center)).square().sum(1)
+        exact = s, *torch.autograd.grad(scale * s.sum(), leaves, retain_graph=True), G.sum(0), b
+        for mask in itertools.product([False, True], repeat=3):
+            call = x, gy, center, biased, bias_center, weight.shape[2:], *geometry, path, list(mask), scale
+            for ours, expected, wanted in zip(visit(*call), exact, (True, *mask, biased), strict=True):
+                assert ours.dtype == torch.float32
+                if wanted:
+                    assert ours.shape == expected.shape and (ours - expected).norm() <= 1e-5 * expected.norm()
+                else:
+                    assert ours.numel() == 0
 
 
 def test_a_visit_in_half_precision():

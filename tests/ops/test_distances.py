@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from bootgrad.errors import ArgumentError
 from bootgrad.ops.backends import eager_distances
 from bootgrad.ops.distances import sq_distances
 
@@ -28,8 +29,15 @@ def test_against_float64(backend, dtype):
             )
             found = backend(a, others, scale)
             assert found.dtype == torch.float64 and found.shape == exact.shape
-            rounds = others and dtype in (torch.bfloat16, torch.float16) and backend is not OP
-            torch.testing.assert_close(found, exact, rtol=1e-2 if rounds else 1e-6, atol=0)
+            torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", [OP, eager_distances.sq_distances], ids=["compiled", "eager"])
+def test_what_nearly_cancels_in_half_precision(backend):
+    a = (64 * torch.randn(1000, generator=torch.Generator().manual_seed(0))).half()
+    b = (a.float() / 48).half()
+    exact = (a.double() / 48 - b.double()).square().sum()
+    torch.testing.assert_close(backend([a], [b], 1 / 48)[0], exact, rtol=1e-3, atol=0)
 
 
 def test_no_digits_are_lost_over_long_tensors():
@@ -40,7 +48,8 @@ def test_no_digits_are_lost_over_long_tensors():
 def test_layouts_kinds_and_graphs():
     a, b = pair()
     exact = OP(a, b, 1.0)
-    spread = [t.unsqueeze(-1).expand(*t.shape, 2)[..., 0] for t in a]
+    spread = [torch.stack((t, 2 * t), -1)[..., 0] for t in a]
+    assert not spread[1].is_contiguous()
     torch.testing.assert_close(sq_distances(spread, b), exact)
     mixed = [t.double() if k % 2 else t for k, t in enumerate(a)]
     torch.testing.assert_close(sq_distances(mixed, b), exact)
@@ -56,3 +65,5 @@ def test_schema_and_errors():
         for wrong in ([], b[:2], b[::-1], [t.double() for t in b]):
             with pytest.raises(RuntimeError, match="at least one|as many tensors|one dtype"):
                 backend(wrong and a, wrong, 1.0)
+    with pytest.raises(ArgumentError, match="at least one"):
+        sq_distances([])

@@ -30,7 +30,8 @@ def conv_visit(
     schema.check_bias_center(x, gy, biased, bias_center)
     *geometry, scale = rest
     s, dx, dgy, total = torch.ops.bootgrad.conv_sq_norms_with_grad(x, gy, center, *geometry)
-    dx.mul_(scale), dgy.mul_(scale)
+    if scale != 1:
+        dx.mul_(scale), dgy.mul_(scale)
     if not biased:
         return s, dx, dgy, total, s.new_empty(0, gy.size(1))
     rows = gy.flatten(2).sum(2, dtype=s.dtype)

@@ -11,8 +11,12 @@ from .. import schema
 def sq_distances(a: Sequence[Tensor], b: Sequence[Tensor], scale: float) -> Tensor:
     """As the schema says."""
     schema.check_pairs(a, b)
-    apart = list(a) if scale == 1 else torch._foreach_mul(list(a), scale)
-    apart = torch._foreach_sub(apart, list(b)) if b else apart
+    dtype = schema.accumulation_dtype(a[0].dtype)
+    apart = [t.to(dtype) for t in a]
+    if scale != 1:
+        apart = list(torch._foreach_mul(apart, scale))
+    if b:
+        apart = list(torch._foreach_sub(apart, [t.to(dtype) for t in b]))
     return torch.stack(torch._foreach_norm(apart, 2, torch.float64)).square()
 
 

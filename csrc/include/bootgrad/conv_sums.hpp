@@ -94,7 +94,7 @@ struct ConvSum : ConvLayer<In> {
       if (this->copy_x) this->padded_x(b0 + s, m.x + s * x_size);
       T* gyt = m.gyt + s * plan.T * ld;
       this->transposed_gy(b0 + s, gyt, stride, w ? w[b0 + s] : T(1), first, end);
-      for (int64_t g = 0; g < plan.groups && call.bias; ++g)
+      for (int64_t g = 0; g < plan.groups && call.bias && !call.biased; ++g)
         this->sum_positions(gyt + g * stride + first, ld, end - first,
                             static_cast<T*>(call.bias) + (b0 + s) * plan.O + g * plan.Og + first);
     }
@@ -284,7 +284,7 @@ struct ConvWeightedSum : ConvSum<In> {
           copy_rows(this->gy_of(b) + o0, plan.O, plan.T, wide, out, width, factor);
         else
           transpose<T>(this->gy_of(b) + (g * plan.Og + o0) * plan.T, plan.T, wide, plan.T, out, width, factor);
-        if (this->call.bias)
+        if (this->call.bias && !this->call.biased)
           this->sum_positions(out, width, wide, static_cast<T*>(this->call.bias) + b * plan.O + g * plan.Og + o0);
       }
   }

@@ -45,7 +45,7 @@ void conv_of(const ConvCall& call) {
   if (sums && (gram || !norms)) ConvWeightedSum<In>(call).run();
   if (gram) ConvGram<In>(call).run();
   if (norms && !gram) {
-    if (sums && !call.dx && !call.dgy)
+    if (sums && !call.dx && !call.dgy && !call.biased)
       ConvStatistics<In>(call).run();
     else
       ConvDirect<In>(call).run();
