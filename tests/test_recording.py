@@ -451,7 +451,9 @@ class Twice(nn.Conv2d):
 
 
 @pytest.mark.filterwarnings("ignore:.*has no rule")
-@pytest.mark.parametrize("last", [nn.Conv2d(4, 3, 3), nn.GroupNorm(2, 4), Unruly(), Twice(4, 4, 2), nn.PReLU(4)], ids=repr)
+@pytest.mark.parametrize(
+    "last", [nn.Conv2d(4, 3, 3), nn.GroupNorm(2, 4), Unruly(), Twice(4, 4, 2), nn.PReLU(4)], ids=repr
+)
 def test_what_a_hook_puts_in_the_place_of_a_gradient_counts(last):
     torch.manual_seed(0)
     model, x = Hooked(last).double(), torch.randn(3, 2, 7, 7, dtype=torch.float64)

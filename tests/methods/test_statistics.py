@@ -104,7 +104,9 @@ def test_differentiable_centers_get_their_mean():
 
 
 @pytest.mark.parametrize("center", ["zero", "batch_mean", "ema"])
-@pytest.mark.parametrize("layer", [torch.nn.Conv2d(2, 3, 3), torch.nn.Conv2d(2, 20, 3), torch.nn.Conv2d(4, 4, 3, groups=4)])
+@pytest.mark.parametrize(
+    "layer", [torch.nn.Conv2d(2, 3, 3), torch.nn.Conv2d(2, 20, 3), torch.nn.Conv2d(4, 4, 3, groups=4)]
+)
 def test_a_visit_that_has_nothing_to_differentiate(layer, center):
     """Neither x nor gy depends on a parameter: norms, Γ and the mean come without derivatives."""
     model, x = copy.deepcopy(layer).double(), torch.randn(4, layer.in_channels, 6, 6, dtype=torch.float64)

@@ -87,8 +87,8 @@ struct ConvCall {
   void* dx;         // as x   scale times the derivative of ‖G_i − center‖²
   void* dgy;        // as gy
   double scale = 1;
-  // The bias belongs to G_i, and its part of the center is this, (O,), or null for zeros; with one kind of norm and `bias`,
-  // without `w` and channels last.
+  // The bias belongs to G_i, and its part of the center is this, (O,), or null for zeros; with one kind of norm and
+  // `bias`, without `w` and channels last.
   bool biased;
   const void* bias_center;
   // Where there is h, dgy = G_i ∗ h for h as x, or dx = G_iᵀ ∗ h for h as gy, and no other result.
