@@ -1,6 +1,6 @@
 """The fused ops, for people who write their own backward passes: linear and convolution layers, all twice differentiable."""
 
-from . import library
+from . import fakes, library  # noqa: F401 — fakes register themselves
 from .backends import eager_convolution, eager_distances, eager_pooling, gpu  # noqa: F401 — the eager ones register themselves
 from .convolution import conv_deviation_sq_norms, conv_jvp, conv_sq_norms, conv_weighted_sum
 from .linear import linear_deviation_sq_norms, linear_jvp, linear_sq_norms, linear_weighted_sum
