@@ -152,7 +152,8 @@ class Recording(TorchFunctionMode):
     def _operate(self, func, args, kwargs):
         """Run a call of tracked tensors and data: an operation."""
         rule = RULES.get(func)
-        if rule is not None:
+        # Rules multiply by what a complex product's derivative has the conjugate of.
+        if rule is not None and not any(t.is_complex() for t in _tensors_in((args, kwargs))):
             out = rule(self, func, args, kwargs)
             if out is not NotImplemented:
                 return out

@@ -150,7 +150,7 @@ def quotient(moved: Sequence[Tensor | None], grads: Sequence[Tensor | None], ste
     out: list[Tensor | None] = []
     for there, here in zip(moved, grads, strict=True):
         difference = there if here is None else -here if there is None else there - here
-        out.append(None if difference is None else difference / step)
+        out.append(None if difference is None else difference / step.to(difference.dtype))  # (), as wide as a scalar's
     return out
 
 

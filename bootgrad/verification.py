@@ -18,7 +18,11 @@ from .statistics import record
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: the operations that cover it, and relative errors against plain autograd."""
+    """One parameter: the operations that cover it, and relative errors against plain autograd.
+
+    Norms and mean are relative to the parameter's own, or, where that is smaller, to ε^⅓ times the largest gradient of any, ε
+    of the dtype; Reg1's gradient to the largest of any.
+    """
 
     name: str
     rule: str
@@ -114,6 +118,10 @@ def _compare(rec: record, loss_fn: Callable[..., Tensor], batch: list, tolerance
     penalty = _grads(reg1(G), tensors)
 
     scale = max(float(e.norm()) for e in expected)
+    # Of a gradient that is zero but for rounding, as that of a bias before a norm, no digit is right.
+    least = (
+        torch.finfo(tensors[0].dtype).eps ** (1 / 3) * max(float(g.detach().norm()) for g in stacked) / len(rows) ** 0.5
+    )
     out = []
     for k, name in enumerate(rec.parameters):
         own = stacked[k].detach()
@@ -121,10 +129,10 @@ def _compare(rec: record, loss_fn: Callable[..., Tensor], batch: list, tolerance
             Row(
                 name,
                 " + ".join(dict.fromkeys(rules.get(name, ["unused"]))),
-                _error(norms[name], own.reshape(len(own), -1).square().sum(1))
+                _error(norms[name], own.reshape(len(own), -1).square().sum(1), least**2)
                 if name in norms
-                else _error(ours[name], own),
-                _error(mean[name], own.mean(0)),
+                else _error(ours[name], own, least),
+                _error(mean[name], own.mean(0), least),
                 float((penalty[k] - expected[k]).norm()) / (scale or 1.0),
             )
         )
@@ -158,7 +166,7 @@ def _grads(value: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, tensors, strict=True)]
 
 
-def _error(ours: Tensor, expected: Tensor) -> float:
-    """Relative error in norm; absolute where nothing is expected."""
-    scale = float(expected.norm())
+def _error(ours: Tensor, expected: Tensor, least: float) -> float:
+    """Error in norm, relative to what is expected or to ``least``, whichever is more; absolute where neither is."""
+    scale = max(float(expected.norm()), least)
     return float((ours.detach() - expected.detach()).norm()) / (scale or 1.0)

@@ -152,6 +152,14 @@ def test_batchnorm_is_replaced():
         bootgrad.replace_batchnorm(model, groups=0)
 
 
+@pytest.mark.parametrize("features", [2, 12, 16, 64, 512])
+def test_a_replaced_batchnorm_of_features_leaves_something_of_them(features):
+    norm = bootgrad.replace_batchnorm(nn.BatchNorm1d(features))
+    size = features // norm.num_groups
+    assert norm.num_groups <= 32 and size >= min(8, features)
+    assert norm(torch.randn(64, features)).var(0).min() > 0.1
+
+
 def test_parameters_that_are_not_seen_are_named():
     class Hidden(nn.Module):
         def __init__(self):

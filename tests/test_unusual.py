@@ -40,6 +40,10 @@ def data(*shape):
     return torch.randn(*(shape or (4, 4)), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
+def _real(z):
+    return torch.view_as_real(z)
+
+
 RIGHT = {
     "bias of one": (lambda m, x: F.linear(x, m.w, m.b), dict(w=(3, 4), b=(1,))),
     "bias of a row": (lambda m, x: F.linear(m.linear(x), m.w, m.b), dict(w=(3, 4), b=(1, 3))),
@@ -63,6 +67,15 @@ RIGHT = {
         dict(w=(2, 3)),
     ),
     "frozen factor": (lambda m, x: F.linear(x, m.w @ m.table[:2] @ m.table.t()), dict(w=(3, 2))),
+    "complex times real": (lambda m, x: _real(torch.fft.fft(m.linear(x)) * m.w), dict(w=(4,))),
+    "complex filter": (lambda m, x: _real(torch.fft.rfft(m.linear(x)) * torch.view_as_complex(m.w)), dict(w=(3, 2))),
+    "complex conjugate": (lambda m, x: _real(torch.fft.fft(x) * torch.view_as_complex(m.w).conj()), dict(w=(4, 2))),
+    "complex matrix": (lambda m, x: _real(torch.fft.fft(x) @ torch.view_as_complex(m.w)), dict(w=(4, 3, 2))),
+    "complex linear": (
+        lambda m, x: _real(F.linear(torch.fft.fft(x), m.w.cdouble(), m.b.cdouble())),
+        dict(w=(3, 4), b=(3,)),
+    ),
+    "complex phase": (lambda m, x: _real(torch.fft.fft(x) * torch.exp(1j * m.w)), dict(w=(4,))),
     "embedding": (lambda m, x: F.embedding((x > 0).long(), m.w) * m.linear(x)[..., None], dict(w=(2, 3))),
 }
 

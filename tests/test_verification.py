@@ -27,6 +27,15 @@ def test_agreement_on_every_model(kind, capsys):
     assert "agrees with plain autograd on 4 samples" in printed and result.rows[0].name in printed
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_of_rounding_alone_is_no_difference(dtype):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+    model, x = nn.Sequential(*layers).to(dtype), torch.randn(4, 1, 8, 8, dtype=dtype)
+    result = bootgrad.verify(model, lambda x: model(x).square().sum(1), x)
+    assert result.ok and result.rows[1].name == "0.bias"
+
+
 def test_rules_are_named():
     model, x, target = make(Tied)
     rows = {r.name: r.rule for r in bootgrad.verify(model, lambda x, t: loss_of(model(x), t), x, target).rows}

@@ -126,3 +126,16 @@ def test_the_default_step_is_good_in_float32():
     torch.manual_seed(0)
     reg = regularizer(model, "zero", derivative="finite_difference", **options)
     assert relative(gradient_of(reg, losses_of(model), x.float(), y)[0].double(), expected) < 3e-3
+
+
+@pytest.mark.parametrize("options", [{"reg1": 0.1}, {"reg2": 0.1}], ids=str)
+@pytest.mark.parametrize("method", ["finite_difference", "random_signs"])
+def test_a_scalar_parameter_in_float32(method, options):
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.linear, model.scale = torch.nn.Linear(4, 3), torch.nn.Parameter(torch.tensor(1.5))
+    derivative = {} if method == "finite_difference" else {"derivative": "finite_difference"}
+    reg = bootgrad.GradientRegularizer(model, method=method, center="zero", **options, **derivative)
+    x = torch.randn(5, 4)
+    reg.backward(lambda x: (torch.tanh(model.linear(x)) * model.scale).square().sum(1), x)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
