@@ -60,7 +60,7 @@ def run_plain(func: Callable, args: tuple, kwargs: dict) -> Any:
     rule = PLAIN_RULES.get(func)
     if rule is None or is_in_transform() or is_in_checkpoint():
         return func(*args, **kwargs)
-    if args and isinstance(args[0], Tensor) and args[0].requires_grad:
+    if any(isinstance(t, Tensor) and t.requires_grad for t in (*args, *kwargs.values())):
         out = rule(func, args, kwargs)
         if out is not NotImplemented:
             return out
