@@ -1,7 +1,8 @@
 """Tensors that are functions of parameters alone: transposed, masked, concatenated or reparametrized weights.
 
 A derived tensor W' = D(θ) is followed like a parameter. Its per-sample gradients G'_i belong to W'; those of θ are Jᵀ G'_i
-with J = ∂D/∂θ. Where D only reorders entries (`ISOMETRIES`), norms carry over and nothing is multiplied out.
+with J = ∂D/∂θ. Where D only reorders entries or picks some (`ISOMETRIES`, `SELECTIONS`), norms carry over and nothing is
+multiplied out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +15,22 @@ from torch.utils import _pytree as pytree
 
 from .errors import UnsupportedError
 from .rules.base import autocast_now
+from .rules.parts import PartTerm
 from .rules.terms import ComputedTerm, Term, vmap
 
 _T = torch.Tensor
-ISOMETRIES = {
-    torch.t, torch.transpose, torch.permute, torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, torch.movedim,
-    torch.clone, torch.swapaxes, torch.swapdims, torch.unflatten,
-    _T.t, _T.transpose, _T.permute, _T.reshape, _T.view, _T.flatten, _T.squeeze, _T.unsqueeze, _T.movedim,
-    _T.clone, _T.contiguous, _T.swapaxes, _T.swapdims, _T.unflatten,
+TRANSPOSITIONS = {
+    torch.t, torch.transpose, torch.permute, torch.movedim, torch.swapaxes, torch.swapdims,
+    _T.t, _T.transpose, _T.permute, _T.movedim, _T.swapaxes, _T.swapdims,
     _T.T.__get__, _T.mT.__get__,  # type: ignore[attr-defined]  # torch's stubs have tensors for these descriptors
+}  # fmt: skip
+ISOMETRIES = TRANSPOSITIONS | {
+    torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, torch.clone, torch.unflatten,
+    _T.reshape, _T.view, _T.flatten, _T.squeeze, _T.unsqueeze, _T.clone, _T.contiguous, _T.unflatten,
+}  # fmt: skip
+SELECTIONS = {
+    torch.narrow, torch.select, torch.split, torch.chunk, torch.tensor_split, torch.unbind, torch.split_with_sizes,
+    _T.narrow, _T.select, _T.split, _T.chunk, _T.tensor_split, _T.unbind, _T.split_with_sizes,
 }  # fmt: skip
 _MASKINGS = {
     torch.mul, torch.multiply, torch.div, torch.add, torch.sub, torch.where, torch.masked_fill,
@@ -71,21 +79,29 @@ class Derived:
         return list(found.values())
 
     @property
-    def isometric(self) -> bool:
-        """Whether the tensor holds each entry of one parameter once."""
+    def picks(self) -> bool:
+        """Whether the tensor holds entries of one parameter, each at most once."""
         parents = list(self.parents.values())
-        return (
-            self.func in ISOMETRIES
-            and len(parents) == 1
-            and (parents[0] is None or parents[0].isometric)
-            and self.tensor.numel() == next(t for t in self._tensors() if id(t) in self.parents).numel()
-        )
+        if len(parents) != 1 or not (parents[0] is None or parents[0].picks):
+            return False
+        if self.func is _T.__getitem__:
+            return _is_basic(self.args[1])
+        return self.func in SELECTIONS or self.func in ISOMETRIES and self.tensor.numel() == self.source.numel()
+
+    @property
+    def isometric(self) -> bool:
+        """Whether it holds all of them."""
+        return self.picks and self.tensor.numel() == self.leaves()[0].numel()
+
+    @property
+    def source(self) -> Tensor:
+        """The first tracked tensor that the call takes."""
+        return next(t for t in self._tensors() if id(t) in self.parents)
 
     @property
     def repeats_a_row(self) -> bool:
         """Whether dimension 0 was made by ``repeat`` of one row."""
-        source = next(t for t in self._tensors() if id(t) in self.parents)
-        return self.func is _T.repeat and (source.dim() < self.tensor.dim() or source.size(0) == 1)
+        return self.func is _T.repeat and (self.source.dim() < self.tensor.dim() or self.source.size(0) == 1)
 
     def leaves(self) -> list[Tensor]:
         """The parameters that the tensor is a function of."""
@@ -114,6 +130,12 @@ class Derived:
 
     def _tensors(self) -> list[Tensor]:
         return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+
+
+def _is_basic(index: Any) -> bool:
+    """Whether an index chooses no entry twice: numbers, slices, new dimensions."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(i is None or i is Ellipsis or (isinstance(i, int | slice) and not isinstance(i, bool)) for i in parts)
 
 
 def may_be_batch_free(func: Callable, others: Sequence[Tensor]) -> bool:
@@ -151,8 +173,8 @@ def pull_back(term: Term, derived: Derived, leaf: Tensor) -> Term:
                 f"a weight made by {getattr(derived.func, '__name__', derived.func)} comes out differently when it is made "
                 "again: functions of parameters that draw random numbers have no per-sample gradients here"
             )
-    if derived.isometric:
-        return ViewTerm(term, leaf.shape, derived, leaf)
+    if derived.picks:
+        return PartTerm(term, leaf.shape, lambda value: derived.replay({id(leaf): value}))
     leaves = derived.leaves()
 
     def compute(index: Tensor, term: Term, *values: Tensor) -> Tensor:
@@ -165,55 +187,3 @@ def pull_back(term: Term, derived: Derived, leaf: Tensor) -> Term:
 
     parts = [term, *leaves, *derived.constants()]
     return ComputedTerm(compute, torch.arange(term.batch_size, device=leaf.device), leaf.shape, parts)
-
-
-@dataclass
-class ViewTerm(Term):
-    """A term whose entries stand in another order than the parameter's."""
-
-    term: Term
-    shape: torch.Size
-    derived: Derived
-    leaf: Tensor
-
-    @property
-    def batch_size(self) -> int:  # noqa: D102
-        return self.term.batch_size
-
-    def rows(self, start, stop):  # noqa: D102
-        return vmap(self._back, self.term.rows(start, stop))
-
-    def sq_norms(self, center=None):  # noqa: D102
-        return self.term.sq_norms(None if center is None else self._forward(center))
-
-    def covariance(self, mean):  # noqa: D102
-        return self.term.covariance(self._forward(mean))
-
-    def jvp(self, v):  # noqa: D102
-        return self.term.jvp(self._forward(v))
-
-    def weighted_sum(self, w):  # noqa: D102
-        return self._back(self.term.weighted_sum(w))
-
-    def gram(self):  # noqa: D102
-        return self.term.gram()
-
-    def map(self, function):  # noqa: D102
-        return ViewTerm(self.term.map(function), self.shape, self.derived, self.leaf)
-
-    def select(self, index):  # noqa: D102
-        return ViewTerm(self.term.select(index), self.shape, self.derived, self.leaf)
-
-    def _forward(self, value: Tensor) -> Tensor:
-        """From the parameter's order to the term's."""
-        return self.derived.replay({id(self.leaf): value})
-
-    def _back(self, value: Tensor) -> Tensor:
-        """From the term's order to the parameter's: the transpose of a reordering is its inverse."""
-        order = torch.arange(value.numel(), device=value.device).view(self.shape)
-        return (
-            torch.zeros_like(value)
-            .reshape(-1)
-            .index_copy(0, self._forward(order).reshape(-1), value.reshape(-1))
-            .view(self.shape)
-        )

@@ -21,18 +21,21 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
-from .derived import Derived, ViewTerm
+from .derived import Derived
 from .errors import ArgumentError, BootgradError, UnsupportedError
 from .ops.applied import applied, applied_transposed, displaced, displaced_transposed
 from .ops.linear import LinearProduct
 from .ops.product import Product
 from .per_sample import PerSampleGradients
 from .recording import Recording, _states
-from .rules import convolution, linear
+from .rules import attention, bilinear, convolution, elementwise, linear
 from .rules.base import RULES, Operation, autocast_now, is_in_place
+from .rules.parts import DisjointTerm, PartTerm
 from .rules.terms import CHUNK_BYTES, DenseTerm, FactoredTerm, recomputed, vmap
 
-_PRODUCTS = {f for f, rule in RULES.items() if rule.__module__ in (linear.__name__, convolution.__name__)}
+# Of products and of rows, which are displaced here; other rules' operations are run one sample at a time.
+_MODULES = {module.__name__ for module in (attention, bilinear, convolution, elementwise, linear)}
+_RULED = {func for func, rule in RULES.items() if rule.__module__ in _MODULES}
 
 
 class _NoFactors(Exception):
@@ -97,9 +100,11 @@ class PerSamplePass(Recording):
             return None
         term = self._terms[id(leaves[0])]
         if derived is not None:
-            if not isinstance(term, ViewTerm) or not _same_order(derived, term):
+            parts = term.parts if isinstance(term, DisjointTerm) else [term]
+            same = [p.term for p in parts if isinstance(p, PartTerm) and _same_order(derived, leaves[0], p)]
+            if not same:
                 raise _NoFactors
-            term = term.term
+            term = same[0]
         if not isinstance(term, FactoredTerm):
             raise _NoFactors
         return term
@@ -118,7 +123,7 @@ class PerSamplePass(Recording):
 
     def _operate(self, func, args, kwargs):
         try:
-            if func in _PRODUCTS:
+            if func in _RULED:
                 return super()._operate(func, args, kwargs)
             if func is F.group_norm:
                 return self._group_norm(*args, **kwargs)
@@ -142,13 +147,18 @@ class PerSamplePass(Recording):
         image = input.reshape(1, -1, *shape[2:])
         return F.group_norm(image, B * num_groups, of_samples(weight), of_samples(bias), eps).reshape(shape)
 
-    def _expand(self, row: Tensor, rows: int) -> Tensor:
-        self._check_rows(f"repeating {self.name_of(row)}", rows)
+    def expand(self, tracked: Tensor, rows: int, dims: int) -> Tensor:
+        """Each sample's own, as many times as it has rows."""
+        self._check_rows(f"repeating {self.name_of(tracked)}", rows)
+        shape = (*[1] * (dims - 1 - tracked.dim()), *tracked.shape[tracked.dim() == dims :])
+        leaves = self._displaced([tracked])
+        if not leaves:
+            return tracked.expand(rows, *shape)
 
         def run(current, _):
-            return self._substituted(row, current).expand(rows // self.batch_size, *row.shape[1:])
+            return self._substituted(tracked, current).expand(rows // self.batch_size, *shape)
 
-        return self._by_sample("expand", run, self._displaced([row]), [], [])
+        return self._by_sample("expand", run, leaves, [], [])
 
     def _fall_back(self, func, args, kwargs, tracked: Sequence[Tensor]) -> Any:
         leaves = self._displaced(tracked)
@@ -304,6 +314,12 @@ class _Displaced:
         self, product: Product, batch_size: int, factor: float, term: FactoredTerm | None, rows: Tensor | None
     ):
         """Displace ``product`` by f times the term and the bias's rows (B, O), where there are."""
+        if (
+            term is not None
+            and isinstance(product, LinearProduct)
+            and term.product == LinearProduct(not product.transposed)
+        ):
+            term = FactoredTerm(product, term.gy, term.x, term.shape, term.inner)
         self.product, self.batch_size, self.factor, self.term, self.rows = product, batch_size, factor, term, rows
 
     def __getattr__(self, name: str) -> Any:
@@ -351,12 +367,12 @@ class _Displaced:
         return result.contiguous() if isinstance(self.product, LinearProduct) else result
 
 
-def _same_order(derived: Derived, term: ViewTerm) -> bool:
-    """Whether a derived weight holds its parameter's entries in the order of the term's."""
-    if not derived.isometric:
+def _same_order(derived: Derived, leaf: Tensor, part: PartTerm) -> bool:
+    """Whether a derived weight holds its parameter's entries in the order of the part's."""
+    if not derived.picks:
         return False
-    order = torch.arange(term.leaf.numel(), device=term.leaf.device).view(term.leaf.shape)
-    return torch.equal(*(d.replay({id(term.leaf): order}) for d in (derived, term.derived)))
+    places = torch.arange(leaf.numel(), device=leaf.device).view(leaf.shape)
+    return torch.equal(derived.replay({id(leaf): places}), part.pick(places))
 
 
 def _modules_with(G: PerSampleGradients) -> list[nn.Module]:

@@ -20,17 +20,19 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .derived import Derived, derive, is_batch_free, may_be_batch_free, pull_back
+from .derived import TRANSPOSITIONS, Derived, derive, is_batch_free, may_be_batch_free, pull_back
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .graph import Uses, as_met, check_finite, check_losses, filled, gradients, is_capturing, powers_of_two, walk
 from .ops.piecewise import is_seen
 from .ops.product import Product
 from .rules.base import RULES, Operation, Phase, ProductOperation, is_in_place
-from .rules.elementwise import expand_row
+from .rules.expanded import ExpandOperation
 from .rules.fallback import FallbackOperation
+from .rules.merging import merged
 from .rules.normalization import refuse_batch_statistics
+from .rules.opened import opened
 from .rules.stand_ins import WRITTEN_OUT, is_in_checkpoint, is_in_transform, run_plain
-from .rules.terms import SumTerm, Term
+from .rules.terms import Term
 
 CHECKS = ("first", "always", "never")
 _getitem = Tensor.__getitem__
@@ -178,9 +180,13 @@ class Recording(TorchFunctionMode):
         sizes = {t.size(0) for t in others if t.dim()}
         repeated = [t for t in tracked if t.dim() and t.size(0) in sizes and self._repeats_a_row(t)]
         if repeated:
-            rows = {id(t): self._expand(self.run(_getitem, t, slice(0, 1)), t.size(0)) for t in repeated}
+            rows = {id(t): self._repeated(t) for t in repeated}
             args, kwargs = pytree.tree_map(lambda t: rows.get(id(t), t), (args, kwargs))
             return self.run(func, *args, **kwargs)
+        body = opened(func)
+        if body is not None:
+            with _Active(self):
+                return body(*args, **kwargs)
         if may_be_batch_free(func, others):
             result = func(*args, **kwargs)
             if is_batch_free(result, tracked, others):
@@ -188,10 +194,6 @@ class Recording(TorchFunctionMode):
             if not any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(result)):
                 return result
         return self._fall_back(func, args, kwargs, tracked)
-
-    def _expand(self, row: Tensor, rows: int) -> Tensor:
-        """A tracked ``row`` (1, *shape) for each of ``rows`` samples."""
-        return expand_row(self, row, rows)
 
     def _fall_back(self, func, args, kwargs, tracked: Sequence[Tensor]) -> Any:
         """Run an operation that no rule knows."""
@@ -211,6 +213,13 @@ class Recording(TorchFunctionMode):
         """Whether dimension 0 repeats one row, as a class token is repeated for every sample."""
         derived = self._known[id(tracked)]
         return derived is not None and tracked.size(0) > 1 and (tracked.stride(0) == 0 or derived.repeats_a_row)
+
+    def _repeated(self, tracked: Tensor) -> Tensor:
+        """A tensor that repeats one row, its rows by sample."""
+        derived = self._known[id(tracked)]
+        assert derived is not None
+        row = derived.source if derived.func is Tensor.expand else self.run(_getitem, tracked, slice(0, 1))
+        return self.expand(row, tracked.size(0), tracked.dim()).expand(tracked.shape)
 
     def _is_data(self, t: Tensor) -> bool:
         """Whether a tensor is neither made of parameters nor a constant of the model."""
@@ -238,6 +247,10 @@ class Recording(TorchFunctionMode):
         """An alias in another dtype, at whose node the walk stops, too."""
         return self._uses.begin(alias.to(dtype)) if alias.grad_fn in self._uses else alias.to(dtype)
 
+    def expand(self, tracked: Tensor, rows: int, dims: int) -> Tensor:
+        """A tracked tensor for each of ``rows`` samples, as an operation of its own."""
+        return ExpandOperation(self, tracked).expanded(rows, dims)
+
     def add(self, operation: Operation, edge: GradientEdge) -> None:
         """Take an operation into the record; the aliases made since the last one are its own."""
         self.operations.append(operation)
@@ -247,6 +260,15 @@ class Recording(TorchFunctionMode):
     def edge_of(self, operation: Operation) -> GradientEdge:
         """The edge that the operation was added with."""
         return self._edges[id(operation)]
+
+    def transposed(self, tracked: Tensor) -> Tensor | None:
+        """The tracked matrix that this one is the transpose of, if it was made as one."""
+        derived = self._known.get(id(tracked))
+        if derived is None or derived.func not in TRANSPOSITIONS or derived.source.dim() != 2:
+            return None
+        source = derived.source
+        is_view = source.data_ptr() == tracked.data_ptr() and source.stride() == tracked.stride()[::-1]
+        return source if is_view and source.shape == tracked.shape[::-1] else None
 
     def takes_statistics(self, operation: Operation) -> bool:
         """Whether the operation's probe is read now."""
@@ -419,7 +441,7 @@ class Recording(TorchFunctionMode):
                 for leaf in self.leaves(tracked):
                     own = term if derived is None else pull_back(term, derived, leaf)
                     parts.setdefault(self._names[id(leaf)], []).append(own)
-        return {name: p[0] if len(p) == 1 else SumTerm(p) for name, p in parts.items()}
+        return {name: merged(p) for name, p in parts.items()}
 
     def _count_uses(self, operations: Sequence[Operation]) -> dict[int, int]:
         """How often each parameter is used, by id."""
@@ -477,6 +499,19 @@ class Recording(TorchFunctionMode):
             for tracked in operation.tracked:
                 out[self.name_of(tracked)] = (next(rows), next(rows))
         return out
+
+
+class _Active:
+    """The recording again, within a call that it sees."""
+
+    def __init__(self, recording: Recording):
+        self.recording = recording
+
+    def __enter__(self):
+        TorchFunctionMode.__enter__(self.recording)
+
+    def __exit__(self, *exc):
+        TorchFunctionMode.__exit__(self.recording, *exc)
 
 
 def _tensors_in(value: Any) -> list[Tensor]:

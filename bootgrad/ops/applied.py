@@ -17,6 +17,7 @@ from .convolution import ConvProduct
 from .linear import LinearProduct
 from .product import Product
 from .schema import accumulation_dtype
+from .transposed import TransposedConvProduct
 
 _raw = torch.ops.bootgrad
 
@@ -41,6 +42,9 @@ def applied(product: Product, x: Tensor, gy: Tensor, h: Tensor) -> Tensor:
         if x.size(1) == 1:
             return ((h * x).sum(-1, keepdim=True, dtype=accumulation_dtype(h.dtype)) * gy).to(h.dtype)
         return linear_applied(x, gy, h, planning.choose_path(product.layer(x, gy), "applied"))
+    if isinstance(product, TransposedConvProduct):
+        like = h.new_empty(()).expand(*gy.shape[:2], *product.output_size(h))
+        return applied_transposed(product.product, gy, x, h, like)
     product = _convolution(product)
     if h.shape != x.shape:
         return conv_applied_elsewhere(x, gy, h, product.kernel_size, *product._geometry)
@@ -53,6 +57,8 @@ def applied_transposed(product: Product, x: Tensor, gy: Tensor, g: Tensor, h: Te
     """G_iᵀ ∗ g_i, as h, of which only the shape is read; g is a gradient by `applied`'s result. The rest as there."""
     if isinstance(product, LinearProduct):
         return applied(product, gy, x, g)
+    if isinstance(product, TransposedConvProduct):
+        return applied(product.product, gy, x, g)
     product = _convolution(product)
     if h.shape != x.shape:
         return conv_applied_transposed_elsewhere(x, gy, g, h, product.kernel_size, *product._geometry)

@@ -1,5 +1,15 @@
 """One file per kind of operation; importing this package registers them all."""
 
-from . import convolution, elementwise, fallback, linear, normalization, piecewise, weight_norm
+from . import attention, bilinear, convolution, elementwise, fallback, linear, normalization, piecewise, weight_norm
 
-__all__ = ["convolution", "elementwise", "fallback", "linear", "normalization", "piecewise", "weight_norm"]
+__all__ = [
+    "attention",
+    "bilinear",
+    "convolution",
+    "elementwise",
+    "fallback",
+    "linear",
+    "normalization",
+    "piecewise",
+    "weight_norm",
+]

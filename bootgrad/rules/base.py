@@ -49,6 +49,17 @@ def autocast_now(device: torch.device) -> Callable[[], AbstractContextManager]:
     return partial(torch.autocast, kind, dtype, enabled, False) if enabled else nullcontext
 
 
+def as_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Tensors as the present autocast hands them to operations that it runs in its own dtype."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
 def is_in_place(func: Callable) -> bool:
     """Whether a torch function changes its first argument, by its name."""
     name = getattr(func, "__name__", "")
@@ -70,6 +81,9 @@ class Recorder(Protocol):
     def alias_cast(self, alias: Tensor, dtype: torch.dtype) -> Tensor:
         """An alias in another dtype, known to the walk, too."""
 
+    def transposed(self, tracked: Tensor) -> Tensor | None:
+        """The tracked matrix that this one is the transpose of, if it was made as one."""
+
     def add(self, operation: "Operation", edge: GradientEdge) -> None:
         """Take ``operation`` into the record, with the edge of its output."""
 
@@ -78,6 +92,9 @@ class Recorder(Protocol):
 
     def run(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         """Call ``func`` as the model would, recording included."""
+
+    def expand(self, tracked: Tensor, rows: int, dims: int) -> Tensor:
+        """A tracked tensor, (*shape) or (1, *shape), for each of ``rows`` samples, as a tensor of ``dims`` dimensions."""
 
     def takes_statistics(self, operation: "Operation") -> bool:
         """Whether the operation's probe is read in the present backward pass."""

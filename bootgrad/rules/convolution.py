@@ -1,4 +1,4 @@
-"""Convolutions of one, two and three dimensions."""
+"""Convolutions of one, two and three dimensions, and transposed ones."""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..ops.convolution import ConvProduct, expand
 from ..ops.product import Output
+from ..ops.transposed import TransposedConvProduct
 from .base import ProductOperation, Recorder, rule
 from .stand_ins import plain_rule
 
@@ -40,6 +41,38 @@ def _apply(
         padding = [t // 2 for t in totals]
         input = F.pad(input, [p for t in reversed(totals) for p in (0, t % 2)])
     product = ConvProduct(kernel, stride, expand(padding, n), dilation, groups)
+    tracked = (t if recorder.is_tracked(t) else None for t in (weight, bias))
+    return ProductOperation(recorder, func.__name__, product, *tracked)(input, weight, bias)
+
+
+@rule(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+def _conv_transpose(recorder: Recorder, func, args, kwargs):
+    return _apply_transpose(recorder, func, *args, **kwargs)
+
+
+def _apply_transpose(
+    recorder: Recorder,
+    func,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride=1,
+    padding=0,
+    output_padding=0,
+    groups=1,
+    dilation=1,
+):
+    if recorder.is_tracked(input):
+        return NotImplemented
+    n = weight.dim() - 2
+    if input.dim() == n + 1:
+        image = input.unsqueeze(0)
+        y = _apply_transpose(recorder, func, image, weight, bias, stride, padding, output_padding, groups, dilation)
+        return y if y is NotImplemented else y.squeeze(0)
+    stride, padding, dilation, added = (expand(o, n) for o in (stride, padding, dilation, output_padding))
+    if any(a >= s for a, s in zip(added, stride, strict=True)):  # a convolution would have more outputs than x entries
+        return NotImplemented
+    product = TransposedConvProduct(ConvProduct(tuple(weight.shape[2:]), stride, padding, dilation, groups), added)
     tracked = (t if recorder.is_tracked(t) else None for t in (weight, bias))
     return ProductOperation(recorder, func.__name__, product, *tracked)(input, weight, bias)
 

@@ -1,102 +1,76 @@
-"""Sums and products with a parameter that is broadcast over the samples: scales, shifts, gates, embeddings of position.
+"""Elementwise operations with a parameter that is broadcast over the samples: scales, shifts, gates, slopes, positions.
 
-y = x ± α p :  g_i = ± α Σ gy_i          y = x p :  g_i = Σ gy_i x_i          Σ over what p was broadcast along
+Each sample is handed a row of its own, p_i = p, which takes no memory, and torch's own operation runs on the rows: its
+derivative by p_i is sample i's gradient, summed over what p was broadcast along.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from .base import Recorder, RowsOperation, per_sample_sum, rule
+from .base import Recorder, as_autocast, is_in_place, rule
 
 _T = torch.Tensor
+_NAMES = (
+    "add sub subtract mul multiply div divide true_divide pow float_power maximum minimum fmax fmin clamp clip where lerp "
+    "addcmul addcdiv atan2 arctan2 hypot logaddexp logaddexp2 xlogy fmod remainder copysign rsub"
+)
+_OPERATORS = "add sub mul truediv pow mod"
 
 
-def _applies(recorder: Recorder, a, b) -> bool:
-    """Whether one operand is data with a batch and the other a tracked tensor broadcast over it."""
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or recorder.is_tracked(a) == recorder.is_tracked(b):
-        return False
-    parameter, x = (a, b) if recorder.is_tracked(a) else (b, a)
-    if parameter.dim() > x.dim() or x.dim() == 0:
-        return False
-    aligned = (1,) * (x.dim() - parameter.dim()) + tuple(parameter.shape)
-    return aligned[0] == 1 and (x.shape != parameter.shape or x.requires_grad)
+def _functions() -> list[Callable]:
+    """The elementwise functions of torch, the tensor's methods of these names, operators, and all that work in place."""
+    names = [form for name in _NAMES.split() for form in (name, f"{name}_")]
+    operators = [f"__{side}{name}__" for name in _OPERATORS.split() for side in ("", "r", "i")]
+    found = [getattr(owner, name, None) for owner in (torch, torch.special) for name in names]
+    found += [getattr(_T, name, None) for name in (*names, *operators)]
+    return list({f: None for f in found if f is not None})
 
 
-def _operands(args: tuple, kwargs: dict) -> tuple:
-    """The two operands, by position or by name."""
-    named = [kwargs[n] for n in ("input", "other") if n in kwargs]
-    return (*args, *named, None, None)[:2]
-
-
-def _record(recorder: Recorder, name: str, a: Tensor, b: Tensor, call, scale_a=1, scale_b=1, multiply=False):
-    first = recorder.is_tracked(a)
-    parameter, x, scale = (a, b, scale_a) if first else (b, a, scale_b)
-    alias = recorder.alias(parameter)
-    y = call(alias, b) if first else call(a, alias)
-
-    def rows_of(gy, batch_size, x=None):
-        rows = per_sample_sum(gy * x if multiply else gy, batch_size, parameter.shape)
-        return [(rows if scale == 1 else rows * scale).to(parameter.dtype)]
-
-    return RowsOperation(recorder, name, [parameter], rows_of)(y, *([x] if multiply else []))
-
-
-@rule(torch.add, _T.add, _T.__add__, _T.__radd__)
-def _add(recorder: Recorder, func, args, kwargs):
-    a, b = _operands(args, kwargs)
-    if not _applies(recorder, a, b):
+@rule(*_functions())
+def _elementwise(recorder: Recorder, func, args, kwargs):
+    expanded = expand_operands(recorder, args, kwargs)
+    if expanded is None or (is_in_place(func) and recorder.is_tracked(args[0])):
         return NotImplemented
-    alpha = kwargs.get("alpha", 1)
-    return _record(recorder, "add", a, b, lambda a, b: torch.add(a, b, alpha=alpha), scale_b=alpha)
+    args, kwargs = expanded
+    return func(*args, **kwargs)
 
 
-@rule(torch.sub, _T.sub, _T.__sub__)
-def _sub(recorder: Recorder, func, args, kwargs):
-    a, b = _operands(args, kwargs)
-    if not _applies(recorder, a, b):
+def expand_operands(recorder: Recorder, args: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]] | None:
+    """The arguments with a row for each sample in the place of each tracked tensor; None where one is not shared by all.
+
+    Tensors that leave a tracked one's shape as it is, and that nothing is differentiated by, are masks and no data.
+    """
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    tracked = {id(t): t for t in tensors if recorder.is_tracked(t)}
+    data = [t for t in tensors if id(t) not in tracked]
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    if not shape or any(t.dim() == len(shape) and t.size(0) != 1 for t in tracked.values()):
+        return None
+    if any(t.shape == shape for t in tracked.values()) and not any(t.requires_grad for t in data):
+        return None
+    rows = {key: recorder.expand(t, shape[0], len(shape)) for key, t in tracked.items()}
+    return pytree.tree_map(lambda t: rows.get(id(t), t), (args, kwargs))
+
+
+@rule(torch.prelu, _T.prelu)
+def _prelu(recorder: Recorder, func, args, kwargs):
+    return _apply_prelu(recorder, *args, **kwargs)
+
+
+def _apply_prelu(recorder: Recorder, input: Tensor, weight: Tensor):
+    """Y = x where x > 0, else w x, with a slope for each channel or one for all."""
+    if recorder.is_tracked(input) or not input.dim():
         return NotImplemented
-    alpha = kwargs.get("alpha", 1)
-    return _record(recorder, "sub", a, b, lambda a, b: torch.sub(a, b, alpha=alpha), scale_b=-alpha)
+    channels = [weight.numel(), *[1] * (input.dim() - 2)][: input.dim() - 1]
+    row = recorder.run(_T.reshape, weight, (1, *channels))
+    return torch.ops.aten._prelu_kernel(*as_autocast(input, recorder.expand(row, input.size(0), input.dim())))
 
 
-@rule(_T.__rsub__)
-def _rsub(recorder: Recorder, func, args, kwargs):
-    return _sub(recorder, torch.sub, args[::-1], kwargs)
-
-
-@rule(torch.mul, torch.multiply, _T.mul, _T.multiply, _T.__mul__, _T.__rmul__)
-def _mul(recorder: Recorder, func, args, kwargs):
-    a, b = _operands(args, kwargs)
-    return _record(recorder, "mul", a, b, torch.mul, multiply=True) if _applies(recorder, a, b) else NotImplemented
-
-
-@rule(_T.add_, _T.__iadd__)
-def _add_(recorder: Recorder, func, args, kwargs):
-    return _in_place(_add(recorder, torch.add, args, kwargs), args[0])
-
-
-@rule(_T.sub_, _T.__isub__)
-def _sub_(recorder: Recorder, func, args, kwargs):
-    return _in_place(_sub(recorder, torch.sub, args, kwargs), args[0])
-
-
-@rule(_T.mul_, _T.__imul__)
-def _mul_(recorder: Recorder, func, args, kwargs):
-    a, b = _operands(args, kwargs)
-    if not _applies(recorder, a, b):
-        return NotImplemented
-    return _in_place(_mul(recorder, torch.mul, (a.clone(), b), {}), a)
-
-
-def _in_place(out, target: Tensor):
-    return out if out is NotImplemented or out.shape != target.shape else target.copy_(out)
-
-
-def expand_row(recorder: Recorder, row: Tensor, rows: int) -> Tensor:
-    """A tracked ``row`` (1, *shape) for each of ``rows`` samples, as an operation of its own: g_i = gy_i."""
-
-    def rows_of(gy, batch_size):
-        return [per_sample_sum(gy, batch_size, row.shape).to(row.dtype)]
-
-    y = recorder.alias(row).expand(rows, *row.shape[1:]).clone()
-    return RowsOperation(recorder, "expand", [row], rows_of)(y)
+@rule(_T.expand_as)
+def _expand_as(recorder: Recorder, func, args, kwargs):
+    tracked, other = args
+    return recorder.run(_T.expand, tracked, other.shape) if recorder.is_tracked(tracked) else NotImplemented

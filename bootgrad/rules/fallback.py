@@ -21,7 +21,6 @@ from .terms import ComputedTerm, Term, vmap
 # The mode sees these as one opaque call, and their kernels have no rule under vmap, or a wrong one.
 _REFUSED = {
     *(f for n in ("lstm", "gru", "rnn_tanh", "rnn_relu") if (f := getattr(torch, n, None)) is not None),
-    F.multi_head_attention_forward,
     F.instance_norm,
     torch.instance_norm,
     torch.Tensor.__setitem__,

@@ -22,6 +22,9 @@ def _apply_linear(recorder: Recorder, input: Tensor, weight: Tensor, bias: Tenso
         if not recorder.is_tracked(weight):
             return recorder.run(torch.add, F.linear(input, weight), bias)
         return recorder.run(torch.add, _apply_linear(recorder, input, weight), bias)
+    source = recorder.transposed(weight)
+    if source is not None:
+        weight, transposed = source, not transposed
     tracked = (t if recorder.is_tracked(t) else None for t in (weight, bias))
     return ProductOperation(recorder, "linear", LinearProduct(transposed), *tracked)(input, weight, bias)
 
