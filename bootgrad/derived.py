@@ -4,6 +4,7 @@ A derived tensor W' = D(θ) is followed like a parameter. Its per-sample gradien
 with J = ∂D/∂θ. Where D only reorders entries (`ISOMETRIES`), norms carry over and nothing is multiplied out.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,11 +82,19 @@ class Derived:
             and self.tensor.numel() == next(t for t in self._tensors() if id(t) in self.parents).numel()
         )
 
-    @property
+    @functools.cached_property
     def repeats_a_row(self) -> bool:
-        """Whether dimension 0 was made by ``repeat`` of one row."""
-        source = next(t for t in self._tensors() if id(t) in self.parents)
-        return self.func is _T.repeat and (source.dim() < self.tensor.dim() or source.size(0) == 1)
+        """Whether dimension 0 is one row several times, as a class token is for every sample, whatever the parameters are.
+
+        It is if the rows are alike with the parameters as they are, and with others near by.
+        """
+        if self.tensor.dim() == 0 or self.tensor.size(0) < 2:
+            return False
+        if self.tensor.stride(0) == 0:
+            return True
+        with torch.no_grad():
+            near = {id(p): p + 0.1 * torch.arange(1, p.numel() + 1).to(p).sin().view(p.shape) for p in self.leaves()}
+            return all(_is_one_row(rows) for rows in (self.tensor, self.replay(near)))
 
     def leaves(self) -> list[Tensor]:
         """The parameters that the tensor is a function of."""
@@ -114,6 +123,11 @@ class Derived:
 
     def _tensors(self) -> list[Tensor]:
         return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+
+
+def _is_one_row(rows: Tensor) -> bool:
+    """Whether all rows are the same, but for how a product rounds them."""
+    return bool((rows - rows[:1]).abs().max() <= 4 * torch.finfo(rows.dtype).eps * rows.abs().max())
 
 
 def may_be_batch_free(func: Callable, others: Sequence[Tensor]) -> bool:

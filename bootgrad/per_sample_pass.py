@@ -28,11 +28,12 @@ from .ops.linear import LinearProduct
 from .ops.product import Product
 from .per_sample import PerSampleGradients
 from .recording import Recording, _states
-from .rules import convolution, linear
+from .rules import convolution, linear, recurrent
 from .rules.base import RULES, Operation, autocast_now, is_in_place
 from .rules.terms import CHUNK_BYTES, DenseTerm, FactoredTerm, recomputed, vmap
 
-_PRODUCTS = {f for f, rule in RULES.items() if rule.__module__ in (linear.__name__, convolution.__name__)}
+# Rules that make nothing but products of layers.
+_PRODUCTS = {f for f, r in RULES.items() if r.__module__ in {m.__name__ for m in (convolution, linear, recurrent)}}
 
 
 class _NoFactors(Exception):
