@@ -19,6 +19,7 @@ from .recurrent_layers import (
     EACH_KIND,
     EXACT,
     IN,
+    KINDS,
     LENGTHS,
     B,
     H,
@@ -220,11 +221,18 @@ def test_a_pass_at_the_samples_own_parameters(make, kind):
     torch.testing.assert_close(grads, tuple(map(sum, zip(*expected, strict=True))), **EXACT)
 
 
-@EACH_KIND
 @pytest.mark.parametrize("autocast", [True, False])
-def test_bfloat16(kind, autocast):
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(lambda kind=kind: replaced(Tagger(kind, num_layers=2, packed=True)) for kind in KINDS),
+        *(lambda kind=kind: Steps(kind, "learned") for kind in CELLS),
+    ],
+    ids=[*KINDS, *(f"{kind} cell" for kind in CELLS)],
+)
+def test_bfloat16(make, autocast):
     """Norms of a bfloat16 model, or of one under autocast, against its own in float64: 8 bits, over the steps."""
-    model = replaced(Tagger(kind, num_layers=2, packed=True))
+    model = make()
     exact, x = copy.deepcopy(model), data(B, T, IN)
     model = model.float() if autocast else model.bfloat16()
     with bootgrad.record(exact) as rec:
