@@ -5,6 +5,7 @@ from .errors import BootgradError, BootgradWarning
 from .normalization import replace_batchnorm
 from .per_sample import PerSampleGradients
 from .plans import plan
+from .recurrent import replace_rnn
 from .regularizers import GradientRegularizer, Report, reg1, reg2
 from .statistics import NoiseScale, Statistics, record
 from .verification import verify
@@ -26,5 +27,6 @@ __all__ = [
     "reg1",
     "reg2",
     "replace_batchnorm",
+    "replace_rnn",
     "verify",
 ]

@@ -5,6 +5,7 @@ with J = ∂D/∂θ. Where D only reorders entries or picks some (`ISOMETRIES`, 
 multiplied out.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,10 +99,19 @@ class Derived:
         """The first tracked tensor that the call takes."""
         return next(t for t in self._tensors() if id(t) in self.parents)
 
-    @property
+    @functools.cached_property
     def repeats_a_row(self) -> bool:
-        """Whether dimension 0 was made by ``repeat`` of one row."""
-        return self.func is _T.repeat and (self.source.dim() < self.tensor.dim() or self.source.size(0) == 1)
+        """Whether dimension 0 is one row several times, as a class token is for every sample, whatever the parameters are.
+
+        It is if the rows are alike with the parameters as they are, and with others near by.
+        """
+        if self.tensor.dim() == 0 or self.tensor.size(0) < 2:
+            return False
+        if self.tensor.stride(0) == 0:
+            return True
+        with torch.no_grad():
+            near = {id(p): p + 0.1 * torch.arange(1, p.numel() + 1).to(p).sin().view(p.shape) for p in self.leaves()}
+            return all(torch.equal(rows, rows[:1].expand_as(rows)) for rows in (self.tensor, self.replay(near)))
 
     def leaves(self) -> list[Tensor]:
         """The parameters that the tensor is a function of."""

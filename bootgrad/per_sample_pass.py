@@ -28,13 +28,13 @@ from .ops.linear import LinearProduct
 from .ops.product import Product
 from .per_sample import PerSampleGradients
 from .recording import Recording, _states
-from .rules import attention, bilinear, convolution, elementwise, linear
+from .rules import attention, bilinear, convolution, elementwise, linear, recurrent
 from .rules.base import RULES, Operation, autocast_now, is_in_place
 from .rules.parts import DisjointTerm, PartTerm
 from .rules.terms import CHUNK_BYTES, DenseTerm, FactoredTerm, recomputed, vmap
 
 # Of products and of rows, which are displaced here; other rules' operations are run one sample at a time.
-_MODULES = {module.__name__ for module in (attention, bilinear, convolution, elementwise, linear)}
+_MODULES = {module.__name__ for module in (attention, bilinear, convolution, elementwise, linear, recurrent)}
 _RULED = {func for func, rule in RULES.items() if rule.__module__ in _MODULES}
 
 

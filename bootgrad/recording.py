@@ -212,7 +212,7 @@ class Recording(TorchFunctionMode):
     def _repeats_a_row(self, tracked: Tensor) -> bool:
         """Whether dimension 0 repeats one row, as a class token is repeated for every sample."""
         derived = self._known[id(tracked)]
-        return derived is not None and tracked.size(0) > 1 and (tracked.stride(0) == 0 or derived.repeats_a_row)
+        return derived is not None and derived.repeats_a_row
 
     def _repeated(self, tracked: Tensor) -> Tensor:
         """A tensor that repeats one row, its rows by sample."""

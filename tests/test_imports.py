@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top down. A package stands for all its modules that have no line of their own.
 LAYERS = (
     ("cli", "experiments", "monitoring", "integrations", "training"),
-    ("regularizers", "verification", "normalization", "plans", "plan_timing"),
+    ("regularizers", "verification", "normalization", "recurrent", "plans", "plan_timing"),
     ("methods", "second_pass"),
     ("penalties", "statistics"),
     ("per_sample", "centers", "per_sample_pass"),

@@ -1,6 +1,17 @@
 """One file per kind of operation; importing this package registers them all."""
 
-from . import attention, bilinear, convolution, elementwise, fallback, linear, normalization, piecewise, weight_norm
+from . import (
+    attention,
+    bilinear,
+    convolution,
+    elementwise,
+    fallback,
+    linear,
+    normalization,
+    piecewise,
+    recurrent,
+    weight_norm,
+)
 
 __all__ = [
     "attention",
@@ -11,5 +22,6 @@ __all__ = [
     "linear",
     "normalization",
     "piecewise",
+    "recurrent",
     "weight_norm",
 ]

@@ -18,12 +18,12 @@ from ..errors import RecordingError, UnsupportedError
 from .base import Operation, Recorder, autocast_now, is_in_place
 from .terms import ComputedTerm, Term, vmap
 
-# The mode sees these as one opaque call, and their kernels have no rule under vmap, or a wrong one.
+# The mode sees these as one opaque call, and their kernels have no rule under vmap, or a wrong one; and what to do instead.
+_PLAIN = "Write the operation with plain ones"
 _REFUSED = {
-    *(f for n in ("lstm", "gru", "rnn_tanh", "rnn_relu") if (f := getattr(torch, n, None)) is not None),
-    F.instance_norm,
-    torch.instance_norm,
-    torch.Tensor.__setitem__,
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), "Call bootgrad.replace_rnn(model) first"),
+    **dict.fromkeys((F.instance_norm, torch.instance_norm), _PLAIN),
+    torch.Tensor.__setitem__: _PLAIN,
 }
 
 
@@ -41,7 +41,7 @@ class FallbackOperation(Operation):
         if self.func in _REFUSED:
             raise UnsupportedError(
                 f"{self.name} hides how it uses {names}: its per-sample gradients cannot be had. "
-                "freeze these parameters (requires_grad_(False)), or write the operation with plain ones"
+                f"{_REFUSED[self.func]}, or freeze these parameters (requires_grad_(False))"
             )
         if is_in_place(self.func):
             raise UnsupportedError(
