@@ -48,7 +48,22 @@ def resnet18() -> tuple[nn.Module, tuple[int, ...]]:
     return _resnet18(True, 10)(), (3, 32, 32)
 
 
-MODELS = {"reference": reference, "mixed": mixed, "resnet18": resnet18}
+class Mean(nn.Module):
+    """The mean over positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, D)."""
+        return x.mean(1)
+
+
+def encoder() -> tuple[nn.Module, tuple[int, ...]]:
+    """Torch's own transformer encoder, 6 layers of 256 features and 8 heads, on 128 vectors."""
+    layer = nn.TransformerEncoderLayer(256, 8, 1024, dropout=0.0, batch_first=True)
+    stack = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+    return nn.Sequential(stack, Mean(), nn.Linear(256, 10)), (128, 256)
+
+
+MODELS = {"reference": reference, "mixed": mixed, "resnet18": resnet18, "encoder": encoder}
 
 
 def batch(shape: tuple[int, ...], size: int) -> tuple[torch.Tensor, torch.Tensor]:
