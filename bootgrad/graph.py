@@ -82,8 +82,8 @@ def walk(
         node = stack.pop()
         if nodes[node] == "CheckpointFunctionBackward":
             raise UnsupportedError(
-                "torch.utils.checkpoint runs its function again in the backward pass, where nothing is recorded: "
-                "leave checkpointing out of recorded forward passes"
+                "torch.utils.checkpoint with use_reentrant=True runs its function with gradients in the backward pass alone, "
+                "where nothing is recorded: take use_reentrant=False"
             )
         for successor, _ in node.next_functions:
             if successor is None:

@@ -11,6 +11,7 @@ one. Any other operation on parameters is run by ``vmap`` with θ + f g_i, in ch
 backward pass.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -22,7 +23,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from .derived import Derived
-from .errors import ArgumentError, BootgradError, UnsupportedError
+from .errors import ArgumentError, BootgradError, RecordingError, UnsupportedError
 from .ops.applied import applied, applied_transposed, displaced, displaced_transposed
 from .ops.linear import LinearProduct
 from .ops.product import Product
@@ -30,6 +31,7 @@ from .per_sample import PerSampleGradients
 from .recording import Recording, _states
 from .rules import attention, bilinear, convolution, elementwise, linear, recurrent
 from .rules.base import RULES, Operation, autocast_now, is_in_place
+from .rules.checkpointed import StopRecomputation, without_hooks
 from .rules.parts import DisjointTerm, PartTerm
 from .rules.terms import CHUNK_BYTES, DenseTerm, FactoredTerm, recomputed, vmap
 
@@ -91,6 +93,20 @@ class PerSamplePass(Recording):
         term = None if weight is None else self._factored(weight)
         rows = None if bias is None else self._rows(bias)
         return cast(Product, _Displaced(product, self.batch_size, self.factor, term, rows))
+
+    def finder(self) -> Callable[[], Recording]:
+        """What finds this pass: nothing can stand for it."""
+        reference = weakref.ref(self)
+
+        def find() -> Recording:
+            found = reference()
+            if found is None:
+                raise RecordingError(
+                    "a pass at per-sample parameters is gone, and a checkpointed part of it is run again"
+                )
+            return found
+
+        return find
 
     def _factored(self, weight: Tensor) -> FactoredTerm | None:
         """The weight's displacement in the order of its entries; None where there is none."""
@@ -203,7 +219,9 @@ class PerSamplePass(Recording):
 
         def of_chunk(start, stop, *parts):
             values, terms, data = parts[:n], parts[n : 2 * n], parts[2 * n :]
-            displaced = [v + factor * t.rows(start, stop).to(v.dtype) for v, t in zip(values, terms, strict=True)]
+            with torch.no_grad(), without_hooks():
+                rows = [factor * t.rows(start, stop).to(v.dtype) for v, t in zip(values, terms, strict=True)]
+            displaced = [v + r for v, r in zip(values, rows, strict=True)]
 
             def one(*batched):
                 samples = iter(batched[n:])
@@ -225,7 +243,7 @@ class PerSamplePass(Recording):
             if y.dim() < 2 or rows - {y.size(1)}:
                 raise ValueError(f"it puts out {tuple(y.shape[1:])} for one sample")
             return y.flatten(0, 1)
-        except BootgradError:
+        except (BootgradError, StopRecomputation):
             raise
         except Exception as error:
             raise UnsupportedError(

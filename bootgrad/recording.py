@@ -9,15 +9,15 @@ whether samples are dimension 0 of every operation.
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
 from .derived import TRANSPOSITIONS, Derived, derive, is_batch_free, may_be_batch_free, pull_back
@@ -26,12 +26,13 @@ from .graph import Uses, as_met, check_finite, check_losses, filled, gradients, 
 from .ops.piecewise import is_seen
 from .ops.product import Product
 from .rules.base import RULES, Operation, Phase, ProductOperation, is_in_place
+from .rules.checkpointed import comes_back
 from .rules.expanded import ExpandOperation
 from .rules.fallback import FallbackOperation
 from .rules.merging import merged
 from .rules.normalization import refuse_batch_statistics
 from .rules.opened import opened
-from .rules.stand_ins import WRITTEN_OUT, is_in_checkpoint, is_in_transform, run_plain
+from .rules.stand_ins import WRITTEN_OUT, is_in_transform, run_plain
 from .rules.terms import Term
 
 CHECKS = ("first", "always", "never")
@@ -108,7 +109,8 @@ class Recording(TorchFunctionMode):
         self._chosen: set[int] = set()
         self._centers: dict[str, Tensor] | None = None
         self._eager = ExitStack()
-        self._used = self.freed = False
+        self._saved: dict[int, tuple[Tensor, ...]] = {}
+        self._used = self.freed = self._runs_again = False
 
     # Recording
 
@@ -134,13 +136,14 @@ class Recording(TorchFunctionMode):
 
     def run(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         """Call ``func`` as the model would."""
-        if self.phase is not Phase.PLAIN or not torch.is_grad_enabled() or func in _DIFFERENTIATION:
+        in_backward = self.phase is not Phase.PLAIN and not self._runs_again
+        if in_backward or not torch.is_grad_enabled() or func in _DIFFERENTIATION:
             return func(*args, **kwargs)
         refuse_batch_statistics(func, args, kwargs)
         known, tensors = self._known, _tensors_in((args, kwargs))
         has_data = any(map(self._is_data, tensors))
         if not any(id(t) in known for t in tensors):
-            result = run_plain(func, args, kwargs)
+            result = run_plain(self, func, args, kwargs)
             if func is torch.arange or (tensors and not has_data):
                 self._add_constants(result)
             return result
@@ -148,8 +151,38 @@ class Recording(TorchFunctionMode):
         if not has_data and not (is_in_place(func) and self._is_constant(args[:1])):
             func = WRITTEN_OUT.get(func, func)
             return self._derive(func, args, kwargs, func(*args, **kwargs))
-        _refuse_second_runs(func)
+        self._refuse_second_runs(func)
         return self._operate(func, args, kwargs)
+
+    def _refuse_second_runs(self, func: Callable) -> None:
+        """Raise where the call is inside of something that runs it again, or otherwise than as written."""
+        name = getattr(func, "__name__", func)
+        if not comes_back(self):
+            raise UnsupportedError(
+                f"{name} is inside of torch.utils.checkpoint, which in this version of torch cannot be seen to run it again: "
+                "leave checkpointing out of recorded forward passes"
+            )
+        if is_in_transform():
+            raise UnsupportedError(
+                f"{name} is inside of a transform of torch.func, where its per-sample gradients cannot be seen: call the model "
+                "without vmap, grad or jvp"
+            )
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Run a checkpointed part for the second time: the same operations, of which nothing is taken down."""
+        before = self._known.copy(), self._constants.copy(), self._runs_again
+        self._runs_again = True
+        try:
+            with nullcontext() if self in _get_current_function_mode_stack() else _Active(self):
+                yield
+        finally:
+            self._known, self._constants, self._runs_again = before
+
+    def finder(self) -> "Callable[[], Recording]":
+        """What finds this recording as long as it is there: it may hold the graph."""
+        reference, modules = weakref.ref(self), self.modules
+        return lambda: reference() or Recording(*modules, check="never")
 
     def _operate(self, func, args, kwargs):
         """Run a call of tracked tensors and data: an operation."""
@@ -241,7 +274,8 @@ class Recording(TorchFunctionMode):
         derived = self._known[id(tracked)]
         if derived is not None:
             derived.check_unchanged()
-        return self._uses.begin(tracked.view_as(tracked))
+        alias = tracked.view_as(tracked)
+        return alias if self._runs_again else self._uses.begin(alias)
 
     def alias_cast(self, alias: Tensor, dtype: torch.dtype) -> Tensor:
         """An alias in another dtype, at whose node the walk stops, too."""
@@ -253,6 +287,8 @@ class Recording(TorchFunctionMode):
 
     def add(self, operation: Operation, edge: GradientEdge) -> None:
         """Take an operation into the record; the aliases made since the last one are its own."""
+        if self._runs_again:
+            return
         self.operations.append(operation)
         self._edges[id(operation)] = edge
         self._uses.end(edge)
@@ -291,6 +327,16 @@ class Recording(TorchFunctionMode):
     def keep_by_product(self, operation: Operation, gy: Tensor, value: Any) -> None:
         """Keep what a backward pass made; here, since a graph node that held it would hold its own graph."""
         self._by_products[id(operation)] = (gy, value)
+
+    def keep_saved(self, operation: Operation, saved: tuple[Tensor, ...]) -> None:
+        """Keep what a checkpointed operation's node has now, where `terms` will ask for it: it would be made again."""
+        statistics = self.phase is Phase.STATISTICS and id(operation) not in self._chosen
+        if statistics or self.phase is Phase.OUTPUTS:
+            self._saved[id(operation)] = saved
+
+    def held(self, operation: Operation) -> tuple[Tensor, ...] | None:
+        """What was kept, once."""
+        return self._saved.pop(id(operation), None)
 
     def by_product(self, operation: Operation, gy: Tensor) -> Any:
         """What was kept for the operation, once, if it was made from this ``gy``; else None."""
@@ -477,6 +523,7 @@ class Recording(TorchFunctionMode):
         self._edges.clear()
         self._uses = Uses()
         self._by_products.clear()
+        self._saved.clear()
         self._known = dict.fromkeys(self._names)
         self._constants.clear()
 
@@ -526,20 +573,6 @@ def _tensors_in(value: Any) -> list[Tensor]:
         elif isinstance(v, dict):
             left += v.values()
     return found
-
-
-def _refuse_second_runs(func: Callable) -> None:
-    """Raise where the call is inside of something that runs it again, or otherwise than as written."""
-    if is_in_checkpoint():
-        raise UnsupportedError(
-            f"{getattr(func, '__name__', func)} is inside of torch.utils.checkpoint, which runs it again in the backward pass, "
-            "where nothing is recorded: leave checkpointing out of recorded forward passes"
-        )
-    if is_in_transform():
-        raise UnsupportedError(
-            f"{getattr(func, '__name__', func)} is inside of a transform of torch.func, where its per-sample gradients cannot "
-            "be seen: call the model without vmap, grad or jvp"
-        )
 
 
 class _InPhase:

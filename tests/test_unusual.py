@@ -406,13 +406,9 @@ def test_compiled_models_are_run_as_written():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_is_refused(reentrant):
-    def forward(m, x):
-        return torch.utils.checkpoint.checkpoint(m.linear, x, use_reentrant=reentrant)
-
-    model = Model(lambda m, x: forward(m, m.linear(x)))
-    with pytest.raises(BootgradError, match="torch.utils.checkpoint"), bootgrad.record(model) as rec:
+def test_reentrant_checkpointing_is_refused():
+    model = Model(lambda m, x: torch.utils.checkpoint.checkpoint(m.linear, m.linear(x), use_reentrant=True))
+    with pytest.raises(BootgradError, match="use_reentrant=False"), bootgrad.record(model) as rec:
         rec.backward(model(data()))
 
 
@@ -442,17 +438,12 @@ class PartlyCheckpointed(nn.Module):
 @pytest.mark.parametrize("derivative", ["exact", "finite_difference"])
 @pytest.mark.parametrize("normed", ["no", "by hook", "parametrized"])
 def test_stand_ins_and_checkpointing(normed, derivative):
-    """What runs again in the backward pass saves the same; a second derivative that torch gets wrong is refused."""
+    """What runs again in the backward pass saves the same."""
     grads, x = [], data(4, 2, 4, 4)
     for checkpointed in (False, True):
         model = PartlyCheckpointed(normed, checkpointed)
         torch.manual_seed(3)
         reg = bootgrad.GradientRegularizer(model, reg1=0.1, method="random_signs", derivative=derivative)
-        if checkpointed and normed != "no" and derivative == "exact":
-            with pytest.raises(BootgradError, match="weight_norm.*leave.*checkpointing.*finite_difference"):
-                reg.backward(model, x)
-            assert all(p.grad is None for p in model.parameters())
-            return
         reg.backward(model, x)
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-8)

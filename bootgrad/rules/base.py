@@ -28,6 +28,7 @@ from ..errors import RecordingError
 from ..ops.product import Product, Visit, Visited, input_grad, weight_grad
 from ..ops.schema import accumulation_dtype
 from ..planning import ConvLayer, LinearLayer
+from .checkpointed import is_in_checkpoint
 from .terms import DenseTerm, FactoredTerm, Term, VisitedBias, VisitedTerm
 
 
@@ -108,6 +109,12 @@ class Recorder(Protocol):
     def keep_by_product(self, operation: "Operation", gy: Tensor, value: Any) -> None:
         """Keep what a backward pass through the operation made from ``gy`` and its term will need."""
 
+    def keep_saved(self, operation: "Operation", saved: tuple[Tensor, ...]) -> None:
+        """Keep what the node of a checkpointed operation has in the present backward pass, if terms are made of it."""
+
+    def held(self, operation: "Operation") -> tuple[Tensor, ...] | None:
+        """What was kept by `keep_saved`, once."""
+
     def by_product(self, operation: "Operation", gy: Tensor) -> Any:
         """What was kept for the operation, once, if it was made from this ``gy``; else None."""
 
@@ -147,6 +154,7 @@ class Operation(ABC):
         self.covers: Operation | None = None
         self.between: weakref.ref | None = None
         self.covers_all = False
+        self.is_checkpointed = False
 
     @property
     def recorder(self) -> Recorder:
@@ -180,7 +188,7 @@ class Operation(ABC):
 
     def attach(self, y: Tensor) -> Tensor:
         """Take the edge of ``y``, this operation's output, and join the record."""
-        self.output_shape = y.shape
+        self.output_shape, self.is_checkpointed = y.shape, is_in_checkpoint()
         self.recorder.add(self, get_gradient_edge(y))
         return y
 
@@ -210,8 +218,18 @@ class Operation(ABC):
         out[0] = torch.linalg.vector_norm(gy.reshape(self.output_rows, -1), dim=1, dtype=out.dtype)
         return out
 
+    def hold(self, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the node keeps, as its backward pass has it; where terms are made of it, it is not made a second time."""
+        recorder = self._recorder()
+        if self.is_checkpointed and recorder is not None:
+            recorder.keep_saved(self, saved)
+        return saved
+
     def saved(self) -> tuple[Tensor, ...]:
         """The tensors that the operation's node keeps."""
+        held = self.recorder.held(self) if self.is_checkpointed else None
+        if held is not None:
+            return held
         try:
             return self.edge.node.saved_tensors  # type: ignore[attr-defined]  # a Function's node; the stub is any node's
         except RuntimeError as error:
@@ -326,7 +344,8 @@ class RecordedProduct(Function):
     @staticmethod
     def backward(ctx, gy):
         """Differentiate by what the phase asks for."""
-        operation, (x, weight) = ctx.operation, ctx.saved_tensors
+        operation = ctx.operation
+        x, weight = operation.hold(ctx.saved_tensors)
         phase, product = operation.phase, operation.product
         if phase is Phase.OUTPUTS and operation.recorder.takes_visit(operation.weight):
             # Before the input's gradient: a later node would be differentiated earlier.
@@ -369,7 +388,7 @@ class Tap(Function):
     @staticmethod
     def forward(ctx, operation, probe, y, *saved):
         """Pass y on."""
-        ctx.operation = operation
+        ctx.operation, ctx.unused = operation, (None,) * len(saved)
         ctx.mark_dirty(y)
         ctx.save_for_backward(*saved)
         return y
@@ -380,9 +399,11 @@ class Tap(Function):
         operation, probe = ctx.operation, None
         if operation.phase is Phase.ROW_NORMS:
             probe = operation.row_norms(gy)
-        if operation.phase is Phase.STATISTICS and operation.recorder.takes_statistics(operation):
-            probe = operation.read(operation.rows_of(gy, operation.recorder.batch_size, *ctx.saved_tensors))
-        return None, probe, gy, *(None for _ in ctx.saved_tensors)
+        if operation.is_checkpointed or operation.phase is Phase.STATISTICS:
+            saved = operation.hold(ctx.saved_tensors)
+            if operation.phase is Phase.STATISTICS and operation.recorder.takes_statistics(operation):
+                probe = operation.read(operation.rows_of(gy, operation.recorder.batch_size, *saved))
+        return None, probe, gy, *ctx.unused
 
 
 def row_statistics(rows: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor | None]:

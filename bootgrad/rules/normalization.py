@@ -17,7 +17,7 @@ from torch.autograd import Function
 from ..errors import UnsupportedError
 from ..ops import group_norm, piecewise
 from .base import Operation, Phase, Recorder, RowsOperation, per_sample_sum, rule
-from .stand_ins import saved_tensors_hooks
+from .checkpointed import saved_tensors_hooks
 from .terms import DenseTerm
 
 _CHANNELS = {F.group_norm, torch.group_norm, F.batch_norm, torch.batch_norm}
@@ -167,11 +167,12 @@ class RecordedGroupNorm(Function):
         if gy is None:  # it went to what covers this
             return None, None, None, None, None
         operation, phase, mask = ctx.operation, ctx.operation.phase, list(ctx.needs_input_grad[2:5])
+        saved = operation.hold(ctx.saved_tensors)
         statistics = phase is Phase.STATISTICS and operation.recorder.takes_statistics(operation)
         if phase is not Phase.OUTPUTS and not statistics:
             probe = operation.row_norms(gy) if phase is Phase.ROW_NORMS else None
-            return None, probe, *group_norm.backward(gy, *ctx.saved_tensors, *operation.geometry, mask)
-        gx, *rows = group_norm.GroupNormBackward.apply(gy, *ctx.saved_tensors, *operation.geometry, mask[0])
+            return None, probe, *group_norm.backward(gy, *saved, *operation.geometry, mask)
+        gx, *rows = group_norm.GroupNormBackward.apply(gy, *saved, *operation.geometry, mask[0])
         if phase is Phase.OUTPUTS:
             operation.recorder.keep_by_product(operation, gy, rows)
             return None, None, gx, None, None

@@ -1,13 +1,14 @@
 """What runs in place of torch functions on which nothing is recorded: right where torch is wrong, and quicker elsewhere."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from ..errors import UnsupportedError
+from .checkpointed import Returning, comes_back
 
 PLAIN_RULES: dict[Callable, Callable] = {}
 
@@ -41,24 +42,10 @@ def is_in_transform() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
-def is_in_checkpoint() -> bool:
-    """Whether the calls of now are inside of torch.utils.checkpoint, and run again in the backward pass.
-
-    The mode of now will be gone by then, and what the calls save must be the same.
-    """
-    hooks = saved_tensors_hooks()
-    return getattr(hooks[0] if hooks else None, "__module__", "") == "torch.utils.checkpoint"
-
-
-def saved_tensors_hooks() -> tuple | None:
-    """What packs and unpacks the tensors that nodes save now, if anything."""
-    return getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
-
-
-def run_plain(func: Callable, args: tuple, kwargs: dict) -> Any:
+def run_plain(mode: Returning, func: Callable, args: tuple, kwargs: dict) -> Any:
     """A call without parameters, by its stand-in where there is one and where that can do all that torch's own can."""
     rule = PLAIN_RULES.get(func)
-    if rule is None or is_in_transform() or is_in_checkpoint():
+    if rule is None or is_in_transform() or not comes_back(mode):
         return func(*args, **kwargs)
     if any(isinstance(t, Tensor) and t.requires_grad for t in (*args, *kwargs.values())):
         out = rule(func, args, kwargs)
@@ -72,22 +59,15 @@ class StandIns(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Run one torch function, or what stands for it."""
-        if func in WRITTEN_OUT and is_in_checkpoint():
-            return _first_order(func, func(*args, **(kwargs or {})))
-        return run_plain(WRITTEN_OUT.get(func, func), args, kwargs or {})
+        written = WRITTEN_OUT.get(func)
+        if written is not None and comes_back(self):
+            func = written
+        return run_plain(self, func, args, kwargs or {})
 
+    def again(self) -> AbstractContextManager:
+        """The same for a part that is run for the second time."""
+        return nullcontext() if self in _get_current_function_mode_stack() else self
 
-def _first_order(func: Callable, y: Tensor) -> Tensor:
-    """``y``, from torch's own ``func``, whose derivative refuses to be differentiated, for that would come out wrong."""
-    name = getattr(func, "__name__", str(func)).strip("_")
-
-    def refuse(_):
-        if torch.is_grad_enabled():
-            raise UnsupportedError(
-                f"{name} inside of torch.utils.checkpoint has a wrong second derivative in torch: leave the layer out of "
-                'checkpointing, or take derivative="finite_difference"'
-            )
-
-    if y.grad_fn is not None:
-        y.grad_fn.register_prehook(refuse)  # it saves nothing, so that the call that is made again saves as much
-    return y
+    def finder(self) -> Callable[[], "StandIns"]:
+        """It holds nothing."""
+        return lambda: self
