@@ -255,7 +255,7 @@ class Recording(TorchFunctionMode):
         """Take an operation into the record; the aliases made since the last one are its own."""
         self.operations.append(operation)
         self._edges[id(operation)] = edge
-        self._uses.end(edge)
+        self._uses.end(edge, operation.name)
 
     def edge_of(self, operation: Operation) -> GradientEdge:
         """The edge that the operation was added with."""

@@ -14,6 +14,7 @@ from torch import nn
 
 import bootgrad
 from bootgrad import BootgradError
+from bootgrad.rules.base import RULES, Operation
 from bootgrad.rules.stand_ins import StandIns
 
 pytestmark = pytest.mark.filterwarnings("ignore::bootgrad.BootgradWarning")
@@ -95,6 +96,14 @@ RIGHT = {
         dict(w=()),
     ),
     "embedding": (lambda m, x: F.embedding((x > 0).long(), m.w) * m.linear(x)[..., None], dict(w=(2, 3))),
+    "a view, changed in place": (
+        lambda m, x: torch.einsum("bnh,tnh->bnt", m.linear(x).unflatten(1, (2, 2)), m.w).mul_(2),
+        dict(w=(3, 2, 2)),
+    ),
+    "a view, changed in place by a part": (
+        lambda m, x: torch.tensordot(m.linear(x).unflatten(1, (2, 2)), m.w, ([1], [1]))[:, 1:].mul_(2),
+        dict(w=(3, 2, 2)),
+    ),
 }
 
 
@@ -199,6 +208,32 @@ def test_refused(name):
             losses = model(data())
         rec.backward(losses)
     assert all(p.grad is None for p in model.parameters())
+
+
+class Swapped(Operation):
+    """An operation whose output is a view: (x w)ᵀ."""
+
+    def terms(self, gy, batch_size):
+        raise AssertionError("the output is not reached")
+
+
+@pytest.mark.parametrize("change", [lambda y: y.mul_(2), lambda y: y.mT.mul_(2), lambda y: y[:, 0].zero_()])
+def test_a_change_that_hides_a_recorded_output_is_refused(change, monkeypatch):
+    def rule(recorder, func, args, kwargs):
+        x, w = args
+        return Swapped(recorder, "swapped", [w]).attach((x * recorder.alias(w)).mT)
+
+    def forward(m, x):
+        y = torch.kron(m.linear(x), m.w)
+        change(y)
+        return y
+
+    monkeypatch.setitem(RULES, torch.kron, rule)
+    model = Model(forward, w=(4,))
+    with bootgrad.record(model) as rec:
+        losses = model(data())
+    with pytest.raises(BootgradError, match="the output of swapped is a view .* clone it"):
+        rec.backward(losses)
 
 
 def test_fused_modules_are_refused():
