@@ -136,16 +136,17 @@ class Recording(TorchFunctionMode):
         """Call ``func`` as the model would."""
         if self.phase is not Phase.PLAIN or not torch.is_grad_enabled() or func in _DIFFERENTIATION:
             return func(*args, **kwargs)
-        refuse_batch_statistics(func, args, kwargs)
         known, tensors = self._known, _tensors_in((args, kwargs))
         has_data = any(map(self._is_data, tensors))
+        if has_data:
+            refuse_batch_statistics(func, args, kwargs)
         if not any(id(t) in known for t in tensors):
             result = run_plain(func, args, kwargs)
             if func is torch.arange or (tensors and not has_data):
                 self._add_constants(result)
             return result
         # To replay a call that writes to a constant would write again.
-        if not has_data and not (is_in_place(func) and self._is_constant(args[:1])):
+        if not has_data and not (is_in_place(func) and any(id(t) not in known for t in _tensors_in(args[:1]))):
             func = WRITTEN_OUT.get(func, func)
             return self._derive(func, args, kwargs, func(*args, **kwargs))
         _refuse_second_runs(func)
@@ -222,13 +223,8 @@ class Recording(TorchFunctionMode):
         return self.expand(row, tracked.size(0), tracked.dim()).expand(tracked.shape)
 
     def _is_data(self, t: Tensor) -> bool:
-        """Whether a tensor is neither made of parameters nor a constant of the model."""
-        return id(t) not in self._known and (id(t) not in self._constants or t.requires_grad)
-
-    def _is_constant(self, value: Any) -> bool:
-        """Whether there are tensors in ``value``, buffers, frozen parameters, or made of these alone, and no data."""
-        tensors = _tensors_in(value)
-        return any(id(t) in self._constants for t in tensors) and not any(map(self._is_data, tensors))
+        """Whether a tensor is neither made of parameters nor a constant of the model; a number () has no samples."""
+        return id(t) not in self._known and (t.requires_grad or (t.dim() > 0 and id(t) not in self._constants))
 
     # What rules ask of a recorder
 

@@ -96,6 +96,14 @@ RIGHT = {
         dict(w=()),
     ),
     "embedding": (lambda m, x: F.embedding((x > 0).long(), m.w) * m.linear(x)[..., None], dict(w=(2, 3))),
+    "standardized weights": (
+        lambda m, x: F.linear(m.linear(x), F.batch_norm(m.w[None], None, None, training=True)[0]),
+        dict(w=(3, 4)),
+    ),
+    "a number beside parameters": (
+        lambda m, x: x @ (m.w / torch.tensor(2.0).sqrt()).logaddexp(torch.tensor(0.5)) * x.max(),
+        dict(w=(4, 3)),
+    ),
     "a view, changed in place": (
         lambda m, x: torch.einsum("bnh,tnh->bnt", m.linear(x).unflatten(1, (2, 2)), m.w).mul_(2),
         dict(w=(3, 2, 2)),
@@ -173,6 +181,7 @@ def set_item(m, x):
 
 REFUSED = {
     "buffer written in place": (lambda m, x: x @ m.table.clone().mul_(m.w), dict(w=(4, 4)), "in place"),
+    "number written in place": (lambda m, x: x * torch.tensor(2.0).double().mul_(m.w), dict(w=()), "in place"),
     "losses of gradients": (gradient_penalty, {}, "derivative of a recorded operation"),
     "assignment": (set_item, dict(w=(4,)), "__setitem__ hides how it uses w"),
     "several outputs": (lambda m, x: torch.broadcast_tensors(m.linear(x), m.w)[1], dict(w=(4,)), "broadcast_tensors"),
