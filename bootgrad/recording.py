@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .derived import TRANSPOSITIONS, Derived, derive, is_batch_free, may_be_batch_free, pull_back
+from .derived import TRANSPOSITIONS, Call, Derived, is_batch_free, may_be_batch_free, pull_back
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .graph import Uses, as_met, check_finite, check_losses, filled, gradients, is_capturing, powers_of_two, walk
 from .ops.piecewise import is_seen
@@ -147,8 +147,8 @@ class Recording(TorchFunctionMode):
             return result
         # To replay a call that writes to a constant would write again.
         if not has_data and not (is_in_place(func) and any(id(t) not in known for t in _tensors_in(args[:1]))):
-            func = WRITTEN_OUT.get(func, func)
-            return self._derive(func, args, kwargs, func(*args, **kwargs))
+            call = Call(WRITTEN_OUT.get(func, func), args, kwargs, known)
+            return self._derive(call, call.func(*args, **kwargs))
         _refuse_second_runs(func)
         return self._operate(func, args, kwargs)
 
@@ -162,9 +162,9 @@ class Recording(TorchFunctionMode):
                 return out
         return self._run_without_rule(func, args, kwargs)
 
-    def _derive(self, func, args, kwargs, result):
+    def _derive(self, call: Call, result: Any) -> Any:
         """``result``, each of its tensors known as a function of parameters alone."""
-        for derived in derive(func, args, kwargs, result, self._known):
+        for derived in call.derived(result):
             self._known[id(derived.tensor)] = derived
         self._add_constants(result)
         return result
@@ -189,9 +189,9 @@ class Recording(TorchFunctionMode):
             with _Active(self):
                 return body(*args, **kwargs)
         if may_be_batch_free(func, others):
-            result = func(*args, **kwargs)
+            call, result = Call(func, args, kwargs, self._known), func(*args, **kwargs)
             if is_batch_free(result, tracked, others):
-                return self._derive(func, args, kwargs, result)
+                return self._derive(call, result)
             if not any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(result)):
                 return result
         return self._fall_back(func, args, kwargs, tracked)
@@ -237,6 +237,7 @@ class Recording(TorchFunctionMode):
         derived = self._known[id(tracked)]
         if derived is not None:
             derived.check_unchanged()
+            derived.used = True
         return self._uses.begin(tracked.view_as(tracked))
 
     def alias_cast(self, alias: Tensor, dtype: torch.dtype) -> Tensor:

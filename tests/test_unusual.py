@@ -531,11 +531,57 @@ def test_transforms_of_functions_are_refused():
         model(data())
 
 
-@pytest.mark.parametrize("change", [lambda v: v[0].zero_(), lambda v: v.clamp_(-0.1, 0.1)])
+def twice_and_a_part(w):
+    w.mul_(2).sub_(0.1)
+    w[0] = w.exp()[1]
+    return w
+
+
+def before_and_after(w):
+    before = w.exp()
+    w.mul_(2)
+    return w * before
+
+
+def a_view(w):
+    rows = w.view(12)
+    rows *= 0.5
+    rows -= rows.sum()
+    return rows.view(3, 4)
+
+
+CHANGES = {
+    "relu": lambda w: w.relu_(),
+    "relu by option": lambda w: F.relu(w, inplace=True),
+    "clamp": lambda w: w.clamp_(-0.3, 0.3),
+    "mask": lambda w: w.masked_fill_(torch.arange(4) > 2, 0.0),
+    "a layer's output": lambda w: F.linear(w, w).relu_() @ w,
+    "twice, and a part": twice_and_a_part,
+    "before and after": before_and_after,
+    "a view": a_view,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_changed_in_place(change):
+    model = Model(lambda m, x: x @ CHANGES[change](m.w.clone()).t(), w=(3, 4))
+    assert bootgrad.verify(model, model, data()).ok
+
+
+def a_part(v, x):
+    v[0].zero_()
+
+
+def unseen(v, x):
+    with torch.no_grad():
+        v.mul_(2)
+
+
+@pytest.mark.parametrize("change", [a_part, unseen])
 def test_a_derived_weight_changed_in_place_before_it_is_viewed(change):
     def forward(m, x):
         v = m.w.clone()
-        change(v)
+        change(v, x)
         return x @ v.view(3, 4).t()
 
     with (
@@ -543,6 +589,23 @@ def test_a_derived_weight_changed_in_place_before_it_is_viewed(change):
         bootgrad.record(model := Model(forward, w=(3, 4))) as rec,
     ):
         rec.backward(model(data()))
+
+
+def test_a_derived_weight_changed_in_place_after_it_was_used():
+    """What the operation used is there no more: refused where it matters."""
+
+    def forward(m, x):
+        v = m.w.sin()
+        y = x + v
+        return y * v.mul_(2).detach()
+
+    with bootgrad.record(model := Model(forward, w=(4,))) as rec:
+        losses = model(data())
+    with pytest.raises(BootgradError, match="sin was changed in place"):
+        rec.backward(losses)
+    model = Model(lambda m, x: (x + (v := m.w.clone())) * v.mul_(2), w=(4,))
+    with pytest.raises(BootgradError, match="changed in place"), bootgrad.record(model):
+        model(data())
 
 
 def test_a_mask_changed_in_place_after_the_rows_were_described():
