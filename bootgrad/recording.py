@@ -31,7 +31,7 @@ from .rules.fallback import FallbackOperation
 from .rules.merging import merged
 from .rules.normalization import refuse_batch_statistics
 from .rules.opened import opened
-from .rules.stand_ins import WRITTEN_OUT, is_in_checkpoint, is_in_transform, run_plain
+from .rules.stand_ins import OF_PARAMETERS, is_in_checkpoint, is_in_transform, run_plain
 from .rules.terms import Term
 
 CHECKS = ("first", "always", "never")
@@ -147,7 +147,7 @@ class Recording(TorchFunctionMode):
             return result
         # To replay a call that writes to a constant would write again.
         if not has_data and not (is_in_place(func) and any(id(t) not in known for t in _tensors_in(args[:1]))):
-            call = Call(WRITTEN_OUT.get(func, func), args, kwargs, known)
+            call = Call(OF_PARAMETERS.get(func, func), args, kwargs, known)
             return self._derive(call, call.func(*args, **kwargs))
         _refuse_second_runs(func)
         return self._operate(func, args, kwargs)

@@ -100,6 +100,33 @@ RIGHT = {
         lambda m, x: F.linear(m.linear(x), F.batch_norm(m.w[None], None, None, training=True)[0]),
         dict(w=(3, 4)),
     ),
+    "layer norm of parameters": (
+        lambda m, x: m.linear(x) @ F.layer_norm(m.w, (3,), m.b, m.c),
+        dict(w=(4, 3), b=(3,), c=(3,)),
+    ),
+    "layer norm of parameters, torch's own": (
+        lambda m, x: m.linear(x) @ torch.layer_norm(m.w, (4, 3), m.b),
+        dict(w=(4, 3), b=(4, 3)),
+    ),
+    "batch norm of parameters": (
+        lambda m, x: m.linear(x) @ F.batch_norm(m.w, None, None, m.b, m.c, training=True),
+        dict(w=(4, 3), b=(3,), c=(3,)),
+    ),
+    "batch norm of parameters, torch's own": (
+        lambda m, x: (
+            m.linear(x) @ torch.batch_norm(m.w[:, :, None], m.b, None, None, None, True, 0.1, 1e-5, False).flatten(1)
+        ),
+        dict(w=(4, 3), b=(3,)),
+    ),
+    "instance norm of parameters": (
+        lambda m, x: m.linear(x) @ F.instance_norm(m.w[:, None], weight=m.b, bias=m.c)[:, 0],
+        dict(w=(4, 3), b=(1,), c=(1,)),
+    ),
+    "group norm of parameters": (
+        lambda m, x: m.linear(x) @ F.group_norm(m.w, 2, m.b, m.c).t(),
+        dict(w=(3, 4), b=(4,), c=(4,)),
+    ),
+    "rms norm of parameters": (lambda m, x: m.linear(x) @ F.rms_norm(m.w, (3,), m.b), dict(w=(4, 3), b=(3,))),
     "a number beside parameters": (
         lambda m, x: x @ (m.w / torch.tensor(2.0).sqrt()).logaddexp(torch.tensor(0.5)) * x.max(),
         dict(w=(4, 3)),
