@@ -6,6 +6,7 @@ multiplied out.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -106,18 +107,22 @@ class Derived:
         return next(t for t in self._tensors() if id(t) in self.parents)
 
     @functools.cached_property
-    def repeats_a_row(self) -> bool:
-        """Whether dimension 0 is one row several times, as a class token is for every sample, whatever the parameters are.
+    def period(self) -> int:
+        """How many rows are repeated along dimension 0, whatever the parameters are: 1 of a class token; all where none are.
 
-        It is if the rows are alike with the parameters as they are, and with others near by.
+        They are if they are alike with the parameters as they are, and with others near by.
         """
-        if self.tensor.dim() == 0 or self.tensor.size(0) < 2:
-            return False
-        if self.tensor.stride(0) == 0:
-            return True
+        n = self.tensor.size(0) if self.tensor.dim() else 1
+        if n > 1 and self.tensor.stride(0) == 0:
+            return 1
         with torch.no_grad():
-            near = {id(p): p + 0.1 * torch.arange(1, p.numel() + 1).to(p).sin().view(p.shape) for p in self.leaves()}
-            return all(torch.equal(rows, rows[:1].expand_as(rows)) for rows in (self.tensor, self.replay(near)))
+            periods = _periods(self.tensor)
+            if periods:
+                near = {
+                    id(p): p + 0.1 * torch.arange(1, p.numel() + 1).to(p).sin().view(p.shape) for p in self.leaves()
+                }
+                periods = [k for k in periods if _repeats(self.replay(near), k)]
+        return periods[0] if periods else n
 
     def leaves(self) -> list[Tensor]:
         """The parameters that the tensor is a function of."""
@@ -147,6 +152,18 @@ class Derived:
 
     def _tensors(self) -> list[Tensor]:
         return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+
+
+def _periods(t: Tensor) -> list[int]:
+    """The numbers of rows that dimension 0 repeats, but all."""
+    n = t.size(0) if t.dim() else 1
+    least = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
+    return [k for k in sorted({*least, *(n // k for k in least)} - {n}) if _repeats(t, k)]
+
+
+def _repeats(t: Tensor, k: int) -> bool:
+    """Whether dimension 0 is its first k rows several times."""
+    return torch.equal(t[k:], t[:-k])
 
 
 def _is_basic(index: Any) -> bool:

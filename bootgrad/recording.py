@@ -178,12 +178,15 @@ class Recording(TorchFunctionMode):
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         tracked = list({id(t): t for t in tensors if id(t) in self._known}.values())
         others = [t for t in tensors if id(t) not in self._known]
-        sizes = {t.size(0) for t in others if t.dim()}
-        repeated = [t for t in tracked if t.dim() and t.size(0) in sizes and self._repeats_a_row(t)]
-        if repeated:
-            rows = {id(t): self._repeated(t) for t in repeated}
+        rows = self._rows_by_sample(tracked, others)
+        target = args[0] if is_in_place(func) and id(args[0]) in rows else None
+        if rows and target is None:
             args, kwargs = pytree.tree_map(lambda t: rows.get(id(t), t), (args, kwargs))
             return self.run(func, *args, **kwargs)
+        if target is not None and self._may_become_data(target):
+            result = self.run(func, rows[id(target)].clone(), *args[1:], **kwargs)
+            del self._known[id(target)]
+            return target.detach_().copy_(result)
         body = opened(func)
         if body is not None:
             with _Active(self):
@@ -210,17 +213,25 @@ class Recording(TorchFunctionMode):
             )
         return result
 
-    def _repeats_a_row(self, tracked: Tensor) -> bool:
-        """Whether dimension 0 repeats one row, as a class token is repeated for every sample."""
-        derived = self._known[id(tracked)]
-        return derived is not None and derived.repeats_a_row
+    def _rows_by_sample(self, tracked: Sequence[Tensor], others: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The tracked tensors that repeat rows as often as there are samples, as a class token does, as data, by their ids."""
+        sizes = {t.size(0) for t in others if t.dim()} - {1}
+        candidates = [(t, self._known[id(t)]) for t in tracked if t.dim() and t.size(0) in sizes]
+        return {id(t): self._repeated(t, d) for t, d in candidates if d is not None and d.period < t.size(0)}
 
-    def _repeated(self, tracked: Tensor) -> Tensor:
-        """A tensor that repeats one row, its rows by sample."""
+    def _repeated(self, tracked: Tensor, derived: Derived) -> Tensor:
+        """The rows of a tensor that repeats some, each sample's its own."""
+        n, k, dims, source = tracked.size(0), derived.period, tracked.dim(), derived.source
+        if derived.func is Tensor.expand and (source.dim() < dims or source.size(0) == 1):
+            return self.expand(source, n, dims).expand(tracked.shape)
+        # In a memory of their own: what they are taken from may be changed in place.
+        rows = self.run(Tensor.clone, self.run(_getitem, tracked, slice(0, k)))
+        return self.expand(rows, n, dims) if k == 1 else self.expand(rows, n // k, dims + 1).flatten(0, 1)
+
+    def _may_become_data(self, tracked: Tensor) -> bool:
+        """Whether nothing else looks at a derived tensor that data is about to change in place."""
         derived = self._known[id(tracked)]
-        assert derived is not None
-        row = derived.source if derived.func is Tensor.expand else self.run(_getitem, tracked, slice(0, 1))
-        return self.expand(row, tracked.size(0), tracked.dim()).expand(tracked.shape)
+        return derived is not None and not derived.used and not tracked._is_view()
 
     def _is_data(self, t: Tensor) -> bool:
         """Whether a tensor is neither made of parameters nor a constant of the model; a number () has no samples."""

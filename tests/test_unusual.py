@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import operator
 import threading
 import warnings
 import weakref
@@ -45,6 +46,12 @@ def _real(z):
     return torch.view_as_real(z)
 
 
+def token_changed(m, x):
+    y = z = m.w.repeat(4, 1)
+    z.mul_(m.linear(x)).add_(x)
+    return m.linear(y)
+
+
 RIGHT = {
     "bias of one": (lambda m, x: F.linear(x, m.w, m.b), dict(w=(3, 4), b=(1,))),
     "bias of a row": (lambda m, x: F.linear(m.linear(x), m.w, m.b), dict(w=(3, 4), b=(1, 3))),
@@ -70,6 +77,33 @@ RIGHT = {
         dict(w=(1, 3), b=(5, 3)),
     ),
     "class token, added": (lambda m, x: x + m.w.sin().expand(4, -1) + m.w.expand_as(x), dict(w=(4,))),
+    "class token, expanded twice": (lambda m, x: m.linear(x) + m.w.expand(4, 1).expand(4, 4), dict(w=(1, 1))),
+    "class token, normalized": (
+        lambda m, x: m.linear(x) + F.layer_norm(m.w.expand(4, -1), (4,), m.b),
+        dict(w=(1, 4), b=(4,)),
+    ),
+    "token types of a buffer": (
+        lambda m, x: m.linear(x)[:, :, None] + F.embedding((m.table[:1] > 0).long().expand(4, 4), m.w),
+        dict(w=(2, 3)),
+    ),
+    "windows": (
+        lambda m, x: torch.stack([m.linear(x), x], 1).flatten(0, 1) + (m.w + m.table[:2]).repeat(4, 1).sin(),
+        dict(w=(1, 4)),
+    ),
+    "heads": (
+        lambda m, x: torch.bmm(m.linear(x).view(8, 1, 2), m.w.repeat(4, 1, 1)).view(4, 2, 3),
+        dict(w=(2, 2, 3)),
+    ),
+    "heads, expanded": (
+        lambda m, x: torch.bmm(m.linear(x).view(8, 1, 2), m.w.expand(4, 2, 2, 3).reshape(8, 2, 3)).view(4, 2, 3),
+        dict(w=(2, 2, 3)),
+    ),
+    "state of zeros": (lambda m, x: m.linear(x) + torch.zeros(4, 3).double() @ m.w + m.b, dict(w=(3, 4), b=(4,))),
+    "class token, changed in place": (token_changed, dict(w=(1, 4))),
+    "class token, changed in place by an operator": (
+        lambda m, x: m.linear(operator.iadd(m.w.repeat(4, 1), m.linear(x))),
+        dict(w=(1, 4)),
+    ),
     "scaled buffer": (lambda m, x: m.linear(x) + m.w * m.table[0], dict(w=())),
     "relative positions": (
         lambda m, x: m.linear(x)[:, :2, None] + m.w[(m.table > 0).long()].sum(0)[:2],
