@@ -6,8 +6,10 @@ multiplied out.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,19 +52,24 @@ class Derived:
     kwargs: dict
     position: int
     parents: Mapping[int, "Derived | None"]  # id of a tracked argument -> how it was derived; None for a parameter
+    stale: "Derived | None" = None  # one on the way that had been changed unseen when it was taken
 
     def __post_init__(self):
         """Note the tensor's version, and under which autocast it was made."""
-        self._version = self.tensor._version
+        self.version = self.tensor._version
         self.autocast = autocast_now(self.tensor.device)
+        self.used = False  # by an operation, which takes the tensor for what it is in the end
+
+    def changed(self, version: int) -> "Derived | None":
+        """Itself if the tensor was not in this ``version`` when it was made, or what was changed so on the way to it."""
+        return self if version != self.version else self.stale
 
     def check_unchanged(self) -> None:
-        """Raise if a tensor on the way from the parameters was changed in place, after which the calls do not make it."""
-        for derived in self.chain():
-            if derived.tensor._version == derived._version:
-                continue
+        """Raise if a tensor on the way from the parameters was changed in place by what was not seen."""
+        changed = self.changed(self.tensor._version)
+        if changed is not None:
             raise UnsupportedError(
-                f"a weight made by {getattr(derived.func, '__name__', derived.func)} was changed in place afterwards: "
+                f"a weight made by {name_of(changed.func)} was changed in place afterwards: "
                 "write the change as a call that returns a new tensor"
             )
 
@@ -100,18 +107,22 @@ class Derived:
         return next(t for t in self._tensors() if id(t) in self.parents)
 
     @functools.cached_property
-    def repeats_a_row(self) -> bool:
-        """Whether dimension 0 is one row several times, as a class token is for every sample, whatever the parameters are.
+    def period(self) -> int:
+        """How many rows are repeated along dimension 0, whatever the parameters are: 1 of a class token; all where none are.
 
-        It is if the rows are alike with the parameters as they are, and with others near by.
+        They are if they are alike with the parameters as they are, and with others near by.
         """
-        if self.tensor.dim() == 0 or self.tensor.size(0) < 2:
-            return False
-        if self.tensor.stride(0) == 0:
-            return True
+        n = self.tensor.size(0) if self.tensor.dim() else 1
+        if n > 1 and self.tensor.stride(0) == 0:
+            return 1
         with torch.no_grad():
-            near = {id(p): p + 0.1 * torch.arange(1, p.numel() + 1).to(p).sin().view(p.shape) for p in self.leaves()}
-            return all(torch.equal(rows, rows[:1].expand_as(rows)) for rows in (self.tensor, self.replay(near)))
+            periods = _periods(self.tensor)
+            if periods:
+                near = {
+                    id(p): p + 0.1 * torch.arange(1, p.numel() + 1).to(p).sin().view(p.shape) for p in self.leaves()
+                }
+                periods = [k for k in periods if _repeats(self.replay(near), k)]
+        return periods[0] if periods else n
 
     def leaves(self) -> list[Tensor]:
         """The parameters that the tensor is a function of."""
@@ -122,17 +133,18 @@ class Derived:
 
     def replay(self, values: Mapping[int, Tensor]) -> Tensor:
         """The tensor, were the parameters the given ``values`` (by id of the parameter)."""
-        made = dict(values)
+        made: dict[int, Tensor] = {}
 
-        def substitute(t: Any) -> Any:
-            return made.get(id(t), t) if isinstance(t, Tensor) else t
+        def value(t: Any, parents: Mapping[int, Derived | None]) -> Any:
+            parent = parents.get(id(t))
+            return values.get(id(t), t) if parent is None else made[id(parent)]
 
         for derived in self.chain():
-            args, kwargs = pytree.tree_map(substitute, (derived.args, derived.kwargs))
+            args, kwargs = pytree.tree_map(partial(value, parents=derived.parents), (derived.args, derived.kwargs))
             with derived.autocast():
                 results = pytree.tree_leaves(derived.func(*args, **kwargs))
-            made[id(derived.tensor)] = results[derived.position]
-        return made[id(self.tensor)]
+            made[id(derived)] = results[derived.position]
+        return made[id(self)]
 
     def constants(self) -> list[Tensor]:
         """The other tensors that the calls take, masks for example."""
@@ -140,6 +152,18 @@ class Derived:
 
     def _tensors(self) -> list[Tensor]:
         return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+
+
+def _periods(t: Tensor) -> list[int]:
+    """The numbers of rows that dimension 0 repeats, but all."""
+    n = t.size(0) if t.dim() else 1
+    least = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
+    return [k for k in sorted({*least, *(n // k for k in least)} - {n}) if _repeats(t, k)]
+
+
+def _repeats(t: Tensor, k: int) -> bool:
+    """Whether dimension 0 is its first k rows several times."""
+    return torch.equal(t[k:], t[:-k])
 
 
 def _is_basic(index: Any) -> bool:
@@ -162,25 +186,64 @@ def is_batch_free(result: Any, tracked: list[Tensor], others: list[Tensor]) -> b
     return not others or (isinstance(result, Tensor) and result.shape in shapes)
 
 
-def derive(
-    func: Callable, args: tuple, kwargs: dict, result: Any, known: Mapping[int, "Derived | None"]
-) -> list[Derived]:
-    """The derived tensors among the results of a call."""
-    used = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in known]
-    parents = {id(t): known[id(t)] for t in used}
-    return [
-        Derived(t, func, args, kwargs, k, parents)
-        for k, t in enumerate(pytree.tree_leaves(result))
-        if isinstance(t, Tensor) and t.requires_grad and id(t) not in known
-    ]
+class Call:
+    """A call of functions of parameters alone, before it is made: what it takes, and in which state."""
+
+    def __init__(self, func: Callable, args: tuple, kwargs: dict, known: Mapping[int, Derived | None]):
+        """Note the arguments, of which those that are ``known`` are tracked."""
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self._leaves = pytree.tree_leaves((args, kwargs))
+        tracked = [t for t in self._leaves if isinstance(t, Tensor) and id(t) in known]
+        self._versions = {id(t): t._version for t in tracked}
+        self.parents = {id(t): known[id(t)] for t in tracked}
+        stale = (d.changed(t._version) for t in tracked if (d := known[id(t)]) is not None)
+        self._stale = next((d for d in stale if d is not None), None)
+
+    def derived(self, result: Any) -> list[Derived]:
+        """The derived tensors among the results, and those of the arguments that the call has changed in place."""
+        out = []
+        for k, t in enumerate(self._leaves):
+            before = self.parents.get(id(t))
+            if before is not None and not before.used and t._version != self._versions[id(t)]:
+                out.append(self._made(t, Changing(self.func, k), 0))
+        return out + [
+            self._made(t, self.func, k)
+            for k, t in enumerate(pytree.tree_leaves(result))
+            if isinstance(t, Tensor) and t.requires_grad and id(t) not in self.parents
+        ]
+
+    def _made(self, t: Tensor, func: Callable, position: int) -> Derived:
+        return Derived(t, func, self.args, self.kwargs, position, self.parents, self._stale)
+
+
+class Changing:
+    """A call that changes one of its flat arguments, as one that returns the changed argument and leaves its own alone."""
+
+    def __init__(self, func: Callable, position: int):
+        """Of ``func``, which changes the argument at ``position``."""
+        self.func, self.position, self.__name__ = func, position, name_of(func)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The argument, changed."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves[self.position] = changed = leaves[self.position].clone()
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        self.func(*args, **kwargs)
+        return changed
+
+
+def name_of(func: Callable) -> str:
+    """What a torch function is called."""
+    return getattr(func, "__name__", str(func))
 
 
 def pull_back(term: Term, derived: Derived, leaf: Tensor) -> Term:
     """The term of the parameter ``leaf`` when ``term`` is that of the derived tensor."""
     with torch.no_grad():
         if not torch.equal(derived.replay({}), derived.tensor):
+            derived.check_unchanged()
             raise UnsupportedError(
-                f"a weight made by {getattr(derived.func, '__name__', derived.func)} comes out differently when it is made "
+                f"a weight made by {name_of(derived.func)} comes out differently when it is made "
                 "again: functions of parameters that draw random numbers have no per-sample gradients here"
             )
     if derived.picks:

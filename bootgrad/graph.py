@@ -4,7 +4,7 @@ A walk from the losses to the leaves stops at recorded uses of parameters, each 
 is met otherwise reached the losses unseen: an error that names it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ class Uses:
         """Start with none."""
         self._aliases: dict[int, Any] = {}
         self._own: dict[int, Any] = {}  # the operations' nodes, which may lead to an alias
+        self._outputs: dict[int, tuple[Any, str]] = {}  # of each alias's operation, the output's node and the name
         self._pending: list[Any] = []
 
     def __contains__(self, node: Any) -> bool:
@@ -35,9 +36,10 @@ class Uses:
         self._pending.append(alias.grad_fn)
         return alias
 
-    def end(self, edge: GradientEdge) -> None:
+    def end(self, edge: GradientEdge, name: str) -> None:
         """Close the operation whose output has this edge: the aliases since the last one are its own."""
         if self._pending:
+            self._outputs |= dict.fromkeys(map(id, self._pending), (edge.node, name))
             # Nodes are numbered as they are made: the operation's own are those since its first alias.
             first = min(alias._sequence_nr() for alias in self._pending)
             stack = [edge.node]
@@ -51,6 +53,17 @@ class Uses:
     def met_by(self, node: Any) -> bool:
         """Whether ``node`` is part of a recorded operation, and not a derivative of one."""
         return id(node) in self._own
+
+    def check_outputs(self, aliases: Iterable[Any], reached: Collection[Any]) -> None:
+        """Raise unless the outputs of these aliases' operations are among the nodes that are ``reached``."""
+        for alias in aliases:
+            output, name = self._outputs[id(alias)]
+            # Autograd puts the change of a view behind what it is a view of, and its own node beside the way.
+            if output not in reached:
+                raise UnsupportedError(
+                    f"the output of {name} is a view of another tensor and was changed in place, which hides it: "
+                    "clone it before, or write the change as a call that returns a new tensor"
+                )
 
 
 _LEAF = 2**63  # leaves are numbered from here, in whatever order
@@ -71,11 +84,12 @@ def walk(
         The nodes, in a fixed order, with their names; those of them that several lead to; the leaves outside of recorded uses.
 
     Raises:
-        UnsupportedError: a parameter is met outside of its recorded uses, or through their derivatives.
+        UnsupportedError: a parameter is met outside of its recorded uses, or through their derivatives, or past their output.
     """
     nodes: dict[Any, str] = {} if losses.grad_fn is None else {losses.grad_fn: losses.grad_fn.name()}
     seen = set(nodes)
     shared = set()
+    met = []
     leaves: dict[int, Tensor] = {}
     stack = list(nodes)
     while stack:
@@ -92,7 +106,10 @@ def walk(
                 shared.add(successor)
                 continue
             if successor in uses:
-                if alone or uses.met_by(node):
+                if alone:
+                    continue
+                if uses.met_by(node):
+                    met.append(successor)
                     continue
                 raise UnsupportedError(
                     f"a parameter reaches the losses through {nodes[node]}, which is a derivative of a recorded operation, "
@@ -112,6 +129,7 @@ def walk(
                     "requires_grad_(False)"
                 )
             leaves[id(variable)] = variable
+    uses.check_outputs(met, nodes)
     return nodes, shared, list(leaves.values())
 
 

@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
-from .derived import TRANSPOSITIONS, Derived, derive, is_batch_free, may_be_batch_free, pull_back
+from .derived import TRANSPOSITIONS, Call, Derived, is_batch_free, may_be_batch_free, pull_back
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .graph import Uses, as_met, check_finite, check_losses, filled, gradients, is_capturing, powers_of_two, walk
 from .ops.piecewise import is_seen
@@ -32,7 +32,7 @@ from .rules.fallback import FallbackOperation
 from .rules.merging import merged
 from .rules.normalization import refuse_batch_statistics
 from .rules.opened import opened
-from .rules.stand_ins import WRITTEN_OUT, is_in_transform, run_plain
+from .rules.stand_ins import OF_PARAMETERS, is_in_transform, run_plain
 from .rules.terms import Term
 
 CHECKS = ("first", "always", "never")
@@ -139,18 +139,19 @@ class Recording(TorchFunctionMode):
         in_backward = self.phase is not Phase.PLAIN and not self._runs_again
         if in_backward or not torch.is_grad_enabled() or func in _DIFFERENTIATION:
             return func(*args, **kwargs)
-        refuse_batch_statistics(func, args, kwargs)
         known, tensors = self._known, _tensors_in((args, kwargs))
         has_data = any(map(self._is_data, tensors))
+        if has_data:
+            refuse_batch_statistics(func, args, kwargs)
         if not any(id(t) in known for t in tensors):
             result = run_plain(self, func, args, kwargs)
             if func is torch.arange or (tensors and not has_data):
                 self._add_constants(result)
             return result
         # To replay a call that writes to a constant would write again.
-        if not has_data and not (is_in_place(func) and self._is_constant(args[:1])):
-            func = WRITTEN_OUT.get(func, func)
-            return self._derive(func, args, kwargs, func(*args, **kwargs))
+        if not has_data and not (is_in_place(func) and any(id(t) not in known for t in _tensors_in(args[:1]))):
+            call = Call(OF_PARAMETERS.get(func, func), args, kwargs, known)
+            return self._derive(call, call.func(*args, **kwargs))
         self._refuse_second_runs(func)
         return self._operate(func, args, kwargs)
 
@@ -194,9 +195,9 @@ class Recording(TorchFunctionMode):
                 return out
         return self._run_without_rule(func, args, kwargs)
 
-    def _derive(self, func, args, kwargs, result):
+    def _derive(self, call: Call, result: Any) -> Any:
         """``result``, each of its tensors known as a function of parameters alone."""
-        for derived in derive(func, args, kwargs, result, self._known):
+        for derived in call.derived(result):
             self._known[id(derived.tensor)] = derived
         self._add_constants(result)
         return result
@@ -210,20 +211,23 @@ class Recording(TorchFunctionMode):
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         tracked = list({id(t): t for t in tensors if id(t) in self._known}.values())
         others = [t for t in tensors if id(t) not in self._known]
-        sizes = {t.size(0) for t in others if t.dim()}
-        repeated = [t for t in tracked if t.dim() and t.size(0) in sizes and self._repeats_a_row(t)]
-        if repeated:
-            rows = {id(t): self._repeated(t) for t in repeated}
+        rows = self._rows_by_sample(tracked, others)
+        target = args[0] if is_in_place(func) and id(args[0]) in rows else None
+        if rows and target is None:
             args, kwargs = pytree.tree_map(lambda t: rows.get(id(t), t), (args, kwargs))
             return self.run(func, *args, **kwargs)
+        if target is not None and self._may_become_data(target):
+            result = self.run(func, rows[id(target)].clone(), *args[1:], **kwargs)
+            del self._known[id(target)]
+            return target.detach_().copy_(result)
         body = opened(func)
         if body is not None:
             with _Active(self):
                 return body(*args, **kwargs)
         if may_be_batch_free(func, others):
-            result = func(*args, **kwargs)
+            call, result = Call(func, args, kwargs, self._known), func(*args, **kwargs)
             if is_batch_free(result, tracked, others):
-                return self._derive(func, args, kwargs, result)
+                return self._derive(call, result)
             if not any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(result)):
                 return result
         return self._fall_back(func, args, kwargs, tracked)
@@ -242,26 +246,29 @@ class Recording(TorchFunctionMode):
             )
         return result
 
-    def _repeats_a_row(self, tracked: Tensor) -> bool:
-        """Whether dimension 0 repeats one row, as a class token is repeated for every sample."""
-        derived = self._known[id(tracked)]
-        return derived is not None and derived.repeats_a_row
+    def _rows_by_sample(self, tracked: Sequence[Tensor], others: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The tracked tensors that repeat rows as often as there are samples, as a class token does, as data, by their ids."""
+        sizes = {t.size(0) for t in others if t.dim()} - {1}
+        candidates = [(t, self._known[id(t)]) for t in tracked if t.dim() and t.size(0) in sizes]
+        return {id(t): self._repeated(t, d) for t, d in candidates if d is not None and d.period < t.size(0)}
 
-    def _repeated(self, tracked: Tensor) -> Tensor:
-        """A tensor that repeats one row, its rows by sample."""
+    def _repeated(self, tracked: Tensor, derived: Derived) -> Tensor:
+        """The rows of a tensor that repeats some, each sample's its own."""
+        n, k, dims, source = tracked.size(0), derived.period, tracked.dim(), derived.source
+        if derived.func is Tensor.expand and (source.dim() < dims or source.size(0) == 1):
+            return self.expand(source, n, dims).expand(tracked.shape)
+        # In a memory of their own: what they are taken from may be changed in place.
+        rows = self.run(Tensor.clone, self.run(_getitem, tracked, slice(0, k)))
+        return self.expand(rows, n, dims) if k == 1 else self.expand(rows, n // k, dims + 1).flatten(0, 1)
+
+    def _may_become_data(self, tracked: Tensor) -> bool:
+        """Whether nothing else looks at a derived tensor that data is about to change in place."""
         derived = self._known[id(tracked)]
-        assert derived is not None
-        row = derived.source if derived.func is Tensor.expand else self.run(_getitem, tracked, slice(0, 1))
-        return self.expand(row, tracked.size(0), tracked.dim()).expand(tracked.shape)
+        return derived is not None and not derived.used and not tracked._is_view()
 
     def _is_data(self, t: Tensor) -> bool:
-        """Whether a tensor is neither made of parameters nor a constant of the model."""
-        return id(t) not in self._known and (id(t) not in self._constants or t.requires_grad)
-
-    def _is_constant(self, value: Any) -> bool:
-        """Whether there are tensors in ``value``, buffers, frozen parameters, or made of these alone, and no data."""
-        tensors = _tensors_in(value)
-        return any(id(t) in self._constants for t in tensors) and not any(map(self._is_data, tensors))
+        """Whether a tensor is neither made of parameters nor a constant of the model; a number () has no samples."""
+        return id(t) not in self._known and (t.requires_grad or (t.dim() > 0 and id(t) not in self._constants))
 
     # What rules ask of a recorder
 
@@ -274,6 +281,7 @@ class Recording(TorchFunctionMode):
         derived = self._known[id(tracked)]
         if derived is not None:
             derived.check_unchanged()
+            derived.used = True
         alias = tracked.view_as(tracked)
         return alias if self._runs_again else self._uses.begin(alias)
 
@@ -291,7 +299,7 @@ class Recording(TorchFunctionMode):
             return
         self.operations.append(operation)
         self._edges[id(operation)] = edge
-        self._uses.end(edge)
+        self._uses.end(edge, operation.name)
 
     def edge_of(self, operation: Operation) -> GradientEdge:
         """The edge that the operation was added with."""

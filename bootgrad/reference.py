@@ -70,7 +70,7 @@ def per_sample_gradients_of(
 
 def matrix(rows: Mapping[str, Tensor]) -> Tensor:
     """The matrix G, (B, P), from {name: (B, *shape)}; every quantity below is a function of it."""
-    return torch.cat([g.flatten(1) for g in rows.values()], 1)
+    return torch.cat([g.reshape(g.size(0), -1) for g in rows.values()], 1)
 
 
 def sq_norms(G: Tensor) -> Tensor:

@@ -206,3 +206,8 @@ def test_quantities_by_hand():
 def test_the_matrix_is_row_major_and_in_order():
     rows = {"a": torch.arange(8.0).view(2, 2, 2), "b": torch.tensor([[10.0], [20.0]])}
     assert reference.matrix(rows).tolist() == [[0, 1, 2, 3, 10], [4, 5, 6, 7, 20]]
+
+
+def test_the_matrix_has_a_column_for_a_number():
+    rows = {"scale": torch.tensor([1.0, 2.0]), "weight": torch.tensor([[[3.0], [4.0]], [[5.0], [6.0]]])}
+    assert reference.matrix(rows).tolist() == [[1, 3, 4], [2, 5, 6]]

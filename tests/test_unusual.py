@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import operator
 import threading
 import warnings
 import weakref
@@ -14,6 +15,7 @@ from torch import nn
 
 import bootgrad
 from bootgrad import BootgradError
+from bootgrad.rules.base import RULES, Operation
 from bootgrad.rules.stand_ins import StandIns
 
 pytestmark = pytest.mark.filterwarnings("ignore::bootgrad.BootgradWarning")
@@ -44,6 +46,12 @@ def _real(z):
     return torch.view_as_real(z)
 
 
+def token_changed(m, x):
+    y = z = m.w.repeat(4, 1)
+    z.mul_(m.linear(x)).add_(x)
+    return m.linear(y)
+
+
 RIGHT = {
     "bias of one": (lambda m, x: F.linear(x, m.w, m.b), dict(w=(3, 4), b=(1,))),
     "bias of a row": (lambda m, x: F.linear(m.linear(x), m.w, m.b), dict(w=(3, 4), b=(1, 3))),
@@ -69,6 +77,33 @@ RIGHT = {
         dict(w=(1, 3), b=(5, 3)),
     ),
     "class token, added": (lambda m, x: x + m.w.sin().expand(4, -1) + m.w.expand_as(x), dict(w=(4,))),
+    "class token, expanded twice": (lambda m, x: m.linear(x) + m.w.expand(4, 1).expand(4, 4), dict(w=(1, 1))),
+    "class token, normalized": (
+        lambda m, x: m.linear(x) + F.layer_norm(m.w.expand(4, -1), (4,), m.b),
+        dict(w=(1, 4), b=(4,)),
+    ),
+    "token types of a buffer": (
+        lambda m, x: m.linear(x)[:, :, None] + F.embedding((m.table[:1] > 0).long().expand(4, 4), m.w),
+        dict(w=(2, 3)),
+    ),
+    "windows": (
+        lambda m, x: torch.stack([m.linear(x), x], 1).flatten(0, 1) + (m.w + m.table[:2]).repeat(4, 1).sin(),
+        dict(w=(1, 4)),
+    ),
+    "heads": (
+        lambda m, x: torch.bmm(m.linear(x).view(8, 1, 2), m.w.repeat(4, 1, 1)).view(4, 2, 3),
+        dict(w=(2, 2, 3)),
+    ),
+    "heads, expanded": (
+        lambda m, x: torch.bmm(m.linear(x).view(8, 1, 2), m.w.expand(4, 2, 2, 3).reshape(8, 2, 3)).view(4, 2, 3),
+        dict(w=(2, 2, 3)),
+    ),
+    "state of zeros": (lambda m, x: m.linear(x) + torch.zeros(4, 3).double() @ m.w + m.b, dict(w=(3, 4), b=(4,))),
+    "class token, changed in place": (token_changed, dict(w=(1, 4))),
+    "class token, changed in place by an operator": (
+        lambda m, x: m.linear(operator.iadd(m.w.repeat(4, 1), m.linear(x))),
+        dict(w=(1, 4)),
+    ),
     "scaled buffer": (lambda m, x: m.linear(x) + m.w * m.table[0], dict(w=())),
     "relative positions": (
         lambda m, x: m.linear(x)[:, :2, None] + m.w[(m.table > 0).long()].sum(0)[:2],
@@ -95,6 +130,49 @@ RIGHT = {
         dict(w=()),
     ),
     "embedding": (lambda m, x: F.embedding((x > 0).long(), m.w) * m.linear(x)[..., None], dict(w=(2, 3))),
+    "standardized weights": (
+        lambda m, x: F.linear(m.linear(x), F.batch_norm(m.w[None], None, None, training=True)[0]),
+        dict(w=(3, 4)),
+    ),
+    "layer norm of parameters": (
+        lambda m, x: m.linear(x) @ F.layer_norm(m.w, (3,), m.b, m.c),
+        dict(w=(4, 3), b=(3,), c=(3,)),
+    ),
+    "layer norm of parameters, torch's own": (
+        lambda m, x: m.linear(x) @ torch.layer_norm(m.w, (4, 3), m.b),
+        dict(w=(4, 3), b=(4, 3)),
+    ),
+    "batch norm of parameters": (
+        lambda m, x: m.linear(x) @ F.batch_norm(m.w, None, None, m.b, m.c, training=True),
+        dict(w=(4, 3), b=(3,), c=(3,)),
+    ),
+    "batch norm of parameters, torch's own": (
+        lambda m, x: (
+            m.linear(x) @ torch.batch_norm(m.w[:, :, None], m.b, None, None, None, True, 0.1, 1e-5, False).flatten(1)
+        ),
+        dict(w=(4, 3), b=(3,)),
+    ),
+    "instance norm of parameters": (
+        lambda m, x: m.linear(x) @ F.instance_norm(m.w[:, None], weight=m.b, bias=m.c)[:, 0],
+        dict(w=(4, 3), b=(1,), c=(1,)),
+    ),
+    "group norm of parameters": (
+        lambda m, x: m.linear(x) @ F.group_norm(m.w, 2, m.b, m.c).t(),
+        dict(w=(3, 4), b=(4,), c=(4,)),
+    ),
+    "rms norm of parameters": (lambda m, x: m.linear(x) @ F.rms_norm(m.w, (3,), m.b), dict(w=(4, 3), b=(3,))),
+    "a number beside parameters": (
+        lambda m, x: x @ (m.w / torch.tensor(2.0).sqrt()).logaddexp(torch.tensor(0.5)) * x.max(),
+        dict(w=(4, 3)),
+    ),
+    "a view, changed in place": (
+        lambda m, x: torch.einsum("bnh,tnh->bnt", m.linear(x).unflatten(1, (2, 2)), m.w).mul_(2),
+        dict(w=(3, 2, 2)),
+    ),
+    "a view, changed in place by a part": (
+        lambda m, x: torch.tensordot(m.linear(x).unflatten(1, (2, 2)), m.w, ([1], [1]))[:, 1:].mul_(2),
+        dict(w=(3, 2, 2)),
+    ),
 }
 
 
@@ -164,6 +242,7 @@ def set_item(m, x):
 
 REFUSED = {
     "buffer written in place": (lambda m, x: x @ m.table.clone().mul_(m.w), dict(w=(4, 4)), "in place"),
+    "number written in place": (lambda m, x: x * torch.tensor(2.0).double().mul_(m.w), dict(w=()), "in place"),
     "losses of gradients": (gradient_penalty, {}, "derivative of a recorded operation"),
     "assignment": (set_item, dict(w=(4,)), "__setitem__ hides how it uses w"),
     "several outputs": (lambda m, x: torch.broadcast_tensors(m.linear(x), m.w)[1], dict(w=(4,)), "broadcast_tensors"),
@@ -199,6 +278,32 @@ def test_refused(name):
             losses = model(data())
         rec.backward(losses)
     assert all(p.grad is None for p in model.parameters())
+
+
+class Swapped(Operation):
+    """An operation whose output is a view: (x w)ᵀ."""
+
+    def terms(self, gy, batch_size):
+        raise AssertionError("the output is not reached")
+
+
+@pytest.mark.parametrize("change", [lambda y: y.mul_(2), lambda y: y.mT.mul_(2), lambda y: y[:, 0].zero_()])
+def test_a_change_that_hides_a_recorded_output_is_refused(change, monkeypatch):
+    def rule(recorder, func, args, kwargs):
+        x, w = args
+        return Swapped(recorder, "swapped", [w]).attach((x * recorder.alias(w)).mT)
+
+    def forward(m, x):
+        y = torch.kron(m.linear(x), m.w)
+        change(y)
+        return y
+
+    monkeypatch.setitem(RULES, torch.kron, rule)
+    model = Model(forward, w=(4,))
+    with bootgrad.record(model) as rec:
+        losses = model(data())
+    with pytest.raises(BootgradError, match="the output of swapped is a view .* clone it"):
+        rec.backward(losses)
 
 
 def test_fused_modules_are_refused():
@@ -478,11 +583,57 @@ def test_transforms_of_functions_are_refused():
         model(data())
 
 
-@pytest.mark.parametrize("change", [lambda v: v[0].zero_(), lambda v: v.clamp_(-0.1, 0.1)])
+def twice_and_a_part(w):
+    w.mul_(2).sub_(0.1)
+    w[0] = w.exp()[1]
+    return w
+
+
+def before_and_after(w):
+    before = w.exp()
+    w.mul_(2)
+    return w * before
+
+
+def a_view(w):
+    rows = w.view(12)
+    rows *= 0.5
+    rows -= rows.sum()
+    return rows.view(3, 4)
+
+
+CHANGES = {
+    "relu": lambda w: w.relu_(),
+    "relu by option": lambda w: F.relu(w, inplace=True),
+    "clamp": lambda w: w.clamp_(-0.3, 0.3),
+    "mask": lambda w: w.masked_fill_(torch.arange(4) > 2, 0.0),
+    "a layer's output": lambda w: F.linear(w, w).relu_() @ w,
+    "twice, and a part": twice_and_a_part,
+    "before and after": before_and_after,
+    "a view": a_view,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_changed_in_place(change):
+    model = Model(lambda m, x: x @ CHANGES[change](m.w.clone()).t(), w=(3, 4))
+    assert bootgrad.verify(model, model, data()).ok
+
+
+def a_part(v, x):
+    v[0].zero_()
+
+
+def unseen(v, x):
+    with torch.no_grad():
+        v.mul_(2)
+
+
+@pytest.mark.parametrize("change", [a_part, unseen])
 def test_a_derived_weight_changed_in_place_before_it_is_viewed(change):
     def forward(m, x):
         v = m.w.clone()
-        change(v)
+        change(v, x)
         return x @ v.view(3, 4).t()
 
     with (
@@ -490,6 +641,23 @@ def test_a_derived_weight_changed_in_place_before_it_is_viewed(change):
         bootgrad.record(model := Model(forward, w=(3, 4))) as rec,
     ):
         rec.backward(model(data()))
+
+
+def test_a_derived_weight_changed_in_place_after_it_was_used():
+    """What the operation used is there no more: refused where it matters."""
+
+    def forward(m, x):
+        v = m.w.sin()
+        y = x + v
+        return y * v.mul_(2).detach()
+
+    with bootgrad.record(model := Model(forward, w=(4,))) as rec:
+        losses = model(data())
+    with pytest.raises(BootgradError, match="sin was changed in place"):
+        rec.backward(losses)
+    model = Model(lambda m, x: (x + (v := m.w.clone())) * v.mul_(2), w=(4,))
+    with pytest.raises(BootgradError, match="changed in place"), bootgrad.record(model):
+        model(data())
 
 
 def test_a_mask_changed_in_place_after_the_rows_were_described():

@@ -64,6 +64,8 @@ class FallbackOperation(Operation):
             return y
         if any(y is t for t in leaves):
             y = y.view_as(y)
+        elif y._is_view() and not any(_base(y) is _base(t) for t in leaves if isinstance(t, Tensor)):
+            y = y.clone()  # of what was made on the way: a change in place would leave its node beside the graph
         self.versions = [t._version if isinstance(t, Tensor) else None for t in self.leaves]
         return self.attach(y)
 
@@ -80,6 +82,11 @@ class FallbackOperation(Operation):
         with torch.no_grad():
             call.check_sums(gy.detach(), self.leaves, self.tracked, terms)
         return terms
+
+
+def _base(t: Tensor) -> Tensor:
+    """What ``t`` is a view of, or itself."""
+    return t if t._base is None else t._base
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ..errors import UnsupportedError
 from ..ops import group_norm, piecewise
 from .base import Operation, Phase, Recorder, RowsOperation, per_sample_sum, rule
 from .checkpointed import saved_tensors_hooks
+from .stand_ins import of_parameters
 from .terms import DenseTerm
 
 _CHANNELS = {F.group_norm, torch.group_norm, F.batch_norm, torch.batch_norm}
@@ -26,6 +27,7 @@ _SIGNATURES = {
     torch.layer_norm: "input normalized_shape weight bias eps cudnn_enable",
     torch.rms_norm: "input normalized_shape weight eps",
     torch.batch_norm: "input weight bias running_mean running_var training momentum eps cudnn_enabled",
+    torch.instance_norm: "input weight bias running_mean running_var use_input_stats momentum eps cudnn_enabled",
 }
 
 
@@ -75,6 +77,19 @@ def _normalization(recorder: Recorder, func, args, kwargs):
         return out
 
     return RowsOperation(recorder, func.__name__, tracked, rows_of)(y, x)
+
+
+@of_parameters(F.layer_norm, torch.layer_norm, F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)
+def _apart(func, *args, **kwargs) -> Tensor:
+    """The norm first, scale and shift behind it: the scale's gradient of all in one has no derivative by x under ``vmap``."""
+    options = _arguments(func, args, kwargs)
+    affine = [options.get(name) for name in ("weight", "bias")]
+    y = _call(func, options | {"weight": None, "bias": None})
+    if func not in (F.layer_norm, torch.layer_norm):
+        affine = [t if t is None else t.reshape(-1, *[1] * (y.dim() - 2)) for t in affine]
+    scale, shift = affine
+    y = y if scale is None else y * scale
+    return y if shift is None else y + shift
 
 
 @rule(F.instance_norm)

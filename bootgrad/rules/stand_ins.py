@@ -1,5 +1,6 @@
 """What runs in place of torch functions on which nothing is recorded: right where torch is wrong, and quicker elsewhere."""
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -27,11 +28,29 @@ def plain_rule(*funcs: Callable):
 WRITTEN_OUT: dict[Callable, Callable] = {}
 
 
+OF_PARAMETERS: dict[Callable, Callable] = {}
+
+
 def written_out(func: Callable):
-    """Register what to call in place of a torch function of parameters alone, with the same arguments."""
+    """Register what to call in place of a torch function whose second derivative is wrong, with the same arguments."""
 
     def register(function):
-        WRITTEN_OUT[func] = function
+        WRITTEN_OUT[func] = OF_PARAMETERS[func] = function
+        return function
+
+    return register
+
+
+def of_parameters(*funcs: Callable):
+    """Register ``function(func, *args, **kwargs)`` for torch functions whose second derivative is wrong under ``vmap`` only.
+
+    It is called where all that they take is parameters, which is where `vmap` takes their first derivative.
+    """
+
+    def register(function):
+        for func in funcs:
+            OF_PARAMETERS[func] = call = functools.partial(function, func)
+            call.__name__ = func.__name__  # type: ignore[attr-defined]  # partial objects have attributes
         return function
 
     return register
