@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import UnsupportedError
+from .ops.linear import LinearProduct
 from .rules.base import autocast_now
-from .rules.terms import ComputedTerm, Term, vmap
+from .rules.terms import ComputedTerm, FactoredTerm, Term, vmap
 
 _T = torch.Tensor
 ISOMETRIES = {
@@ -197,6 +198,20 @@ class ViewTerm(Term):
 
     def gram(self):  # noqa: D102
         return self.term.gram()
+
+    def inner_product(self, other):  # noqa: D102
+        turned = self._turned()
+        return None if turned is None else turned.inner_product(other) or other.inner_product(turned)
+
+    def _turned(self) -> FactoredTerm | None:
+        """The term of the parameter itself, where a linear layer's weight is its transpose: there x and gy change roles."""
+        term, view = self.term, self.derived.tensor
+        is_transpose = view.shape == self.shape[::-1] and view.stride() == self.leaf.stride()[::-1]
+        if view.dim() != 2 or not is_transpose or view.data_ptr() != self.leaf.data_ptr():
+            return None
+        if not isinstance(term, FactoredTerm) or not isinstance(term.product, LinearProduct):
+            return None
+        return FactoredTerm(LinearProduct(not term.product.transposed), *term.pair(), self.shape, self.shape)
 
     def map(self, function):  # noqa: D102
         return ViewTerm(self.term.map(function), self.shape, self.derived, self.leaf)

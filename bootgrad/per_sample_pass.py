@@ -28,8 +28,9 @@ from .ops.linear import LinearProduct
 from .ops.product import Product
 from .per_sample import PerSampleGradients
 from .recording import Recording, _states
-from .rules import convolution, linear
+from .rules import convolution, embedding, linear
 from .rules.base import RULES, Operation, autocast_now, is_in_place
+from .rules.lookup_term import LookUpTerm
 from .rules.terms import CHUNK_BYTES, DenseTerm, FactoredTerm, recomputed, vmap
 
 _PRODUCTS = {f for f, rule in RULES.items() if rule.__module__ in (linear.__name__, convolution.__name__)}
@@ -122,6 +123,8 @@ class PerSamplePass(Recording):
                 return super()._operate(func, args, kwargs)
             if func is F.group_norm:
                 return self._group_norm(*args, **kwargs)
+            if func in embedding.PARSERS:
+                return self._look_up(embedding.call_of(self, func, args, kwargs))
         except _NoFactors:
             pass
         return self._run_without_rule(func, args, kwargs)
@@ -141,6 +144,19 @@ class PerSamplePass(Recording):
 
         image = input.reshape(1, -1, *shape[2:])
         return F.group_norm(image, B * num_groups, of_samples(weight), of_samples(bias), eps).reshape(shape)
+
+    def _look_up(self, call: Any) -> Tensor:
+        """A look-up whose rows are moved by those of the sample's own gradient."""
+        if call is NotImplemented:
+            raise _NoFactors
+        term = None if self._known[id(call.table)] is not None else self._terms.get(id(call.table))
+        if not isinstance(term, LookUpTerm) or term.gy.dtype != call.table.dtype:
+            raise _NoFactors
+        self._check_rows(f"{call.name} on {self.name_of(call.table)}", call.shape[0])
+        rows = call.table.reshape(call.inner).index_select(0, call.index)
+        rows = torch.where(call.look_ups.none, rows.detach(), rows)
+        moved = term.found_by(call.look_ups.merged(self.batch_size), call.inner[1])
+        return call.pooled(torch.add(rows, moved, alpha=self.factor))
 
     def _expand(self, row: Tensor, rows: int) -> Tensor:
         self._check_rows(f"repeating {self.name_of(row)}", rows)
