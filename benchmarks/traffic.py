@@ -92,7 +92,21 @@ class NormLayer:
         return f"group norm {self.C}, {'×'.join(map(str, self.S))}, G = {self.G}"
 
 
-Layer = LinearLayer | ConvLayer | NormLayer
+@dataclass(frozen=True)
+class LookUpLayer:
+    """T look-ups a sample in a table (V, D)."""
+
+    B: int
+    T: int
+    V: int
+    D: int
+
+    def __str__(self) -> str:
+        """The table, and how many look-ups."""
+        return f"embedding {self.V}×{self.D}, T = {self.T}"
+
+
+Layer = LinearLayer | ConvLayer | NormLayer | LookUpLayer
 
 
 @dataclass(frozen=True)

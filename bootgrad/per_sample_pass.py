@@ -29,9 +29,10 @@ from .ops.linear import LinearProduct
 from .ops.product import Product
 from .per_sample import PerSampleGradients
 from .recording import Recording, _states
-from .rules import attention, bilinear, convolution, elementwise, linear, recurrent
+from .rules import attention, bilinear, convolution, elementwise, embedding, linear, recurrent
 from .rules.base import RULES, Operation, autocast_now, is_in_place
 from .rules.checkpointed import StopRecomputation, without_hooks
+from .rules.lookup_term import LookUpTerm
 from .rules.parts import DisjointTerm, PartTerm
 from .rules.terms import CHUNK_BYTES, DenseTerm, FactoredTerm, recomputed, vmap
 
@@ -143,6 +144,8 @@ class PerSamplePass(Recording):
                 return super()._operate(func, args, kwargs)
             if func is F.group_norm:
                 return self._group_norm(*args, **kwargs)
+            if func in embedding.PARSERS:
+                return self._look_up(embedding.call_of(self, func, args, kwargs))
         except _NoFactors:
             pass
         return self._run_without_rule(func, args, kwargs)
@@ -162,6 +165,19 @@ class PerSamplePass(Recording):
 
         image = input.reshape(1, -1, *shape[2:])
         return F.group_norm(image, B * num_groups, of_samples(weight), of_samples(bias), eps).reshape(shape)
+
+    def _look_up(self, call: Any) -> Tensor:
+        """A look-up whose rows are moved by those of the sample's own gradient."""
+        if call is NotImplemented:
+            raise _NoFactors
+        term = None if self._known[id(call.table)] is not None else self._terms.get(id(call.table))
+        if not isinstance(term, LookUpTerm) or term.gy.dtype != call.table.dtype:
+            raise _NoFactors
+        self._check_rows(f"{call.name} on {self.name_of(call.table)}", call.shape[0])
+        rows = call.table.reshape(call.inner).index_select(0, call.index)
+        rows = torch.where(call.look_ups.none, rows.detach(), rows)
+        moved = term.found_by(call.look_ups.merged(self.batch_size), call.inner[1])
+        return call.pooled(torch.add(rows, moved, alpha=self.factor))
 
     def expand(self, tracked: Tensor, rows: int, dims: int) -> Tensor:
         """Each sample's own, as many times as it has rows."""

@@ -47,6 +47,7 @@ GPU_BACKENDS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("linear", (*_HALF, "float32"), ("triton", "cuda")),
     ("conv", (*_HALF, "float32"), ("triton", "cuda")),
     ("group_norm", (*_HALF, "float32"), ("triton",)),
+    ("embedding", (*_HALF, "float32"), ("triton",)),
 )
 
 

@@ -280,6 +280,46 @@ def _normalized(x: Tensor, eps: Tensor) -> Tensor:
     return ((groups - groups.mean(1, True)) / (groups.var(1, correction=0) + eps).sqrt()[:, None]).view_as(x)
 
 
+def embedding_tables(tokens: Tensor, bounds: Tensor, gy: Tensor, size: int | None = None) -> Tensor:
+    """An embedding's E_i, (B, size, D); tokens (N,), none where negative, bounds (B + 1,) and gy (N, D), here and below."""
+    if size is None:
+        size = max([0, *(t + 1 for t in tokens.tolist())])
+    tables = []
+    for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        used = tokens[begin:end] >= 0
+        own, gy_i = tokens[begin:end][used], gy.double()[begin:end][used]
+
+        def product(W, own=own, gy_i=gy_i):
+            return (F.embedding(own, W) * gy_i).sum()
+
+        table = gy_i.new_zeros(size, gy.size(1))
+        tables.append(grad(product)(table) if gy_i.numel() else table)
+    return torch.stack(tables) if tables else gy.double().new_zeros(0, size, gy.size(1))
+
+
+def embedding_sq_norms(tokens: Tensor, bounds: Tensor, gy: Tensor, center: Tensor | None) -> Tensor:
+    """‖E_i − center‖², (B,); center (V, D), zeros when None."""
+    return _layer_deviation(embedding_tables(tokens, bounds, gy, None if center is None else center.size(0)), center)
+
+
+def embedding_rows(tokens: Tensor, bounds: Tensor, gy: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor]:
+    """‖E_i − center‖², and half of its derivative by gy."""
+    with torch.enable_grad():
+        gy = gy.detach().double().requires_grad_()
+        s = embedding_sq_norms(tokens, bounds, gy, center)
+        return s.detach(), torch.autograd.grad(s.sum() + 0 * gy.sum(), gy)[0] / 2
+
+
+def embedding_jvp(tokens: Tensor, bounds: Tensor, gy: Tensor, v: Tensor) -> Tensor:
+    """⟨E_i, v⟩, (B,); v (V, D)."""
+    return jvp(embedding_tables(tokens, bounds, gy, v.size(0)).flatten(1), v.double().flatten())
+
+
+def embedding_weighted_sum(tokens: Tensor, bounds: Tensor, gy: Tensor, w: Tensor | None, size: int) -> Tensor:
+    """Σ_i w_i E_i, (size, D); w (B,), ones when None."""
+    return _layer_sum(embedding_tables(tokens, bounds, gy, size), w)
+
+
 def _derivatives(product: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         inputs = tuple(t.detach().double().requires_grad_() for t in inputs)

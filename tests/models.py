@@ -161,12 +161,75 @@ class DerivedWeights(nn.Module):
         return self.normed(torch.tanh(x)) + y.mean(2).sum(1, keepdim=True)
 
 
+class LookUps(nn.Module):
+    """Tables in every way of looking up: with padding, in merged rows, from the end, of many dimensions, by position."""
+
+    def __init__(self):
+        super().__init__()
+        self.padded = nn.Embedding(7, 4, padding_idx=2)
+        self.merged = nn.Embedding(7, 4)
+        self.indexed = nn.Parameter(torch.randn(7, 2, 2))
+        self.selected = nn.Parameter(torch.randn(7, 4))
+        self.scores = nn.Parameter(torch.randn(7))
+        self.positions = nn.Embedding(5, 4)
+        self.doubled = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens):  # (B, 5) long
+        n, t = tokens.shape
+        x = self.padded(tokens) + self.merged(tokens.reshape(-1)).reshape(n, t, 4)
+        x = torch.tanh(x + self.indexed[tokens - 7].flatten(2) + self.positions(torch.arange(t)))
+        x = x * self.scores[tokens][..., None] + F.embedding(tokens, self.doubled.weight.sin())
+        return self.head(torch.tanh(x.mean(1) + self.selected.index_select(0, tokens[:, 0])))
+
+
+class Bags(nn.Module):
+    """Sums with weights that are looked up, too, means of bags of any length, none included, and maxima."""
+
+    def __init__(self):
+        super().__init__()
+        self.sums, self.means, self.maxima = (nn.Parameter(torch.randn(7, 4)) for _ in range(3))
+        self.weights = nn.Parameter(torch.randn(7))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens):  # (B, 5) long
+        n, t = tokens.shape
+        start = torch.arange(n) * t
+        cut = torch.stack([start, start + tokens[:, 0] % 4], 1).flatten()  # two bags a sample, the first often empty
+        x = F.embedding_bag(tokens, self.sums, mode="sum", per_sample_weights=self.weights[tokens], padding_idx=1)
+        y = F.embedding_bag(tokens.flatten(), self.means, cut, padding_idx=-3)
+        z = F.embedding_bag(
+            tokens.flatten(),
+            self.maxima,
+            torch.cat([cut, cut.new_tensor([n * t])]),
+            mode="max",
+            include_last_offset=True,
+        )
+        return self.head(torch.tanh(x) + torch.tanh(y + z.sin()).reshape(n, 2, 4).sum(1))
+
+
+class TiedTable(nn.Module):
+    """A table that tokens are looked up in twice, and that is the output layer's weight, written in two ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(7, 4, padding_idx=3)
+        self.inner = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, tokens):  # (B, 5) long
+        x = torch.tanh(self.inner(self.tokens(tokens) + self.tokens.weight[tokens.flip(1) % 4]))
+        return torch.tanh(self.head(x)).mean(1) + x[:, 0].sin() @ self.tokens.weight.T
+
+
 class Unknown(nn.Module):
-    """Operations without a rule: PReLU, embedding, bilinear, division."""
+    """Operations without a rule: PReLU, bilinear, division, a product of three factors."""
 
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(7, 4)
+        self.form = nn.Parameter(torch.randn(3, 4, 4))
         self.prelu = nn.PReLU(4)
         self.bilinear = nn.Bilinear(4, 4, 3)
         self.temperature = nn.Parameter(torch.full((3,), 1.5))
@@ -174,7 +237,7 @@ class Unknown(nn.Module):
     def forward(self, tokens):  # (B, 5) long
         x = self.embed(tokens)
         x = self.prelu(x.sum(1)) + torch.sin(x[:, 0])
-        return self.bilinear(x, torch.tanh(x)) / self.temperature
+        return self.bilinear(x, torch.tanh(x)) / self.temperature + torch.einsum("bi,oij,bj->bo", x, self.form, x.sin())
 
 
 class Frozen(nn.Module):
@@ -227,6 +290,9 @@ SHAPES = {
     Functional: (5,),
     Tied: (2, 4, 4),
     DerivedWeights: (5,),
+    LookUps: None,
+    Bags: None,
+    TiedTable: None,
     Unknown: None,
     Frozen: (5,),
     Dropout: (5,),

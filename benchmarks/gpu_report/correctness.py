@@ -17,7 +17,7 @@ from torch import Tensor
 from bootgrad.ops.backends import eager
 from bootgrad.planning import ConvLayer, LinearLayer
 
-from ..traffic import Layer, NormLayer
+from ..traffic import Layer, LookUpLayer, NormLayer
 from . import backends, examples
 from .options import Options
 
@@ -25,7 +25,7 @@ BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch
 DTYPES = tuple(
     str(dtype).removeprefix("torch.") for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 )
-KINDS = ("conv_sq", "conv_st", "conv_d,conv_j,conv_w", "linear", "group")
+KINDS = ("conv_sq", "conv_st", "conv_d,conv_j,conv_w", "linear", "group", "embedding")
 
 ODD = (
     LinearLayer(3, 1, 127, 65),
@@ -42,6 +42,9 @@ ODD = (
     NormLayer(3, 12, (7, 9), 4),
     NormLayer(1, 64, (127,), 64),
     NormLayer(2, 6, (63, 65), 1),
+    LookUpLayer(3, 127, 50, 63),
+    LookUpLayer(1, 1, 1, 1),
+    LookUpLayer(2, 0, 5, 3),
 )
 REAL = (  # of ResNet-18, ResNet-50 and a transformer
     ConvLayer(4, 64, (56, 56), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
@@ -55,12 +58,14 @@ REAL = (  # of ResNet-18, ResNet-50 and a transformer
     LinearLayer(256, 1, 2048, 1000),
     NormLayer(8, 64, (56, 56), 32),
     NormLayer(4, 64, (112, 112), 32),
+    LookUpLayer(4, 1024, 50257, 768),
 )
 TINY = (
     LinearLayer(3, 1, 7, 5),
     LinearLayer(2, 3, 7, 5),
     ConvLayer(2, 4, (5, 4), 6, (3, 3), (2, 1), (1, 1), (1, 1), 2),
     NormLayer(2, 6, (3, 5), 2),
+    LookUpLayer(2, 7, 5, 3),
 )
 
 

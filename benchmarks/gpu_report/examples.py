@@ -11,7 +11,7 @@ from torch import Tensor
 from bootgrad.ops.schema import SCHEMAS, accumulation_dtype, output_size
 from bootgrad.planning import ConvLayer, LinearLayer
 
-from ..traffic import Layer, NormLayer
+from ..traffic import Layer, LookUpLayer, NormLayer
 
 EPSILON = 1e-5
 _LAYERS_OWN = ("x", "gy", "u")  # tensors with space
@@ -21,7 +21,7 @@ def layers_for(op: str, layers: Collection[Layer]) -> list[Layer]:
     """Those of the layers that an op is made for."""
     if op.startswith("linear_rank1"):
         return [layer for layer in layers if isinstance(layer, LinearLayer) and layer.T == 1]
-    kinds = {"linear": LinearLayer, "conv": ConvLayer, "group": NormLayer}
+    kinds = {"linear": LinearLayer, "conv": ConvLayer, "group": NormLayer, "embedding": LookUpLayer}
     kind = kinds.get(op.partition("_")[0])
     return [] if kind is None else [layer for layer in layers if isinstance(layer, kind)]
 
@@ -72,12 +72,13 @@ def arguments(
     def random(*shape: int, dtype: torch.dtype = wide) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=drawn, device=device).to(dtype)
 
-    make = {LinearLayer: _linear, ConvLayer: _conv, NormLayer: _norm}[type(layer)]
+    make = {LinearLayer: _linear, ConvLayer: _conv, NormLayer: _norm, LookUpLayer: _look_ups}[type(layer)]
     values = make(op, layer, random, dtype) | {"path": path, "mask": list(mask), "input_grad": True}
     if channels_last:
         values |= {name: _channels_last(values[name]) for name in _LAYERS_OWN if name in values}
     if apart:
-        values |= {name: _apart(t) for name, t in values.items() if isinstance(t, Tensor) and name not in _LAYERS_OWN}
+        others = {name: t for name, t in values.items() if isinstance(t, Tensor) and name not in _LAYERS_OWN}
+        values |= {name: _apart(t) for name, t in others.items() if t.is_floating_point()}
     values |= dict.fromkeys(absent)
     missing = [name for name in _names(op) if name not in values]
     if missing:
@@ -94,8 +95,9 @@ def moved(arguments: list[Any], device: str) -> list[Any]:
 
 
 def widened(arguments: list[Any]) -> list[Any]:
-    """The same numbers in float64 on the CPU, for the oracle."""
-    return [a.double().cpu() if isinstance(a, Tensor) else a for a in arguments]
+    """The same numbers in float64 on the CPU, for the oracle; integers as they are."""
+    cpu = [a.cpu() if isinstance(a, Tensor) else a for a in arguments]
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in cpu]
 
 
 def _linear(op: str, layer: LinearLayer, random, dtype) -> dict[str, Any]:
@@ -128,6 +130,17 @@ def _norm(op: str, layer: NormLayer, random, dtype) -> dict[str, Any]:
     rows = {name: random(layer.B, layer.C) for name in ("a", "b")}
     rstd = (groups.var(2, correction=0) + EPSILON).rsqrt()
     return {"x": x, "gy": gy, "u": u, **rows, "weight": random(layer.C), "mean": groups.mean(2), "rstd": rstd}
+
+
+def _look_ups(op: str, layer: LookUpLayer, random, dtype) -> dict[str, Any]:
+    """Tokens of which some are looked up often, and some are none."""
+    gy = random(layer.B * layer.T, layer.D, dtype=dtype)
+    drawn = random(layer.B * layer.T).abs()
+    tokens = (
+        ((drawn / drawn.max()) ** 2 * (layer.V + 1)).long().clamp(max=layer.V) - 1 if drawn.numel() else drawn.long()
+    )
+    bounds = torch.arange(layer.B + 1, device=gy.device) * layer.T
+    return {"tokens": tokens, "bounds": bounds, "gy": gy, "center": random(layer.V, layer.D)}
 
 
 def _channels_last(t: Tensor) -> Tensor:

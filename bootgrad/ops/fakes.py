@@ -13,6 +13,7 @@ from .schema import (
     check_conv,
     check_conv3x3,
     check_displaced,
+    check_embedding,
     check_group_norm,
     check_layer,
     check_linear,
@@ -20,6 +21,7 @@ from .schema import (
     check_pairs,
     check_paths,
     check_product,
+    check_table,
     library,
     output_size,
     weight_shape,
@@ -209,6 +211,38 @@ def _(gz, z, x, weight, mean, rstd, input_grad):
 def _(u, a, b, gz, z, x, weight, mean, rstd):
     check_group_norm(x, {"z": z}, weight, mean, rstd)
     return torch.ops.bootgrad.group_norm_double_backward(u, a, b, gz, x, weight, mean, rstd)
+
+
+def _samples(bounds: Tensor, gy: Tensor) -> Tensor:
+    return gy.new_empty(bounds.size(0) - 1, dtype=accumulation_dtype(gy.dtype))
+
+
+@_fake("embedding_sq_norms")
+def _(tokens, bounds, gy, center):
+    check_embedding(tokens, bounds, gy)
+    check_table("center", center, gy)
+    return _samples(bounds, gy)
+
+
+@_fake("embedding_rows")
+def _(tokens, bounds, gy, center):
+    check_embedding(tokens, bounds, gy)
+    check_table("center", center, gy)
+    return _samples(bounds, gy), gy.new_empty(gy.shape)
+
+
+@_fake("embedding_jvp")
+def _(tokens, bounds, gy, v):
+    check_embedding(tokens, bounds, gy)
+    check_table("v", v, gy)
+    return _samples(bounds, gy)
+
+
+@_fake("embedding_weighted_sum")
+def _(tokens, bounds, gy, w, size):
+    check_embedding(tokens, bounds, gy)
+    check_layer("w", w, (bounds.size(0) - 1,), gy)
+    return gy.new_empty((size, gy.size(1)), dtype=accumulation_dtype(gy.dtype))
 
 
 @_fake("conv_visit")

@@ -73,6 +73,10 @@ SCHEMAS = {
         "(Tensor? u, Tensor? a, Tensor? b, Tensor gy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd)"
         " -> (Tensor, Tensor, Tensor)"
     ),
+    # Embeddings: E_i = Σ_n onehot(tokens_n) ⊗ gy_n over sample i's look-ups, n from bounds_i to bounds_{i+1} − 1; tokens (N,)
+    # int64, negative where there is none; bounds (B + 1,) int64, from 0 to N; gy (N, D)
+    # (B,)  ‖E_i − center‖²; center (V, D), zeros when absent
+    "embedding_sq_norms": "(Tensor tokens, Tensor bounds, Tensor gy, Tensor? center) -> Tensor",
 }
 
 # Ops that GPUs run in plain torch: another input h, as x, or g, as gy, times the G_i.
@@ -85,6 +89,16 @@ APPLIED_SCHEMAS = {
     # at every position, of the accumulation dtype. x and gy have elements.
     "conv_displaced": f"(Tensor x, Tensor gy, Tensor h, Tensor weight, Tensor? shift, float factor, {_GEOMETRY}) -> Tensor",
     "conv_displaced_transposed": f"(Tensor x, Tensor gy, Tensor g, Tensor weight, float factor, {_GEOMETRY}) -> Tensor",
+}
+
+# What else there is of embeddings, in plain torch on GPUs.
+EMBEDDING_SCHEMAS = {
+    # ‖E_i − center‖², and for each look-up its token's row of E_i − center, (N, D), typed as gy; zeros where there is no token
+    "embedding_rows": "(Tensor tokens, Tensor bounds, Tensor gy, Tensor? center) -> (Tensor, Tensor)",
+    # (B,)  ⟨E_i, v⟩; v (V, D)
+    "embedding_jvp": "(Tensor tokens, Tensor bounds, Tensor gy, Tensor v) -> Tensor",
+    # (V, D)  Σ_i w_i E_i, for V = size; w (B,) of the accumulation dtype, ones when absent
+    "embedding_weighted_sum": "(Tensor tokens, Tensor bounds, Tensor gy, Tensor? w, int size) -> Tensor",
 }
 
 # Activations, plain torch on GPUs, too.
@@ -146,7 +160,7 @@ for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     cuda_library.define(_name + _schema)
 for _name, _schema in (
-    APPLIED_SCHEMAS | POOLING_SCHEMAS | RELU_SCHEMAS | CONVOLUTION_SCHEMAS | PARAMETER_SCHEMAS
+    APPLIED_SCHEMAS | EMBEDDING_SCHEMAS | POOLING_SCHEMAS | RELU_SCHEMAS | CONVOLUTION_SCHEMAS | PARAMETER_SCHEMAS
 ).items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -257,6 +271,41 @@ def check_conv(
 def weight_shape(x: Tensor, gy: Tensor, kernel_size: Sequence[int], groups: int) -> tuple[int, ...]:
     """Shape (O, C/groups, *K) of the weights of a convolution."""
     return (gy.size(1), x.size(1) // groups, *kernel_size)
+
+
+def check_embedding(tokens: Tensor, bounds: Tensor, gy: Tensor) -> None:
+    """Raise unless ``tokens`` are (N,), ``bounds`` (B + 1,), and ``gy`` (N, D)."""
+    torch._check(
+        gy.dim() == 2 and gy.is_floating_point(),
+        lambda: f"gy must be floating point, (N, D); got {gy.dtype} of shape {tuple(gy.shape)}",
+    )
+    for name, t in (("tokens", tokens), ("bounds", bounds)):
+        torch._check(
+            t.dim() == 1 and t.dtype == torch.int64,
+            lambda name=name, t=t: f"{name} must be int64 in one dimension; got {t.dtype} of shape {tuple(t.shape)}",
+        )
+        torch._check(
+            t.device == gy.device,
+            lambda name=name, t=t: (
+                f"{name} must be on {gy.device}, where gy is; got {t.device}: move it there by .to()"
+            ),
+        )
+    torch._check(
+        tokens.size(0) == gy.size(0),
+        lambda: f"tokens and gy must have one length; got {tokens.size(0)} and {gy.size(0)}",
+    )
+    torch._check(bounds.size(0) > 0, lambda: "bounds must have a number more than there are samples; got none")
+
+
+def check_table(name: str, tensor: Tensor | None, gy: Tensor) -> None:
+    """Raise unless ``tensor`` (or None) is a table (V, D), of the accumulation dtype of ``gy`` (N, D), and where that is."""
+    if tensor is None:
+        return
+    torch._check(
+        tensor.dim() == 2 and tensor.size(1) == gy.size(1),
+        lambda: f"{name} must have shape (V, {gy.size(1)}); got {tuple(tensor.shape)}",
+    )
+    check_layer(name, tensor, tensor.shape, gy)
 
 
 def check_applied(name: str, tensor: Tensor, like: Tensor) -> None:

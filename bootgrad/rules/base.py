@@ -76,6 +76,9 @@ class Recorder(Protocol):
     def is_tracked(self, value: Any) -> bool:
         """Whether ``value`` is a parameter of the model or derived from parameters alone."""
 
+    def name_of(self, tracked: Tensor) -> str:
+        """The parameter's name, or those that a derived tensor is made of."""
+
     def alias(self, tracked: Tensor) -> Tensor:
         """``tracked`` behind a node of its own, by which the walk over the graph knows this use."""
 

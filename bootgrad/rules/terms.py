@@ -5,12 +5,14 @@
     VisitedTerm     the same, held by the graph alone until a penalty's backward pass has come by
     VisitedBias     the layer's bias, visited along with it
     ComputedTerm    rows made in chunks of samples when they are needed: unknown operations, derived parameters
-    SumTerm         several uses of one parameter; ‖Σ_uses G_i‖² has cross terms, so rows are added before squaring
+    SumTerm         several uses of one parameter; ‖Σ_uses G_i‖² has cross terms: inner products where all pairs of uses have
+                    them, else rows are added before squaring
 
 Every method is differentiable when the tensors inside have a graph. Results are in the accumulation dtype.
 """
 
 import functools
+import itertools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,6 +61,10 @@ class Term(ABC):
     @abstractmethod
     def map(self, function: Callable[[Tensor], Tensor]) -> "Term":
         """The term with ``function`` applied to each tensor it is made of."""
+
+    def inner_product(self, other: "Term") -> Callable[[], Tensor] | None:
+        """A function that makes ⟨g_i, g'_i⟩, (B,), with the rows of another term, where that takes no rows; else None."""
+        return None
 
     def sq_norms(self, center: Tensor | None = None) -> Tensor:
         """‖g_i − center‖², (B,)."""
@@ -467,6 +473,16 @@ class SumTerm(Term):
 
     def rows(self, start, stop):  # noqa: D102
         return total(part.rows(start, stop) for part in self.parts)
+
+    def sq_norms(self, center=None):  # noqa: D102
+        pairs = [a.inner_product(b) or b.inner_product(a) for a, b in itertools.combinations(self.parts, 2)]
+        if any(pair is None for pair in pairs):
+            return super().sq_norms(center)
+        s = total([*(part.sq_norms() for part in self.parts), *(2 * pair() for pair in pairs if pair is not None)])
+        if center is not None:
+            c = center.to(s.dtype)
+            s = s - 2 * self.jvp(c) + c.square().sum()
+        return s - s.detach().clamp(max=0)  # what rounding leaves below zero; the derivative is as it was
 
     def jvp(self, v):  # noqa: D102
         return total(part.jvp(v) for part in self.parts)

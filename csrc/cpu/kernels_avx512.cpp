@@ -22,7 +22,8 @@
 namespace bootgrad {
 const Kernels kAvx512Kernels{
     "avx512",         avx512::conv,          avx512::conv_product, avx512::linear_rank1, avx512::group_norm,
-    avx512::max_pool, avx512::max_pool_grad, avx512::winograd,     avx512::winograd_sum, avx512::sq_distances};
+    avx512::max_pool, avx512::max_pool_grad, avx512::winograd,     avx512::winograd_sum, avx512::sq_distances,
+    avx512::embedding};
 }  // namespace bootgrad
 
 #if defined(__clang__)

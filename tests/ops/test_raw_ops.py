@@ -176,7 +176,7 @@ def test_layouts_of_weights(backend, name, layout):
     run(backend, name, case.but(w=layout(case.w)), "direct")
 
 
-@pytest.mark.parametrize("name", [n for n in schema.SCHEMAS if takes(n, "center")])
+@pytest.mark.parametrize("name", [n for n in LINEAR_OPS + CONV_OPS if takes(n, "center")])
 def test_deviations_of_samples_that_nearly_agree(backend, name):
     """The direct path subtracts before it squares; ‖G_i‖² − 2⟨G_i, c⟩ + ‖c‖² has no digit left here."""
     case = laid_out(name, torch.float32, lambda t: t)
@@ -205,7 +205,7 @@ def squares(name, results):
     return results[2 if results[2].numel() else 1] if name.endswith("statistics") else tupled(results)[0]
 
 
-@over_paths([n for n in schema.SCHEMAS if takes(n, "center")])
+@over_paths([n for n in LINEAR_OPS + CONV_OPS if takes(n, "center")])
 def test_squared_distances_are_not_negative(backend, name, path):
     """Where rounding outweighs the distance, ‖G_i‖² − 2⟨G_i, c⟩ + ‖c‖² is below zero for one sample in two."""
     case = laid_out(name, torch.float32, lambda t: t)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import schema
 from ..schema import accumulation_dtype
+from .eager_embedding import embedding_sq_norms  # noqa: F401
 from .eager_layers import Conv, Linear
 from .eager_norms import group_norm_backward, group_norm_double_backward  # noqa: F401
 

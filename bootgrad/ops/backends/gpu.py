@@ -177,7 +177,8 @@ def _function(name: str, dtype: torch.dtype, path: str, backend: str, device: to
 @functools.cache
 def _has_launcher(name: str, path: str) -> bool:
     """Whether Triton's kernels know the op; of the modules that may be missing, whether they are there."""
-    module = ".group_norm" if name.startswith("group_norm") else ".gram" if path == "gram" else ""
+    of_its_own = next((m for m in ("group_norm", "embedding_sq_norms") if name.startswith(m)), "")
+    module = f".{of_its_own}" if of_its_own else ".gram" if path == "gram" else ""
     package = "bootgrad.kernels"
     return bool(
         hasattr(triton, name) and importlib.util.find_spec(package) and importlib.util.find_spec(package + module)

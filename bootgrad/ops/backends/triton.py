@@ -16,6 +16,7 @@ from torch import Tensor
 from ... import planning
 from .. import schema
 from ..schema import accumulation_dtype
+from . import eager_embedding
 
 _NO_GRADS = (False, False, False)
 
@@ -172,6 +173,17 @@ def group_norm_double_backward(
     for name, t in (("a", a), ("b", b)):
         schema.check_layer(name, t, x.shape[:2], x)
     return launch(u, a, b, gy, x, weight, mean, rstd)
+
+
+@torch.no_grad()
+def embedding_sq_norms(tokens: Tensor, bounds: Tensor, gy: Tensor, center: Tensor | None) -> Tensor:
+    """‖E_i − center‖²; about a center by plain torch, without cancellation."""
+    from ...kernels.embedding_sq_norms import embedding_sq_norms as launch
+
+    if center is not None:
+        return eager_embedding.embedding_sq_norms(tokens, bounds, gy, center)
+    schema.check_embedding(tokens, bounds, gy)
+    return launch(tokens, bounds, gy)
 
 
 def _linear(x, gy, path="direct", *, w=None, **layer_shaped) -> Call:

@@ -27,6 +27,8 @@
 
 #include "bootgrad/sq_distances.hpp"
 
+#include "bootgrad/embedding.hpp"
+
 namespace bootgrad::BOOTGRAD_ISA {
 
 template <class In>

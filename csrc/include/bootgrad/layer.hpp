@@ -178,6 +178,20 @@ struct SqDistancesCall {
   double* out;  // [tensors]  ‖scale·a_k − b_k‖²
 };
 
+// Look-ups in a table of V rows, E_i = Σ_n onehot(token_n) ⊗ gy_n over sample i's; one kind of result.
+struct EmbeddingCall {
+  const Runtime* runtime;
+  DType dtype;
+  int64_t B, N, D, V;
+  const int64_t *tokens, *bounds;  // [N] less than V where there is a table, negative for none; [B + 1] from 0 to N
+  const void* gy;                  // [N, D]
+  const void* center;              // [V, D] or null
+  const void* w;                   // [B] or null
+  void *sq_norms, *rows;           // [B]  ‖E_i − center‖²; [N, D] or null  the look-ups' rows of E_i − center
+  void* inner;                     // [B]  ⟨E_i, center⟩
+  void* sum;                       // [V, D], zeros  Σ_i w_i E_i
+};
+
 // One instruction set's implementations.
 struct Kernels {
   const char* name;
@@ -193,6 +207,7 @@ struct Kernels {
   void (*winograd)(const WinogradCall&);
   void (*winograd_sum)(const WinogradSumCall&);
   void (*sq_distances)(const SqDistancesCall&);
+  void (*embedding)(const EmbeddingCall&);
 };
 
 }  // namespace bootgrad

@@ -2,13 +2,14 @@
 
     s_i = Σ_{t,t'} [tok_t = tok_t'] ⟨gy_t, gy_t'⟩ = Σ_{tokens v of sample i} ‖Σ_{t: tok_t = v} gy_t‖²
 
-Not registered yet: no op of `ops.schema` has this form. Tokens are sorted, stably, sample by sample, so that equal ones
-are neighbours; then one read of gy's rows, gathered in that order, sums them token by token: T·D numbers read, T·D·BLOCK_T
-multiply-adds, against T²·D/2 for the Gram matrix above, and nothing of the size of the vocabulary.
+Tokens are sorted, stably, sample by sample, so that equal ones are neighbours; then one read of gy's rows, gathered in that
+order, sums them token by token: T·D numbers read, T·D·BLOCK_T multiply-adds, against T²·D/2 for the Gram matrix above, and
+nothing of the size of the vocabulary.
 
 A program takes BLOCK_D columns of a sample and walks along its sorted tokens BLOCK_T at a time. In a block the sums of the
 tokens are a product with the matrix [token of row j = token of t], of zeros and ones, which tensor cores multiply
-exactly; the sum of the last token goes on into the next block. Letters: ``B`` samples, ``T`` tokens, ``D`` dimensions.
+exactly; the sum of the last token goes on into the next block. Letters: ``B`` samples, ``N`` tokens, of which a sample has
+``T``, as many as it has, ``D`` dimensions.
 """
 
 import torch
@@ -23,66 +24,58 @@ CONFIGS = {2: (32, 128, 4), 4: (16, 128, 4), 8: (16, 64, 4)}
 TOTAL_BLOCK = (4, 64)
 
 
-def embedding_rows_sq_norms(tokens: Tensor, gy: Tensor, padding_idx: int | None = None) -> Tensor:
+def embedding_sq_norms(tokens: Tensor, bounds: Tensor, gy: Tensor) -> Tensor:
     """Squared norms of the per-sample gradients of an embedding's table.
 
     Args:
-        tokens: (B, T) int64, any strides.
-        gy: (B, T, D), any strides.
-        padding_idx: a token whose row has no gradient.
+        tokens: (N,) int64, negative where there is none.
+        bounds: (B + 1,) int64, where the samples' tokens begin, from 0 to N.
+        gy: (N, D), any strides.
 
     Returns:
         (B,) of the accumulation dtype.
     """
-    B, T, D = gy.shape
+    (N, D), B = gy.shape, bounds.size(0) - 1
     out = torch.empty(B, dtype=accumulation_dtype(gy.dtype), device=gy.device)
-    if gy.numel() == 0:
+    if gy.numel() == 0 or B == 0:
         return out.zero_()
-    ordered, order = torch.sort(tokens, dim=1, stable=True)
+    bounds = bounds.contiguous()
+    order = tokens.argsort(stable=True)
+    samples = torch.searchsorted(bounds[1:], torch.arange(N, device=gy.device), right=True)
+    order = order[samples[order].argsort(stable=True)]
     block_t, block_d, num_warps = CONFIGS[gy.dtype.itemsize]
     partials = torch.empty(B, triton.cdiv(D, block_d), dtype=out.dtype, device=gy.device)
     with torch.cuda.device_of(gy):
-        embedding_rows_kernel[(partials.numel(),)](
-            ordered,
+        embedding_sq_norms_kernel[(partials.numel(),)](
+            tokens[order],
             order,
+            bounds,
             gy,
             partials,
-            T,
             D,
-            0 if padding_idx is None else padding_idx,
-            *ordered.stride(),
-            *order.stride(),
             *gy.stride(),
-            PADDING=padding_idx is not None,
             BLOCK_T=block_t,
             BLOCK_D=block_d,
             num_warps=num_warps,
         )
         block_b, block_n = TOTAL_BLOCK
         grid = (triton.cdiv(B, block_b),)
-        embedding_rows_total_kernel[grid](
+        embedding_sq_norms_total_kernel[grid](
             partials, out, B, partials.size(1), BLOCK_B=block_b, BLOCK_N=block_n, num_warps=1
         )
     return out
 
 
-@triton.jit(do_not_specialize=["padding_idx"])
-def embedding_rows_kernel(
+@triton.jit
+def embedding_sq_norms_kernel(
     tokens_ptr,
     order_ptr,
+    bounds_ptr,
     gy_ptr,
     partials_ptr,
-    T,
     D,
-    padding_idx,
-    stride_kb,
-    stride_kt,
-    stride_ob,
-    stride_ot,
-    stride_gb,
-    stride_gt,
+    stride_gn,
     stride_gd,
-    PADDING: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -90,30 +83,28 @@ def embedding_rows_kernel(
     ACC: tl.constexpr = partials_ptr.dtype.element_ty
     pid, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(D, BLOCK_D)
     b, offs_d = pid // blocks, pid % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    tokens_ptr += b * stride_kb
-    order_ptr += b * stride_ob
+    first, end = tl.load(bounds_ptr + b), tl.load(bounds_ptr + b + 1)
     mask_d = offs_d < D
-    gy_ptrs = gy_ptr + b * stride_gb + offs_d[None, :] * stride_gd
+    gy_ptrs = gy_ptr + offs_d[None, :] * stride_gd
     j = tl.arange(0, BLOCK_T)
     total = tl.zeros([BLOCK_D], ACC)
     carried = tl.zeros([BLOCK_D], ACC)  # the sum of the last token so far
-    for start in range(0, T, BLOCK_T):
+    for start in range(first, end, BLOCK_T):
         offs_t = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_T)
-        mask_t = offs_t < T
+        mask_t = offs_t < end
         # Beyond the end the last token goes on, with rows of zeros.
-        at = tl.minimum(offs_t, T - 1)
-        token = tl.load(tokens_ptr + at * stride_kt)
-        before = tl.load(tokens_ptr + tl.maximum(at - 1, 0) * stride_kt)
+        at = tl.minimum(offs_t, end - 1)
+        token = tl.load(tokens_ptr + at)
+        before = tl.load(tokens_ptr + tl.maximum(at - 1, first))
         new = (token != before) & mask_t
         ended = tl.sum((new & (j == 0)).to(tl.int32), axis=0) > 0  # the token before this block does not go on
         total += tl.where(ended, carried * carried, 0.0)
         carried = tl.where(ended, 0.0, carried)
         index = tl.cumsum((new & (j > 0)).to(tl.int32), axis=0)  # of the token in this block
         last = tl.max(index, axis=0)
-        if PADDING:
-            mask_t = mask_t & (token != padding_idx)
-        row = tl.load(order_ptr + at * stride_ot)
-        gy = tl.load(gy_ptrs + row[:, None] * stride_gt, mask=mask_t[:, None] & mask_d[None, :], other=0.0)
+        row = tl.load(order_ptr + at)
+        mask_t = mask_t & (token >= 0)
+        gy = tl.load(gy_ptrs + row[:, None] * stride_gn, mask=mask_t[:, None] & mask_d[None, :], other=0.0)
         # A token of row j times a number is exact in every precision.
         member = (j[:, None] == index[None, :]).to(gy.dtype)
         sums = tl.dot(member, gy, input_precision="ieee", out_dtype=ACC)  # [BLOCK_T, BLOCK_D]
@@ -125,7 +116,7 @@ def embedding_rows_kernel(
 
 
 @triton.jit(do_not_specialize=["B"])
-def embedding_rows_total_kernel(partials_ptr, out_ptr, B, N, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+def embedding_sq_norms_total_kernel(partials_ptr, out_ptr, B, N, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
     """Sums of the rows of (B, N), one program per BLOCK_B samples."""
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     acc = tl.zeros([BLOCK_B, BLOCK_N], out_ptr.dtype.element_ty)
