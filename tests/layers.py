@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+import bootgrad
+
 B = 4
 
 
@@ -107,6 +109,32 @@ LAYERS = {
         lambda: Uses(lambda m, x: torch.cat([m.w.expand(len(x), -1, -1), x], 1), w=parameter(1, 1, 5)), (normal(4, 5),)
     ),
     "Positions": Layer(lambda: Uses(lambda m, x: x + m.w[:, : x.size(1)], w=parameter(1, 6, 5)), (normal(4, 5),)),
+    "Embedding": Layer(lambda: nn.Embedding(7, 4, padding_idx=2), (tokens(),), (tokens(5),)),
+    "EmbeddingBag": Layer(lambda: nn.EmbeddingBag(7, 4, mode="mean"), (tokens(5),)),
+    "EmbeddingBag, maxima": Layer(lambda: nn.EmbeddingBag(7, 4, mode="max"), (tokens(5),)),
+    "EmbeddingBag, weighted": Layer(
+        lambda: Uses(lambda m, t, w: m.inner(t, per_sample_weights=w), inner=nn.EmbeddingBag(7, 4, mode="sum")),
+        (tokens(5), normal(5)),
+    ),
+    "Indexed by tokens": Layer(lambda: Uses(lambda m, t: m.w[t], w=parameter(7, 2, 3)), (tokens(),), (tokens(5),)),
+    "Tied embedding and output layer": Layer(
+        lambda: Uses(lambda m, t: F.linear(m.inner(t).tanh(), m.inner.weight), inner=nn.Embedding(7, 4)),
+        (tokens(),),
+        (tokens(5),),
+    ),
+    "LSTM, replaced": Layer(
+        lambda: Uses(lambda m, x: m.inner(x)[0], inner=bootgrad.replace_rnn(nn.LSTM(4, 3, batch_first=True))),
+        (normal(5, 4),),
+    ),
+    "GRU, replaced, two directions": Layer(
+        lambda: Uses(
+            lambda m, x: m.inner(x)[0],
+            inner=bootgrad.replace_rnn(nn.GRU(4, 3, num_layers=2, bidirectional=True, batch_first=True)),
+        ),
+        (normal(3, 4),),
+    ),
+    "LSTMCell": Layer(lambda: Uses(lambda m, x: m.inner(x)[0], inner=nn.LSTMCell(4, 3)), (normal(4),)),
+    "GRUCell": Layer(lambda: nn.GRUCell(4, 3), (normal(4),)),
     "Bilinear": Layer(lambda: nn.Bilinear(3, 4, 5), (normal(3), normal(4)), (normal(6, 3), normal(6, 4))),
     "Attention": Layer(_attention(lambda m, x: m.m(x, x, x)[0], batch_first=True), (normal(5, 8),)),
     "Attention, fused kernel": Layer(

@@ -137,7 +137,8 @@ class RecordedLookUp(Function):
     @staticmethod
     def backward(ctx, gy):
         """Differentiate by what the phase asks for."""
-        operation, (table, weights), phase = ctx.operation, ctx.saved_tensors, ctx.operation.phase
+        operation, phase = ctx.operation, ctx.operation.phase
+        table, weights = operation.hold(ctx.saved_tensors)
         probe = by_table = by_weights = term = None
         if phase is Phase.ROW_NORMS:
             probe = operation.row_norms(gy)
