@@ -7,12 +7,13 @@
 
 The displacements f g_i are constants, and B of them are never stored. A linear layer or convolution W, whose G_i is held
 as (x, gy), adds f G_i ∗ x'_i to its output and f G_iᵀ ∗ gy'_i to its input's gradient; its weight gradient is the ordinary
-one. Any other operation on parameters is run by ``vmap`` with θ + f g_i, in chunks of samples that are made again in the
-backward pass.
+one. A look-up in a table finds the rows of p + f E_i, of which no others are made. Any other operation on parameters is run by
+``vmap`` with θ + f g_i, in chunks of samples that are made again in the backward pass.
 """
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from torch.utils import _pytree as pytree
 from .derived import Derived
 from .errors import ArgumentError, BootgradError, RecordingError, UnsupportedError
 from .ops.applied import applied, applied_transposed, displaced, displaced_transposed
+from .ops.embedding import looked_up
 from .ops.linear import LinearProduct
 from .ops.product import Product
 from .per_sample import PerSampleGradients
@@ -32,7 +34,7 @@ from .recording import Recording, _states
 from .rules import attention, bilinear, convolution, elementwise, embedding, linear, recurrent
 from .rules.base import RULES, Operation, autocast_now, is_in_place
 from .rules.checkpointed import StopRecomputation, without_hooks
-from .rules.lookup_term import LookUpTerm
+from .rules.lookup_term import found_by
 from .rules.parts import DisjointTerm, PartTerm
 from .rules.terms import CHUNK_BYTES, DenseTerm, FactoredTerm, recomputed, vmap
 
@@ -168,15 +170,17 @@ class PerSamplePass(Recording):
 
     def _look_up(self, call: Any) -> Tensor:
         """A look-up whose rows are moved by those of the sample's own gradient."""
-        if call is NotImplemented:
-            raise _NoFactors
-        term = None if self._known[id(call.table)] is not None else self._terms.get(id(call.table))
-        if not isinstance(term, LookUpTerm) or term.gy.dtype != call.table.dtype:
+        if call is NotImplemented or self._known[id(call.table)] is not None:
             raise _NoFactors
         self._check_rows(f"{call.name} on {self.name_of(call.table)}", call.shape[0])
-        rows = call.table.reshape(call.inner).index_select(0, call.index)
-        rows = torch.where(call.look_ups.none, rows.detach(), rows)
-        moved = term.found_by(call.look_ups.merged(self.batch_size), call.inner[1])
+        term, found = self._terms.get(id(call.table)), replace(call.look_ups, tokens=call.index)
+        moved = None if term is None else found_by(term, found.merged(self.batch_size), call.inner[1])
+        if moved is None:
+            raise _NoFactors
+        table = call.table.reshape(call.inner)
+        rows = looked_up(call.look_ups, table, table.dtype)
+        # Padding has a value and no gradient.
+        rows = torch.where(call.look_ups.none, table.detach().index_select(0, call.index), rows)
         return call.pooled(torch.add(rows, moved, alpha=self.factor))
 
     def expand(self, tracked: Tensor, rows: int, dims: int) -> Tensor:

@@ -50,12 +50,12 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class OtherPlan:
-    """An operation on parameters that is no product: its per-sample gradients are rows, and its time is not predicted.
+    """An operation on parameters that is no product: its per-sample gradients are held, and its time is not predicted.
 
     Attributes:
         name: of the operation.
         parameters: the names of its parameters.
-        bytes: of all samples' rows.
+        bytes: of all samples' gradients.
     """
 
     name: str

@@ -200,8 +200,7 @@ def _others(recording: record, batch_size: int) -> tuple[OtherPlan, ...]:
     found = []
     for operation in recording.operations:
         if operation.covers is None and not (isinstance(operation, ProductOperation) and operation.weight is not None):
-            entries = sum(t.numel() * t.element_size() for t in operation.tracked)
-            found.append(OtherPlan(operation.name, _names(recording, operation), batch_size * entries))
+            found.append(OtherPlan(operation.name, _names(recording, operation), operation.held_bytes(batch_size)))
     return tuple(found)
 
 

@@ -9,8 +9,9 @@ Letters: ``B`` samples, ``T`` positions, ``I`` in, ``O`` out, ``C`` channels in,
 ``x`` and ``gy`` share one floating dtype. Results that are reduced over a sample have the *accumulation* dtype: float32 for
 bfloat16 and float16, the input's own otherwise; so have ``center`` and ``v``, the layer-shaped inputs, and layer-shaped sums.
 
-Ops are raw: no autograd, no broadcasting, no choice of path. `ops.linear` and `ops.convolution` add these. The eager
-implementations in `ops.backends.eager` are the defaults for every device; compiled ones take over where they are registered.
+Ops are raw: no autograd, no broadcasting, no choice of path. `ops.linear`, `ops.convolution` and `ops.embedding` add these.
+The eager implementations in `ops.backends.eager` are the defaults for every device; compiled ones take over where they are
+registered.
 
 ``path`` is "direct" (form G_i tile by tile) or "gram" (⟨U Uᵀ, Gy Gyᵀ⟩ over T×T, the "ghost norm" of the literature).
 """

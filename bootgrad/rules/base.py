@@ -189,6 +189,10 @@ class Operation(ABC):
     def terms(self, gy: Tensor, batch_size: int) -> list[Term]:
         """One term per tracked tensor, from the gradient of the output; attached to the graph that made it."""
 
+    def held_bytes(self, batch_size: int) -> int:
+        """Of all samples' gradients by the tracked tensors, as the terms hold them."""
+        return batch_size * sum(t.numel() * t.element_size() for t in self.tracked)
+
     def attach(self, y: Tensor) -> Tensor:
         """Take the edge of ``y``, this operation's output, and join the record."""
         self.output_shape, self.is_checkpointed = y.shape, is_in_checkpoint()

@@ -122,6 +122,10 @@ class LookUpOperation(Operation):
     def terms(self, gy, batch_size):  # noqa: D102
         return [self.term(gy, self.saved()[1], batch_size)]
 
+    def held_bytes(self, batch_size):  # noqa: D102
+        number = self.tracked[0].element_size()
+        return self.look_ups.tokens.numel() * (self.inner[1] * number + self.look_ups.tokens.element_size())
+
 
 class RecordedLookUp(Function):
     """``y`` as what was looked up in a table, with a probe."""
@@ -253,8 +257,8 @@ def _bag(options: dict[str, Any]):
         look_ups = LookUps.of_equal(flat, index.size(0))
     elif index.dim() == 1 and offsets is not None:
         bounds = offsets.detach().long()
-        if not options["include_last_offset"]:
-            bounds = torch.cat([bounds, bounds.new_full((1,), flat.numel())])
+        last = bounds.new_full((0 if options["include_last_offset"] else 1,), flat.numel())
+        bounds = torch.cat([bounds, last])  # in memory of their own
         look_ups = LookUps(flat, bounds)
     else:
         return NotImplemented

@@ -5,6 +5,7 @@ Letters as in `ops.embedding`: ``N`` look-ups, ``V`` rows of the table, ``D`` it
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..ops import embedding
 from ..ops.embedding import LookUps
 from ..ops.linear import LinearProduct
 from ..ops.schema import accumulation_dtype
-from .terms import CHUNK_BYTES, FactoredTerm, Term, recomputed, total
+from .terms import CHUNK_BYTES, FactoredTerm, SumTerm, Term, recomputed, total
 
 
 @dataclass
@@ -72,22 +73,38 @@ class LookUpTerm(Term):
     def inner_product(self, other):  # noqa: D102
         if isinstance(other, LookUpTerm) and other.inner == self.inner:
             return lambda: _with_look_ups(self, other)
-        is_linear = isinstance(other, FactoredTerm) and isinstance(other.product, LinearProduct)
-        if is_linear and other.shape == self.inner and self.look_ups.each is not None:
+        if _is_linear(other, self.inner[1]) and self.look_ups.each is not None:
             return lambda: _with_linear(self, other)
         return None
 
     def found_by(self, look_ups: LookUps, columns: int) -> Tensor:
-        """The rows of E_i that other look-ups find, (N', columns), in a table of so many columns; without a graph."""
-        with torch.no_grad():
-            if columns == self.inner[1]:
-                return embedding.rows_elsewhere(self.look_ups, self.gy, look_ups)
-            # Held number by number.
-            tokens = look_ups.tokens.unsqueeze(1) * columns + torch.arange(columns, device=self.gy.device)
-            tokens = tokens.masked_fill(look_ups.none, -1).flatten()
-            each = None if look_ups.each is None else look_ups.each * columns
-            numbers = LookUps(tokens, look_ups.bounds * columns, each)
-            return embedding.rows_elsewhere(self.look_ups, self.gy, numbers).view(-1, columns)
+        """As the function of this name."""
+        if columns == self.inner[1]:
+            return embedding.rows_elsewhere(self.look_ups, self.gy, look_ups)
+        # Held number by number.
+        tokens = look_ups.tokens.unsqueeze(1) * columns + torch.arange(columns, device=self.gy.device)
+        tokens = tokens.masked_fill(look_ups.none, -1).flatten()
+        each = None if look_ups.each is None else look_ups.each * columns
+        numbers = LookUps(tokens, look_ups.bounds * columns, each)
+        return embedding.rows_elsewhere(self.look_ups, self.gy, numbers).view(-1, columns)
+
+
+@torch.no_grad()
+def found_by(term: Term, look_ups: LookUps, columns: int) -> Tensor | None:
+    """The rows of the samples' tables that look-ups of theirs find, (N, columns), zeros where there is no token.
+
+    None where that takes whole tables.
+    """
+    if isinstance(term, SumTerm):
+        parts = [found_by(part, look_ups, columns) for part in term.parts]
+        return None if any(part is None for part in parts) else total(part for part in parts if part is not None)
+    if isinstance(term, LookUpTerm):
+        return term.found_by(look_ups, columns)
+    if not _is_linear(term, columns) or look_ups.each is None:
+        return None
+    x, chosen = _chosen_of_linear(term, look_ups)
+    dtype = accumulation_dtype(x.dtype)
+    return (chosen.mT.to(dtype) @ x.to(dtype)).flatten(0, 1).masked_fill(look_ups.none, 0)
 
 
 def _gram_of(places: Tensor, index: Tensor, size: int) -> Callable[[LookUpTerm], Tensor]:
@@ -122,12 +139,22 @@ def _with_linear(term: LookUpTerm, layer: FactoredTerm) -> Tensor:
 
 
 def _inner_of_linear(term: LookUpTerm, layer: FactoredTerm) -> Tensor:
-    B, dtype = term.batch_size, accumulation_dtype(term.gy.dtype)
+    dtype = accumulation_dtype(term.gy.dtype)
+    x, chosen = _chosen_of_linear(layer, term.look_ups)
+    own = term.gy.masked_fill(term.look_ups.none, 0).view(x.size(0), chosen.size(2), -1)  # (B, T, D)
+    products = x.to(dtype) @ own.to(dtype).mT  # (B, T', T)
+    return (products * chosen).flatten(1).sum(1)
+
+
+def _is_linear(term: Term, columns: int) -> TypeGuard[FactoredTerm]:
+    """Whether the term is that of a linear layer with a table of so many columns as its weight."""
+    return isinstance(term, FactoredTerm) and isinstance(term.product, LinearProduct) and term.shape[1] == columns
+
+
+def _chosen_of_linear(layer: FactoredTerm, look_ups: LookUps) -> tuple[Tensor, Tensor]:
+    """(B, T', D) x and (B, T', T) gy_t'[tok_t] of the weight's Σ_t' gy_t' ⊗ x_t'."""
     x, gy = layer.pair()
     if layer.product.transposed:  # type: ignore[attr-defined]  # a linear layer's
         x, gy = gy, x
-    tokens = term.look_ups.tokens.view(B, 1, -1)
-    own = term.gy.masked_fill(term.look_ups.none, 0).view(B, tokens.size(2), -1).to(dtype)  # (B, T, D)
-    products = x.to(dtype) @ own.mT  # (B, T', T)
-    chosen = gy.gather(2, tokens.clamp(min=0).expand(-1, gy.size(1), -1))  # (B, T', T)
-    return (products * chosen).flatten(1).sum(1)
+    tokens = look_ups.tokens.clamp(min=0).view(x.size(0), 1, -1)
+    return x, gy.gather(2, tokens.expand(-1, gy.size(1), -1))

@@ -70,6 +70,10 @@ class Term(ABC):
         """‖g_i − center‖², (B,)."""
         return torch.cat(self._chunked(lambda rows, c: sq_norms_of_rows(rows if c is None else rows - c), center))
 
+    def sq_norms_alone(self) -> Tensor:
+        """‖g_i‖², (B,), where nothing is asked of the rows' sum."""
+        return self.sq_norms()
+
     def covariance(self, mean: Tensor) -> Tensor:
         """Σ_i ‖g_i − ḡ‖², where ``mean`` is the value of ḡ."""
         return self.sq_norms(self.weighted_sum(None) / self.batch_size).sum()
@@ -223,6 +227,11 @@ class FactoredTerm(Term):
 
     def rows(self, start, stop):  # noqa: D102
         return self.product.rows(*(t[start:stop] for t in self.pair())).reshape(-1, *self.shape)
+
+    def sq_norms_alone(self):  # noqa: D102
+        if self.differentiable or "statistics" in self.__dict__:  # the cached property
+            return self.sq_norms()
+        return product.sq_norms(self.product, *(t.detach() for t in self.pair()))
 
     def sq_norms(self, center=None):  # noqa: D102
         if center is None and not self.differentiable:
@@ -478,7 +487,9 @@ class SumTerm(Term):
         pairs = [a.inner_product(b) or b.inner_product(a) for a, b in itertools.combinations(self.parts, 2)]
         if any(pair is None for pair in pairs):
             return super().sq_norms(center)
-        s = total([*(part.sq_norms() for part in self.parts), *(2 * pair() for pair in pairs if pair is not None)])
+        s = total(
+            [*(part.sq_norms_alone() for part in self.parts), *(2 * pair() for pair in pairs if pair is not None)]
+        )
         if center is not None:
             c = center.to(s.dtype)
             s = s - 2 * self.jvp(c) + c.square().sum()

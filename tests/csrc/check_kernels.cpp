@@ -638,6 +638,58 @@ void check_sq_distances(const std::vector<int64_t>& sizes) {
   }
 }
 
+// Look-ups of samples of some lengths in a table (V, D) by the tables themselves; a few of them are none.
+template <class In>
+void check_embedding(const std::vector<int64_t>& lengths, int64_t D, int64_t V) {
+  using T = tested::Compute<In>;
+  std::vector<int64_t> bounds{0}, tokens;
+  for (const int64_t length : lengths) bounds.push_back(bounds.back() + length);
+  const int64_t B = static_cast<int64_t>(lengths.size()), N = bounds.back();
+  for (int64_t i = 0; i < N; ++i) tokens.push_back(static_cast<int64_t>((uniform() + 1) / 2 * (V + 1)) % (V + 1) - 1);
+  const std::vector<In> gy = draw<In>(N * D);
+  const std::vector<T> center = draw<T>(V * D), w = draw<T>(B);
+  for (int kind = 0; kind < 6; ++kind) {  // norms, about a center, with rows; inner products; sums, with weights
+    const bool centered = kind == 1 || kind == 2, inner = kind == 3, sums = kind > 3;
+    Doubles s(B, 0), rows(N * D, 0), products(B, 0), total(V * D, 0);
+    for (int64_t b = 0; b < B; ++b) {
+      Doubles E(V * D, 0);
+      for (int64_t i = bounds[b]; i < bounds[b + 1]; ++i)
+        for (int64_t d = 0; d < D && tokens[i] >= 0; ++d) E[tokens[i] * D + d] += value(gy[i * D + d]);
+      for (int64_t j = 0; j < V * D; ++j) {
+        products[b] += E[j] * value(center[j]), total[j] += (kind == 5 ? value(w[b]) : 1) * E[j];
+        E[j] -= centered ? value(center[j]) : 0;
+        s[b] += E[j] * E[j];
+      }
+      for (int64_t i = bounds[b]; i < bounds[b + 1]; ++i)
+        for (int64_t d = 0; d < D && tokens[i] >= 0; ++d) rows[i * D + d] = E[tokens[i] * D + d];
+    }
+    std::vector<double> bits[2];
+    for (const int64_t threads : {1, 3}) {
+      n_threads = threads;
+      std::vector<T> of_samples(B), sum(V * D);
+      std::vector<In> out(N * D);
+      EmbeddingCall call{};
+      call.runtime = &runtime, call.dtype = Format<In>::dtype;
+      call.B = B, call.N = N, call.D = D, call.V = V;
+      call.tokens = tokens.data(), call.bounds = bounds.data(), call.gy = gy.data();
+      if (centered || inner) call.center = center.data();
+      if (kind == 5) call.w = w.data();
+      (inner ? call.inner : sums ? call.sum : call.sq_norms) = sums ? sum.data() : of_samples.data();
+      if (kind == 0 || kind == 2) call.rows = out.data();
+      tested::embedding(call);
+      std::vector<double>& all = bits[threads > 1];
+      if (sums) compare("sum of tables", sum, total, Format<In>::sums);
+      if (inner)
+        compare("inner product with a table", of_samples, products, Format<In>::sums, static_cast<double>(N + 1));
+      if (!sums && !inner) compare("norm of tables", of_samples, s, Format<In>::sums);
+      if (call.rows) compare("row of a table", out, rows, Format<In>::elements);
+      for (const T v : sums ? sum : of_samples) all.push_back(static_cast<double>(v));
+      for (const In v : out) all.push_back(tested::widen(v));
+    }
+    if (bits[0] != bits[1]) std::printf("embedding: other bits with other threads\n"), ++failures;
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -722,6 +774,15 @@ int main() {
   check_sq_distances<double>(sizes);
   check_sq_distances<bf16>(sizes);
   check_sq_distances<f16>(sizes);
+  const std::vector<int64_t> lengths[] = {{5, 0, 7, 1}, {130}, {0}, {}, {3, 200, 4}};
+  const int64_t widths[] = {1, 7, 64, 70, 530};
+  for (const auto& l : lengths)
+    for (const int64_t D : widths) {
+      check_embedding<float>(l, D, 9);
+      check_embedding<double>(l, D, 1);
+      check_embedding<bf16>(l, D, 40);
+      check_embedding<f16>(l, D, 3);
+    }
   std::printf("%d failures\n", failures);
   return failures != 0;
 }
