@@ -130,8 +130,8 @@ def page() -> str:
 
 INTRODUCTION = """# Support matrix
 
-Written by tests/test_support.py: each mark is a test that passes, of a small model around the layer and of every parameter that it
-has, against one backward pass per sample in float64 (relative tolerance 1e-9).
+Written by tests/test_support.py: each mark is a test that passes, of a small model around the layer and of every parameter
+that it has, against one backward pass per sample in float64 (relative tolerance 1e-9).
 
 - *norms*: `.grad`, ‖g_i‖² by parameter and Γ, as by-products of the backward pass
 - *deviation*: ‖g_i − c‖² about a center and the mean; *G @ v*, *G.T @ w*: products with the implicit matrix, Gram matrix, rows
