@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from . import graph
-from .accumulation import accumulate, call_hooks, gated
 from .centers import BatchMean, Center, as_center
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
+from .grads import add_to_grads, call_hooks, gated
 from .graph import answers_at_once
 from .methods.base import Forward, Gradients, Penalties
 from .methods.choice import choose, is_number
@@ -189,7 +189,7 @@ class GradientRegularizer:
         with ExitStack() as kept:
             report, values, outcome = self._gradients(losses, batch, kept)
         grads = gated(outcome.grads, outcome.finite)
-        accumulate(outcome.leaves, grads)
+        add_to_grads(outcome.leaves, grads)
         distinct = {id(c): c for c in self.centers.values()}.values()
         sq_mean, mean = outcome.distances.sq_mean, outcome.mean
         finite = torch.isfinite(sq_mean) if outcome.finite is None else torch.isfinite(sq_mean) & outcome.finite

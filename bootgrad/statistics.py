@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from . import graph
-from .accumulation import accumulate, call_hooks, gated
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from .grads import add_to_grads, call_hooks, gated
 from .graph import as_met, filled, gradients, refuse_marked
 from .heap import keep_freed_memory
 from .ops.distances import sq_distances
@@ -207,7 +207,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         leaves = [*reach.parameters.values(), *reach.other_leaves]
         if not uniform:
             grads = gradients(losses, leaves, weights, retain_graph=retain_graph, allow_unused=True)
-        accumulate(leaves, gated(grads, reach.finite))
+        add_to_grads(leaves, gated(grads, reach.finite))
         if not retain_graph:
             self.release()
         call_hooks(leaves, grads)

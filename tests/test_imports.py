@@ -17,7 +17,7 @@ LAYERS = (
     ("methods", "second_pass"),
     ("penalties", "statistics"),
     ("per_sample", "centers", "per_sample_pass"),
-    ("recording", "derived", "graph", "accumulation"),
+    ("recording", "derived", "graph", "grads"),
     ("rules",),
     ("ops",),
     ("ops.backends", "ops.library"),

@@ -15,7 +15,7 @@ def gated(grads: Sequence[Tensor | None], finite: Tensor | None) -> list[Tensor 
 
 
 @torch.no_grad()
-def accumulate(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+def add_to_grads(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     """Add gradients to ``.grad`` in memory of its own, as a backward pass does; `call_hooks` is to follow.
 
     All memory is made before the first ``.grad`` is written, so that one that cannot be added to leaves all as they were.
