@@ -2,12 +2,13 @@
 
 from . import centers, ops, planning
 from .errors import BootgradError, BootgradWarning
+from .noise_scale import NoiseScale
 from .normalization import replace_batchnorm
 from .per_sample import PerSampleGradients
 from .plans import plan
 from .recurrent import replace_rnn
 from .regularizers import GradientRegularizer, Report, reg1, reg2
-from .statistics import NoiseScale, Statistics, record
+from .statistics import Statistics, record
 from .verification import verify
 
 __version__ = "0.1.0"

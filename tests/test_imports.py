@@ -23,7 +23,7 @@ LAYERS = (
     ("ops.backends", "ops.library"),
     ("kernels",),
     ("planning", "costs", "plan_tables"),
-    ("ops.schema", "errors", "reference", "heap"),
+    ("ops.schema", "errors", "reference", "heap", "noise_scale"),
 )
 ABOVE_ALL = {"bootgrad", "bootgrad.__main__"}
 USERS = set(LAYERS[0])  # of the public names: only they, too, import from bootgrad itself
@@ -35,6 +35,7 @@ THIRD_PARTY = (
     ("planning", set()),
     ("costs", set()),
     ("plan_tables", set()),
+    ("noise_scale", set()),
     ("cli", {"torch", "numpy", "tqdm", "matplotlib"}),
     ("experiments", {"torch", "numpy", "tqdm", "matplotlib"}),
     ("training", {"torch", "numpy", "tqdm", "matplotlib", "sklearn", "torchvision"}),
