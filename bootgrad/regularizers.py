@@ -6,7 +6,7 @@ Reg1 = (1/B) Σ_i ‖g_i − c‖²        Reg2 = ‖ḡ − c‖²
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -18,16 +18,15 @@ from .centers import BatchMean, Center, as_center
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .grads import add_to_grads, call_hooks, gated
 from .graph import answers_at_once
-from .methods.base import Forward, Gradients, Penalties
+from .methods.base import Gradients, Penalties
 from .methods.choice import choose, is_number
 from .methods.random_signs import RandomSigns
-from .methods.subsets import check_leaves, draw, rows, versions_of
 from .penalties import Distances, Report, reg1, reg2
 from .per_sample import Zeros
 from .recording import named_parameters
 from .rules.stand_ins import StandIns
-from .second_pass import Replay, Snapshot, same_buffers
 from .statistics import record as Record
+from .steps import Step
 
 __all__ = ["GradientRegularizer", "Report", "reg1", "reg2"]
 
@@ -186,21 +185,70 @@ class GradientRegularizer:
             the step are as before, but for one of a hook that waits for ``.grad``, when the step is done, and of a center's
             own update.
         """
-        with ExitStack() as kept:
-            report, values, outcome = self._gradients(losses, batch, kept)
+        recording, awaited = self._recording, self._awaits_losses
+        self._recording, self._awaits_losses = None, False
+        step = self._begin()
+        if callable(losses):
+            step.add(losses, batch)
+        elif batch:
+            raise ArgumentTypeError(
+                "a batch was given along with losses: pass the function that computes the losses instead"
+            )
+        elif not awaited:
+            raise RecordingError(
+                "nothing was recorded: compute the losses inside `with reg.record():`, or pass a function"
+            )
+        else:
+            step.add_losses(losses, recording)
+        return self._end(step)
+
+    def _begin(self) -> Step:
+        """The step that comes: what is taken in it, and about which centers."""
+        strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
+        generator = torch.Generator()
+        if self._seed is not None:
+            generator.manual_seed((self._seed + self.step) % 2**63)
+        parameters = named_parameters(self.model)
+        distinct = {id(c): c for c in self.centers.values()}
+        values = {key: _constant(c.value(parameters)) for key, c in distinct.items()}
+        centers = {name: values[id(c)] for name, c in self.centers.items()}
+        taken, notes = {}, []
+        for name, strength in strengths.items() if self.step % self.every == 0 else ():
+            if strength and centers[name] is None and not isinstance(self.centers[name], BatchMean):
+                notes.append(_FIRST_STEP[name])
+            if strength and (name == "reg1" or centers[name] is not None):
+                taken[name] = self.every * strength
+        if taken and (self._seed is not None or self._method.repeats) and graph.is_capturing():
+            raise UnsupportedError(
+                "a captured graph of kernels would repeat the signs or samples of the step that it was captured from, and "
+                'cannot rewind random number generators for a second pass: take method="exact" and fraction=1 there'
+            )
+        wants_mean = (
+            self.statistics or "reg2" in taken or centers["reg1"] is None or any(_moves(c) for c in distinct.values())
+        )
+        penalties = Penalties(taken, centers, generator, self.statistics, wants_mean)
+        return Step(self.model, self._method, self.fraction, penalties, notes)
+
+    def _end(self, step: Step) -> Report:
+        """Write ``.grad``, and move the centers and the step."""
+        outcome, centers = step.outcome(), step.penalties.centers
+        distances = Distances(outcome.mean, centers)
+        for name, strength in step.penalties.strengths.items():
+            if centers[name] is not None:
+                self._add_center_derivative(outcome, centers[name], self.centers[name], strength)
+        report = step.report(outcome, distances)
         grads = gated(outcome.grads, outcome.finite)
         add_to_grads(outcome.leaves, grads)
-        distinct = {id(c): c for c in self.centers.values()}.values()
-        sq_mean, mean = outcome.distances.sq_mean, outcome.mean
+        distinct = {id(c): (c, centers[name]) for name, c in self.centers.items()}.values()
+        sq_mean, mean = distances.sq_mean, outcome.mean
         finite = torch.isfinite(sq_mean) if outcome.finite is None else torch.isfinite(sq_mean) & outcome.finite
         if not mean:  # all centers are constant
             pass
         elif not answers_at_once(sq_mean):  # what is not finite is replaced by what the center holds already
-            for center in distinct:
-                held = values[id(center)]
+            for center, held in distinct:
                 center.update({n: torch.where(finite, g, 0 if held is None else held[n]) for n, g in mean.items()})
         elif finite:
-            for center in distinct:
+            for center, _ in distinct:
                 center.update(mean)
         else:
             report = replace(report, notes=(*report.notes, "the centers were left alone: the gradient is not finite"))
@@ -208,125 +256,11 @@ class GradientRegularizer:
         call_hooks(outcome.leaves, grads)
         return report
 
-    def _gradients(self, losses: Any, batch: tuple, kept: ExitStack) -> tuple[Report, dict[int, Any], Gradients]:
-        """The report, the centers' values by id, and the gradients; nothing of the user's is changed."""
-        takes_penalty = self.step % self.every == 0
-        generator = torch.Generator()
-        if self._seed is not None:
-            generator.manual_seed((self._seed + self.step) % 2**63)
-        if takes_penalty and (self._seed is not None or self._method.repeats) and graph.is_capturing():
-            raise UnsupportedError(
-                "a captured graph of kernels would repeat the signs or samples of the step that it was captured from, and "
-                'cannot rewind random number generators for a second pass: take method="exact" and fraction=1 there'
-            )
-        rest, notes = None, []
-        if not callable(losses):
-            forward = self._take(losses, batch)
-        else:
-            index, self._recording, self._awaits_losses = None, None, False
-            runs_again = takes_penalty and (self.fraction < 1 or self._method.repeats)
-            if runs_again:
-                check_leaves(batch)
-            versions = versions_of(batch)
-            if takes_penalty and self.fraction < 1:
-                chosen, others = draw(batch, self.fraction, generator)
-                before = Snapshot(self.model)
-                if others.numel():
-                    rest = self._method.plain(self._run(losses, batch, others, False))
-                    kept.enter_context(same_buffers(self.model, before))
-                    m, index = chosen.numel(), chosen
-                    notes.append(f"the penalties were taken on {m} of {m + others.numel()} samples")
-            forward = self._run(losses, batch, index, takes_penalty)
-            if runs_again and versions != versions_of(batch):
-                raise ArgumentError(
-                    "the function changed a tensor of its batch in place, and would do so again in each of the passes that "
-                    f'method="{self.method}" with fraction={self.fraction} takes: let it work on a copy'
-                )
-        strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
-        distinct = {id(c): c for c in self.centers.values()}
-        values = {key: _constant(c.value(forward.parameters)) for key, c in distinct.items()}
-        centers = {name: values[id(c)] for name, c in self.centers.items()}
-        taken = {}
-        for name, strength in strengths.items() if takes_penalty else ():
-            if strength and centers[name] is None and not isinstance(self.centers[name], BatchMean):
-                notes.append(_FIRST_STEP[name])
-            if strength and (name == "reg1" or centers[name] is not None):
-                taken[name] = self.every * strength
-        if not taken and rest is None:
-            plain = self._method.plain(forward)
-            outcome = Gradients(**vars(plain), distances=Distances(plain.mean, centers))
-            return self._report(outcome, "plain", notes), values, outcome
-        wants_mean = (
-            self.statistics or "reg2" in taken or centers["reg1"] is None or any(_moves(c) for c in distinct.values())
-        )
-        penalties = Penalties(taken, centers, generator, self.statistics, wants_mean)
-        outcome = self._method.penalized(forward, penalties, rest)
-        for name, strength in taken.items():
-            if centers[name] is not None:
-                self._add_center_derivative(forward.parameters, outcome, centers[name], self.centers[name], strength)
-        return self._report(outcome, self.method, notes), values, outcome
-
-    def _run(self, function: Callable[..., Tensor], batch: tuple, index: Tensor | None, penalized: bool) -> Forward:
-        """One pass of the user's function, over the samples ``index`` if they are not the whole batch."""
-
-        def call() -> Tensor:  # the rows are taken in each pass, whose graph is let go
-            return function(*(batch if index is None else rows(batch, index)))
-
-        replay = Replay(self.model, call) if penalized and self._method.repeats else None
-        recording = Record(self.model) if self._method.records and (penalized or self.statistics) else None
-        with recording or StandIns():
-            losses = call()
-        m = None if index is None else index.numel()
-        if m is not None and isinstance(losses, Tensor) and losses.shape != (m,):
-            raise ArgumentError(
-                f"the losses of {m} samples must have shape ({m},); got {tuple(losses.shape)}: fraction takes rows of every "
-                "tensor of the batch that has as many as the first; pass all that belongs to samples in such tensors, or take "
-                "fraction=1"
-            )
-        parameters = recording.parameters if recording else named_parameters(self.model)
-        return Forward(losses, parameters, recording, replay)
-
-    def _take(self, losses: Tensor, batch: tuple) -> Forward:
-        """The losses that were computed in ``with reg.record()``."""
-        if batch:
-            raise ArgumentTypeError(
-                "a batch was given along with losses: pass the function that computes the losses instead"
-            )
-        if self._method.repeats or self.fraction < 1:
-            raise ArgumentError(
-                f'backward must be given the function that computes the losses, which method="{self.method}" with '
-                f"fraction={self.fraction} runs more than once; got {type(losses).__name__}"
-            )
-        if not self._awaits_losses:
-            raise RecordingError(
-                "nothing was recorded: compute the losses inside `with reg.record():`, or pass a function"
-            )
-        recording, self._recording, self._awaits_losses = self._recording, None, False
-        return Forward(losses, named_parameters(self.model), recording, None)
-
-    def _report(self, outcome: Gradients, method: str, notes: list[str]) -> Report:
-        """What the step saw. A penalty that was not taken follows from (1/B) Σ ‖g_i − c‖² = Γ + ‖ḡ − c‖²."""
-        covariance, distances, losses = outcome.covariance, outcome.distances, outcome.losses
-        reg1 = covariance + distances.about if outcome.reg1 is None else outcome.reg1
-        reg2 = distances.from_center["reg2"]
-        dtype = losses.dtype
-        return Report(
-            loss=losses.mean(),
-            reg1=reg1.to(dtype),
-            reg2=None if reg2 is None else reg2.to(dtype),
-            covariance_trace=covariance.to(dtype),
-            mean_sq_norm=(covariance + distances.sq_mean).to(dtype),
-            sq_mean_norm=distances.sq_mean.to(dtype),
-            batch_size=losses.numel(),
-            method=method,
-            notes=(*notes, *outcome.notes),
-            unchecked=losses if outcome.finite is not None else None,
-        )
-
-    def _add_center_derivative(self, parameters, outcome: Gradients, c, center: Center, strength: float) -> None:
+    def _add_center_derivative(self, outcome: Gradients, c, center: Center, strength: float) -> None:
         """A penalty's derivative by c is −2 λ (ḡ − c); a differentiable center takes it on to θ."""
         if type(center).derivative is Center.derivative:  # a constant
             return
+        parameters = named_parameters(self.model)
         extra = center.derivative(parameters, {n: g - c[n] for n, g in outcome.mean.items()})
         places = {id(leaf): k for k, leaf in enumerate(outcome.leaves)}
         for name, derivative in (extra or {}).items():

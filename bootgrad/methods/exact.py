@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import graph
 from ..errors import UnsupportedError
 from ..ops.product import Mask, Visit
-from ..penalties import Distances, total_sq_distance, total_sq_norm
+from ..penalties import total_sq_distance, total_sq_norm
 from ..per_sample import PerSampleGradients, Zeros
 from ..rules.terms import DenseTerm, SqDistances, VisitedBias, VisitedTerm, total
 from ..statistics import difference
@@ -21,11 +21,8 @@ from .base import (
     Gradients,
     Method,
     Penalties,
-    combined,
+    Whole,
     first_order,
-    whole_covariance,
-    whole_losses,
-    whole_mean,
 )
 from .weighted import unrecorded
 
@@ -41,7 +38,7 @@ class Exact(Method):
         """One backward pass, with Γ where it was recorded."""
         return first_order(forward) if forward.recording else unrecorded(forward)
 
-    def penalized(self, forward: Forward, penalties: Penalties, rest: FirstOrder | None) -> Gradients:
+    def penalized(self, forward: Forward, penalties: Penalties, whole: Whole) -> Gradients:
         """One backward pass through the objective."""
         recording, losses = forward.recording, forward.losses
         assert recording is not None
@@ -49,10 +46,9 @@ class Exact(Method):
         assert recording.last_reach is not None
         # All parameters: a center may depend on what this batch does not reach.
         leaves = [*forward.parameters.values(), *recording.last_reach.other_leaves]
-        all_losses, finite = whole_losses(losses, recording.last_reach.finite, rest)
-        penalty = _Penalty(G, penalties, rest)
-        share = G.batch_size / all_losses.numel()
-        objective = share * losses.mean() + penalty.zero
+        finite = recording.last_reach.finite
+        penalty = _Penalty(G, penalties, whole)
+        objective = whole.share * losses.mean() + penalty.zero
         try:
             grads: list[Tensor | None] = list(torch.autograd.grad(objective, leaves, allow_unused=True))
         except RuntimeError as error:
@@ -64,16 +60,10 @@ class Exact(Method):
             raise
         penalty.finish()
         own = G._mean_values() if penalties.mean else {}
-        mean = penalty.mean or (whole_mean(own, G.batch_size, rest) if own else {})
-        distances = Distances(mean, penalties.centers)
-        covariance = torch.full_like(distances.sq_mean, torch.nan)
-        if penalties.statistics:
-            covariance = whole_covariance(penalty.covariance(own), own, G.batch_size, rest)
+        covariance = penalty.covariance(own) if penalties.statistics else None
         reg1 = penalty.norms().mean() if penalty.tells_reg1 and not penalties.statistics else None
         forward.let_go()
-        if rest is not None:
-            leaves, grads = combined((1.0, leaves, grads), (1 - share, rest.leaves, rest.grads))
-        return Gradients(all_losses, leaves, grads, mean, covariance, finite, distances, reg1)
+        return Gradients(losses.detach(), leaves, grads, own, covariance, finite, reg1)
 
 
 @dataclass(frozen=True)
@@ -113,11 +103,10 @@ class _Penalty:
 
     Attributes:
         zero: (), has the gradient.
-        mean: ḡ of the whole batch, where the penalties need it.
         tells_reg1: whether the norms are those of Reg1.
     """
 
-    def __init__(self, G: PerSampleGradients, penalties: Penalties, rest: FirstOrder | None):
+    def __init__(self, G: PerSampleGradients, penalties: Penalties, whole: Whole):
         """Ask G's terms for what the penalties need; the pairs of visited ones go as they are differentiated."""
         a, b = penalties.strength("reg1") / G.batch_size, 2 * penalties.strength("reg2") / G.batch_size
         c1, c2 = penalties.centers["reg1"], penalties.centers["reg2"]
@@ -128,15 +117,12 @@ class _Penalty:
         if penalties.statistics and not a:
             with torch.no_grad():
                 self._sq_norms = G.sq_norms()  # in the visit that makes ḡ
-        self._own_mean: Directions = G._mean_values() if b or (a and c1 is None) else {}
-        if self._own_mean:
-            for term in self._visited.values():
-                term.forget_total()
-        self.mean = mean = whole_mean(dict(self._own_mean), G.batch_size, rest) if self._own_mean else {}
+        self._own_mean: Directions = {}  # where the penalties need it
+        mean: Directions = whole.mean(self._make_own_mean) if b or (a and c1 is None) else {}
         along = 0 < b <= 2 * LARGEST_RATIO * a
         self._directions = _Directions(mean if c1 is None else c1, mean, c2, b / (2 * a) if along else 0.0)
         self.tells_reg1 = bool(a and not b)
-        self._about_own_mean = self.tells_reg1 and c1 is None and rest is None
+        self._about_own_mean = self.tells_reg1 and c1 is None and whole.alone
         # Layer by layer Γ is told from the distance, where there is one and a question does not stop a device.
         self._at_once = graph.answers_at_once(next(iter(G.parameters.values())))
         self._tells_apart = (
@@ -146,6 +132,13 @@ class _Penalty:
         self._others: Tensor | None = None  # ‖g_i − c‖², (B,), of all terms that are not visited
         parts = self._ask(a, 0.0 if along else b, penalties.mean and not self._own_mean) if a or b else []
         self.zero: Tensor | float = total(parts) if parts else 0.0
+
+    def _make_own_mean(self) -> dict[str, Tensor]:
+        """ḡ of the rows; nobody will ask the visits for it."""
+        self._own_mean = mean = self._G._mean_values()
+        for term in self._visited.values():
+            term.forget_total()
+        return mean
 
     def _ask(self, a: float, b: float, sums: bool) -> list[Tensor]:
         """Scalars with the gradients of a Σ_i ‖g_i − c‖² + b ⟨Σ_i g_i, ḡ − c₂⟩; the visits make ``sums``, too."""

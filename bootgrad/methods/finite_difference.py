@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..graph import gradients
-from ..penalties import Distances, total_sq_norm
+from ..penalties import total_sq_norm
 from ..per_sample import PerSampleGradients
 from ..per_sample_pass import PerSamplePass
 from ..rules.terms import total
@@ -42,12 +42,10 @@ from .base import (
     Gradients,
     Method,
     Penalties,
+    Whole,
     after_second,
     combined,
     first_order,
-    whole_covariance,
-    whole_losses,
-    whole_mean,
 )
 from .weighted import unrecorded
 
@@ -74,27 +72,17 @@ class FiniteDifference(Method):
         """One backward pass, with Γ where it was recorded."""
         return first_order(forward) if forward.recording else unrecorded(forward)
 
-    def penalized(self, forward: Forward, penalties: Penalties, rest: FirstOrder | None) -> Gradients:
+    def penalized(self, forward: Forward, penalties: Penalties, whole: Whole) -> Gradients:
         """A first pass with its statistics, and one at displaced parameters."""
         check_parameters(forward.parameters)
-        m = forward.losses.numel()
         if "reg1" in penalties.strengths:
             first, G = _with_rows(forward)
         else:
             first, G = first_order(forward), None
-        mean = whole_mean(first.mean, m, rest)
-        losses, finite = whole_losses(first.losses, first.finite, rest)
-        distances = Distances(mean, penalties.centers)
-        covariance = whole_covariance(first.covariance, first.mean, m, rest)
-        parts = [(m / losses.numel(), first.leaves, first.grads)]
-        if rest is not None:
-            parts.append((rest.losses.numel() / losses.numel(), rest.leaves, rest.grads))
-        if penalties.strengths:
-            second, grads = self._second(forward, penalties, first, G, mean)
-            losses, finite = after_second(losses, finite, second)
-            parts.append((2.0, first.leaves, grads))
-        leaves, total_grads = combined(*parts)
-        return Gradients(losses, leaves, total_grads, mean, covariance, finite, distances)
+        second, quotients = self._second(forward, penalties, first, G, whole.mean(lambda: first.mean))
+        losses, finite = after_second(first.losses, first.finite, second)
+        leaves, grads = combined((whole.share, first.leaves, first.grads), (2.0, first.leaves, quotients))
+        return Gradients(losses, leaves, grads, first.mean, first.covariance, finite)
 
     def _second(self, forward: Forward, penalties: Penalties, first: FirstOrder, G: PerSampleGradients | None, mean):
         """Whether the losses at θ + ε δ_i are finite, and (∇L_S there − ∇L_S)/ε; δ_i is λ₁ g_i and what all samples share."""
@@ -105,6 +93,7 @@ class FiniteDifference(Method):
             return strength2 * (mean[name] - c2[name]) - strength1 * c1[name]
 
         of_mean = total(total_sq_norm([strength1 * g + shared(name)]) for name, g in first.mean.items())
+        assert first.covariance is not None
         spread = (strength1**2 * first.covariance + of_mean).sqrt()
         step = finite_step(spread, list(forward.parameters.values()), self.epsilon)
         assert forward.replay is not None and forward.recording is not None
@@ -128,7 +117,7 @@ def _with_rows(forward: Forward) -> tuple[FirstOrder, PerSampleGradients]:
     mean = G._mean_values()
     leaves = [*reach.parameters.values(), *reach.other_leaves]
     grads = [*(mean[name] for name in reach.parameters), *others]
-    covariance = difference(G.sq_norms().double(), Distances(mean, {}).sq_mean)
+    covariance = difference(G.sq_norms().double(), total_sq_norm(mean.values()))
     finite = reach.finite
     forward.let_go()
     return FirstOrder(losses.detach(), leaves, grads, mean, covariance, finite), G

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..penalties import Distances, total_sq_norm
+from ..penalties import total_sq_norm
 from ..rules.terms import total
 from ..second_pass import check_parameters, check_second, displaced, finite_step, quotient
 from .base import (
@@ -32,11 +32,10 @@ from .base import (
     Gradients,
     Method,
     Penalties,
+    Whole,
     after_second,
     combined,
     mean_by_name,
-    whole_losses,
-    whole_mean,
 )
 from .weighted import WeightedPass, second_derivatives, unrecorded
 
@@ -82,10 +81,10 @@ class RandomSigns(Method):
         self.repeats = not exact
 
     def plain(self, forward: Forward) -> FirstOrder:
-        """One backward pass; Γ is not known, nan."""
+        """One backward pass; Γ is not known."""
         return unrecorded(forward)
 
-    def penalized(self, forward: Forward, penalties: Penalties, rest: FirstOrder | None) -> Gradients:
+    def penalized(self, forward: Forward, penalties: Penalties, whole: Whole) -> Gradients:
         """The mean gradient, and one or two more passes for each penalty and probe."""
         if not self.exact:
             check_parameters(forward.parameters)
@@ -93,9 +92,10 @@ class RandomSigns(Method):
         uniform = torch.full_like(forward.losses, 1 / m, requires_grad=False)
         probes = self.probes if "reg1" in penalties.strengths else 0
         own = run.gradient(uniform, last=not (self.exact or probes))
-        mean = whole_mean(mean_by_name(forward.parameters, run.leaves, own), m, rest)
+        own_mean = mean_by_name(forward.parameters, run.leaves, own)
+        mean = whole.mean(lambda: own_mean)
         c1, c2 = penalties.centers["reg1"], penalties.centers["reg2"]
-        centered = c1 is None and rest is None
+        centered = c1 is None and whole.alone
         about = None if centered else c1 or mean
         signs = [draw_signs(m, penalties.generator).to(forward.losses) for _ in range(probes)]
         signs = [v - v.mean() if centered else v for v in signs]
@@ -107,22 +107,17 @@ class RandomSigns(Method):
             terms.append(_Term(penalties.strengths["reg2"], uniform, lambda D: toward, own))
         with run.traceless():
             sums, parts, second = _double_backward(run, terms) if self.exact else self._quotients(run, forward, terms)
-        losses, finite = after_second(*whole_losses(forward.losses, run.finite, rest), second)
-        parts.insert(0, (m / losses.numel(), run.leaves, own))
-        if rest is not None:
-            parts.append((rest.losses.numel() / losses.numel(), rest.leaves, rest.grads))
-        leaves, grads = combined(*parts)
-        distances = Distances(mean, penalties.centers)
+        losses, finite = after_second(forward.losses.detach(), run.finite, second)
+        leaves, grads = combined((whole.share, run.leaves, own), *parts)
         if not signs:
-            unknown = torch.full_like(distances.sq_mean, torch.nan)
-            return Gradients(losses, leaves, grads, mean, unknown, finite, distances)
-        reg1, covariance = (
+            return Gradients(losses, leaves, grads, own_mean, None, finite)
+        reg1, spread = (
             torch.stack([total_sq_norm(_deviation(D, w, c).values()) for D, w in zip(sums, signs, strict=False)]).mean()
             / m
             for c in (about, mean)
         )
         notes = (f"reg1 and the covariance trace are estimates from {probes} random sign vectors",)
-        return Gradients(losses, leaves, grads, mean, covariance, finite, distances, reg1, notes)
+        return Gradients(losses, leaves, grads, own_mean, None, finite, reg1, spread, notes)
 
     def _quotients(self, run: WeightedPass, forward: Forward, terms: Sequence[_Term]):
         """As `_double_backward`, by finite differences; and whether the losses of all passes are finite."""

@@ -104,12 +104,11 @@ class WeightedPass:
 
 
 def unrecorded(forward: Forward) -> FirstOrder:
-    """The plain gradient from one backward pass of which nothing was recorded; Γ is not known, nan."""
+    """The plain gradient from one backward pass of which nothing was recorded; Γ is not known."""
     run = WeightedPass(forward)
     grads = run.gradient(torch.full_like(forward.losses, 1 / forward.losses.numel(), requires_grad=False), last=True)
     mean = mean_by_name(forward.parameters, run.leaves, grads)
-    unknown = torch.full((), torch.nan, dtype=torch.float64, device=forward.losses.device)
-    return FirstOrder(forward.losses.detach(), run.leaves, grads, mean, unknown, run.finite)
+    return FirstOrder(forward.losses.detach(), run.leaves, grads, mean, None, run.finite)
 
 
 @contextmanager
