@@ -5,13 +5,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import graph
+
 
 @torch.no_grad()
-def gated(grads: Sequence[Tensor | None], finite: Tensor | None) -> list[Tensor | None]:
-    """The gradients, or zeros where ``finite``, () on their device, turns out false; nobody waits for it."""
-    if finite is None:
+def gated(grads: Sequence[Tensor | None], finite: Tensor | None, spoil: bool = False) -> list[Tensor | None]:
+    """The gradients, or zeros where ``finite``, () on their device, turns out false; nobody waits for it.
+
+    To ``spoil`` them is to put nan there, for a scaler to see.
+    """
+    if finite is None or (graph.answers_at_once(finite) and finite):
         return list(grads)
-    return [g if g is None or g.layout != torch.strided else torch.where(finite, g, 0) for g in grads]
+    other = torch.nan if spoil else 0
+    return [g if g is None or g.layout != torch.strided else torch.where(finite, g, other) for g in grads]
 
 
 @torch.no_grad()

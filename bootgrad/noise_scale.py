@@ -30,15 +30,16 @@ class NoiseScale:
     def update(self, moments) -> float:
         """Take in one batch: anything with ``covariance_trace``, ``sq_mean_norm`` and ``batch_size``; returns the value.
 
-        One whose trace is not known, nan as of steps between random signs, is left out.
+        One whose trace is not known, nan as of steps between random signs, or whose gradient is not finite, as of steps that a
+        GradScaler skips, is left out.
         """
         B = moments.batch_size
         if B < 2:
             raise ArgumentError("the noise scale needs batches of at least two samples; got one")
         trace = float(moments.covariance_trace) * B / (B - 1)
-        if math.isnan(trace):
-            return self.value
         sq_norm = float(moments.sq_mean_norm) - trace / B
+        if not math.isfinite(trace) or not math.isfinite(sq_norm):
+            return self.value
         new = 1.0 if self.decay == 1 else 1 - self.decay
         self._weight = self._weight * self.decay + new
         self._trace = self._trace * self.decay + new * trace

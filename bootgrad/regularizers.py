@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,14 +16,14 @@ from . import graph
 from .centers import BatchMean, Center, as_center
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .grads import add_to_grads, call_hooks, gated
-from .graph import answers_at_once
 from .methods.base import Gradients, Penalties
 from .methods.choice import choose, is_number
 from .methods.random_signs import RandomSigns
-from .penalties import Distances, Report, reg1, reg2
+from .penalties import Distances, Report, reg1, reg2, total_sq_norm
 from .per_sample import Zeros
 from .recording import named_parameters
 from .rules.stand_ins import StandIns
+from .scaling import Scaling
 from .statistics import record as Record
 from .steps import Step
 
@@ -169,7 +168,7 @@ class GradientRegularizer:
         self._awaits_losses = True
         return self._recording or StandIns()
 
-    def backward(self, losses: Tensor | Callable[..., Tensor], *batch: Any) -> Report:
+    def backward(self, losses: Tensor | Callable[..., Tensor], *batch: Any, scaler: Any = None) -> Report:
         """Accumulate the gradient of ``losses.mean() + λ₁ Reg1 + λ₂ Reg2`` into ``.grad``, move the centers, and report.
 
         Calls add up as torch's do: after k micro-batches ``.grad`` is the sum of k such gradients, each with its penalties, and
@@ -179,6 +178,9 @@ class GradientRegularizer:
             losses: a function of ``batch`` that gives losses (B,), or the losses themselves, computed in ``with reg.record()``.
                 Finite differences and fractions need the function, which they call twice or more.
             batch: what the function is called with.
+            scaler: a `torch.amp.GradScaler`: ``.grad`` is scaled by its factor, for ``scaler.step(optimizer)``, and what is not
+                finite is no error but left in ``.grad``, for the scaler to skip the step; the centers are then left alone.
+                Penalties, centers and the report are of the unscaled gradients.
 
         Raises:
             As `record.backward`; exceptions of the user's function pass as they are. On any error ``.grad``, the centers and
@@ -187,7 +189,7 @@ class GradientRegularizer:
         """
         recording, awaited = self._recording, self._awaits_losses
         self._recording, self._awaits_losses = None, False
-        step = self._begin()
+        step = self._begin(scaler)
         if callable(losses):
             step.add(losses, batch)
         elif batch:
@@ -202,13 +204,18 @@ class GradientRegularizer:
             step.add_losses(losses, recording)
         return self._end(step)
 
-    def _begin(self) -> Step:
+    def _begin(self, scaler: Any) -> Step:
         """The step that comes: what is taken in it, and about which centers."""
         strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
         generator = torch.Generator()
         if self._seed is not None:
             generator.manual_seed((self._seed + self.step) % 2**63)
         parameters = named_parameters(self.model)
+        if not parameters:
+            raise RecordingError(
+                "no parameter of the model requires grad any more: there is nothing to take gradients of"
+            )
+        scaling = Scaling(scaler, next(iter(parameters.values())).device)
         distinct = {id(c): c for c in self.centers.values()}
         values = {key: _constant(c.value(parameters)) for key, c in distinct.items()}
         centers = {name: values[id(c)] for name, c in self.centers.items()}
@@ -227,7 +234,7 @@ class GradientRegularizer:
             self.statistics or "reg2" in taken or centers["reg1"] is None or any(_moves(c) for c in distinct.values())
         )
         penalties = Penalties(taken, centers, generator, self.statistics, wants_mean)
-        return Step(self.model, self._method, self.fraction, penalties, notes)
+        return Step(self.model, self._method, self.fraction, penalties, scaling, notes)
 
     def _end(self, step: Step) -> Report:
         """Write ``.grad``, and move the centers and the step."""
@@ -236,25 +243,31 @@ class GradientRegularizer:
         for name, strength in step.penalties.strengths.items():
             if centers[name] is not None:
                 self._add_center_derivative(outcome, centers[name], self.centers[name], strength)
-        report = step.report(outcome, distances)
-        grads = gated(outcome.grads, outcome.finite)
+        grads = gated(step.scaling.scaled(outcome.grads), outcome.finite, step.scaling.skips)
+        checks = [outcome.finite, torch.isfinite(distances.sq_mean) if outcome.mean else None]
+        if step.scaling.skips:  # for the penalties alone, too
+            seen = total_sq_norm([g for g in grads if g is not None and g.layout == torch.strided])
+            checks.append(torch.isfinite(seen))
+        known = [t for t in checks if t is not None]
+        finite = torch.stack(known).all() if known else None
+        report = step.report(outcome, distances, finite)
         add_to_grads(outcome.leaves, grads)
-        distinct = {id(c): (c, centers[name]) for name, c in self.centers.items()}.values()
-        sq_mean, mean = distances.sq_mean, outcome.mean
-        finite = torch.isfinite(sq_mean) if outcome.finite is None else torch.isfinite(sq_mean) & outcome.finite
-        if not mean:  # all centers are constant
-            pass
-        elif not answers_at_once(sq_mean):  # what is not finite is replaced by what the center holds already
-            for center, held in distinct:
-                center.update({n: torch.where(finite, g, 0 if held is None else held[n]) for n, g in mean.items()})
-        elif finite:
-            for center, _ in distinct:
-                center.update(mean)
-        else:
-            report = replace(report, notes=(*report.notes, "the centers were left alone: the gradient is not finite"))
+        if outcome.mean and finite is not None:
+            self._move_centers(outcome.mean, centers, finite)
         self.step += 1
         call_hooks(outcome.leaves, grads)
         return report
+
+    def _move_centers(self, mean: Mapping[str, Tensor], held: Mapping[str, Any], finite: Tensor) -> None:
+        """Let the centers, whose present values are ``held``, take in ḡ where it is finite."""
+        distinct = {id(c): (c, held[name]) for name, c in self.centers.items()}.values()
+        if graph.answers_at_once(finite) and not finite:
+            return
+        for center, value in distinct:
+            if graph.answers_at_once(finite):
+                center.update(mean)
+            else:  # what is not finite is replaced by what the center holds already
+                center.update({n: torch.where(finite, g, 0 if value is None else value[n]) for n, g in mean.items()})
 
     def _add_center_derivative(self, outcome: Gradients, c, center: Center, strength: float) -> None:
         """A penalty's derivative by c is −2 λ (ḡ − c); a differentiable center takes it on to θ."""

@@ -7,6 +7,7 @@ Statistics always speak of the per-sample gradients g_i themselves, whatever wei
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from .per_sample import Direction, PerSampleGradients, as_parameter_dict, groupe
 from .recording import Reach, Recording
 from .rules.base import Phase
 from .rules.terms import DenseTerm, Term
+from .scaling import Number, Scaling, multiplied, peak_of, seeds, without_autocast
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         reduction: str | Tensor = "mean",
         center: Direction | None = None,
         retain_graph: bool = False,
+        scaler: Any = None,
     ) -> Statistics:
         """Accumulate gradients as ``losses.mean().backward()`` would, and return the statistics of the g_i.
 
@@ -188,25 +191,39 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                 Weights that are not all alike cost a second backward pass.
             center: {name: tensor} or flat (P,); adds ``deviation_sq_norms``, ``reg1`` and ``reg2`` about it.
             retain_graph: keep the graph for a further backward pass.
+            scaler: a `torch.amp.GradScaler`: ``.grad`` is scaled by its factor, for ``scaler.step(optimizer)``, and what is not
+                finite is no error but left in ``.grad``, for the scaler to skip the step. Statistics are of the unscaled
+                gradients.
 
         Raises:
             ArgumentError: losses, weights or center of a wrong shape, or losses that are not finite.
             RecordingError: nothing recorded, a freed graph, or losses that do not depend on the model.
             UnsupportedError: per-sample gradients would not exist or would come out wrong. ``.grad`` is untouched by errors.
         """
+        with without_autocast(losses):
+            return self._backward(losses, reduction, center, retain_graph, scaler)
+
+    def _backward(self, losses, reduction, center, retain_graph, scaler) -> Statistics:
+        self.scaling = Scaling(scaler, losses.device if isinstance(losses, Tensor) else None)
         reach = self.reach(losses)
-        weights, scale = _weights(reduction, losses)
+        weights, uniform = _weights(reduction, losses)
         centers = None if center is None else as_parameter_dict(center, self.parameters, "center")
-        uniform = scale is not None
-        seed = weights if uniform else torch.ones_like(weights)
-        scale = scale or 1.0
-        scaled = None if centers is None else {name: c * scale for name, c in centers.items()}
-        grads, norms = self._first_order(losses, reach, seed, scaled, retain_graph or not uniform)
-        statistics = self._statistics(losses, reach, grads, norms, scale, scaled)
+        scale = self._scale(reach)
+        # Statistics are taken of a g_i; gradients are multiplied by ``rest`` afterwards.
+        a: Number = 1.0 if uniform is None else uniform
+        rest = scale.to_grad
+        if reach.narrow is not None:
+            peak = peak_of(weights) if uniform is None else uniform
+            a, weights, rest = scale.sample, weights / peak * scale.sample, rest * peak * losses.numel()
+            rest = scale.to_grad if isinstance(reduction, str) and reduction == "mean" else rest
+        scaled = None if centers is None else {name: c * a for name, c in centers.items()}
+        grads, norms = self._first_order(losses, reach, seeds(losses, a), scaled, retain_graph or uniform is None)
+        told = torch.where(reach.finite, a, torch.nan) if self.scaling.skips and reach.finite is not None else a
+        statistics = self._statistics(losses, reach, grads, norms, told, scaled)
         leaves = [*reach.parameters.values(), *reach.other_leaves]
-        if not uniform:
+        if uniform is None:
             grads = gradients(losses, leaves, weights, retain_graph=retain_graph, allow_unused=True)
-        add_to_grads(leaves, gated(grads, reach.finite))
+        add_to_grads(leaves, gated(multiplied(grads, rest), reach.finite, self.scaling.skips))
         if not retain_graph:
             self.release()
         call_hooks(leaves, grads)
@@ -239,8 +256,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         return leaf_grads, norms
 
     @torch.no_grad()
-    def _statistics(self, losses, reach: Reach, leaf_grads, norms, scale: float, scaled) -> Statistics:
-        """The statistics of the g_i from what `_first_order` gave for a = ``scale``."""
+    def _statistics(self, losses, reach: Reach, leaf_grads, norms, scale: Number, scaled) -> Statistics:
+        """The statistics of the g_i from what `_first_order` gave for a = ``scale``; not a number where that is none."""
         B, by_name = self.batch_size, dict(zip(reach.parameters, leaf_grads, strict=False))
         grads, rows, parts = [], [], {}
         for name, p in self.parameters.items():
@@ -258,7 +275,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                 deviation = norms[name][1] if name in norms else s + sq_distances([centers[k]])[0].to(s.dtype)
                 deviation, mean_deviation = deviation / scale**2, mean_deviations[k].to(s.dtype)
             parts[name] = Moments(sq_norms[k], sq_means[k].to(s.dtype), deviation, mean_deviation)
-        return combine(parts, losses.detach() if reach.finite is not None else None)
+        return combine(parts, losses.detach() if reach.finite is not None and not self.scaling.skips else None)
 
     def per_sample_gradients(self, losses: Tensor, create_graph: bool = False) -> PerSampleGradients:
         """The implicit B×P matrix of the per-sample gradients.
@@ -270,15 +287,18 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         Raises:
             As `backward`.
         """
-        return self._per_sample_gradients(losses, create_graph)
+        with without_autocast(losses):
+            return self._per_sample_gradients(losses, self.reach(losses), create_graph)
 
-    def _per_sample_gradients(self, losses: Tensor, create_graph: bool, visited: bool = False) -> PerSampleGradients:
-        """As `per_sample_gradients`; where they can be, weights are held as `VisitedTerm`, once differentiable."""
-        self.last_reach = reach = self.reach(losses)
+    def _per_sample_gradients(
+        self, losses: Tensor, reach: Reach, create_graph: bool, visited: bool = False, scale: Number = 1.0
+    ) -> PerSampleGradients:
+        """``scale`` times `per_sample_gradients`; where they can be, weights are held as `VisitedTerm`, once differentiable."""
+        self.last_reach = reach
         if create_graph and losses.device.type == "cpu":
             keep_freed_memory()
         # With weights that require grad, a function that can be differentiated once leaves a mark in whatever passes it.
-        weights = torch.ones_like(losses, requires_grad=create_graph)
+        weights = seeds(losses, scale).requires_grad_(create_graph)
         if self.batch_size == 1:
             leaves = list(reach.parameters.values())
             grads = gradients(losses, leaves, weights, create_graph=create_graph, retain_graph=True, allow_unused=True)
@@ -313,5 +333,5 @@ def _weights(reduction: str | Tensor, losses: Tensor) -> tuple[Tensor, float | N
         raise ArgumentTypeError(f'reduction must be "mean", "sum" or weights (B,); got {type(reduction).__name__}')
     if reduction not in ("mean", "sum"):
         raise ArgumentError(f'reduction must be "mean", "sum" or weights (B,); got {reduction!r}')
-    scale = 1 / B if reduction == "mean" else 1.0
-    return torch.full_like(losses, scale, requires_grad=False), scale
+    weight = 1 / B if reduction == "mean" else 1.0
+    return seeds(losses, weight), weight

@@ -2,17 +2,22 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import graph
 from .errors import ArgumentError
 from .methods.base import Forward, Gradients, Method, Penalties, Whole
 from .methods.parts import WithRest
 from .methods.subsets import check_leaves, draw, rows, versions_of
+from .ops.schema import accumulation_dtype
 from .penalties import Distances, Report
 from .recording import named_parameters
+from .rules.base import autocast_now
 from .rules.stand_ins import StandIns
+from .scaling import Scaling, without_autocast
 from .second_pass import Replay, Snapshot, same_buffers
 from .statistics import record as Record
 
@@ -25,16 +30,50 @@ class Step:
         method: makes the penalties' gradients.
         fraction: the share of the samples that the penalties are taken on.
         penalties: what to take; no strength makes a plain step.
+        scaling: how losses are scaled.
         notes: for the report.
     """
 
-    def __init__(self, model: nn.Module, method: Method, fraction: float, penalties: Penalties, notes: list[str]):
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        fraction: float,
+        penalties: Penalties,
+        scaling: Scaling,
+        notes: list[str],
+    ):
         """Begin; nothing is run yet."""
-        self.model, self.method, self.fraction, self.penalties, self.notes = model, method, fraction, penalties, notes
+        self.model, self.method, self.fraction = model, method, fraction
+        self.penalties, self.scaling, self.notes = penalties, scaling, notes
         self._outcome: Gradients | None = None
 
     def add(self, function: Callable[..., Tensor], batch: tuple) -> None:
-        """Run the user's function of the batch, as often as it takes; nothing of the user's is changed."""
+        """Run the user's function of the batch, as often as it takes; nothing of the user's is changed.
+
+        The function runs under the autocast of now, and nothing else does.
+        """
+        parameter = next(iter(named_parameters(self.model).values()))
+        autocast = autocast_now(parameter.device)
+
+        def run(*batch: Any) -> Tensor:
+            with autocast():
+                return function(*batch)
+
+        with without_autocast(parameter):
+            self._add(run, batch)
+
+    def add_losses(self, losses: Tensor, recording: Record | None) -> None:
+        """Take in losses that were computed already, and what was recorded of that."""
+        if self.method.repeats or self.fraction < 1:
+            raise ArgumentError(
+                f'backward must be given the function that computes the losses, which method="{self.method.name}" with '
+                f"fraction={self.fraction} runs more than once; got {type(losses).__name__}"
+            )
+        with without_autocast(losses):
+            self._take(Forward(losses, named_parameters(self.model), recording, None, self.scaling), Whole())
+
+    def _add(self, function: Callable[..., Tensor], batch: tuple) -> None:
         runs_again = bool(self.penalties.strengths) and (self.fraction < 1 or self.method.repeats)
         if runs_again:
             check_leaves(batch)
@@ -57,15 +96,6 @@ class Step:
                     f'method="{self.method.name}" with fraction={self.fraction} takes: let it work on a copy'
                 )
             self._take(forward, whole)
-
-    def add_losses(self, losses: Tensor, recording: Record | None) -> None:
-        """Take in losses that were computed already, and what was recorded of that."""
-        if self.method.repeats or self.fraction < 1:
-            raise ArgumentError(
-                f'backward must be given the function that computes the losses, which method="{self.method.name}" with '
-                f"fraction={self.fraction} runs more than once; got {type(losses).__name__}"
-            )
-        self._take(Forward(losses, named_parameters(self.model), recording, None), Whole())
 
     def outcome(self) -> Gradients:
         """What came of the samples."""
@@ -90,7 +120,7 @@ class Step:
                 "fraction=1"
             )
         parameters = recording.parameters if recording else named_parameters(self.model)
-        return Forward(losses, parameters, recording, replay)
+        return Forward(losses, parameters, recording, replay, self.scaling)
 
     def _take(self, forward: Forward, whole: Whole) -> None:
         if self.penalties.strengths:
@@ -98,23 +128,37 @@ class Step:
         else:
             self._outcome = Gradients(**vars(self.method.plain(forward)))
 
-    def report(self, outcome: Gradients, distances: Distances) -> Report:
-        """What the step saw. A penalty that was not taken follows from (1/B) Σ ‖g_i − c‖² = Γ + ‖ḡ − c‖²."""
+    def report(self, outcome: Gradients, distances: Distances, finite: Tensor | None) -> Report:
+        """What the step saw, and whether it is ``finite``.
+
+        A penalty that was not taken follows from (1/B) Σ ‖g_i − c‖² = Γ + ‖ḡ − c‖².
+        """
         covariance, losses = outcome.covariance, outcome.losses
         if covariance is None:
             covariance = torch.full_like(distances.sq_mean, torch.nan)
         reg1 = covariance + distances.about if outcome.reg1 is None else outcome.reg1
         reg2 = distances.from_center["reg2"]
-        dtype = losses.dtype
+        dtype = accumulation_dtype(losses.dtype)
+
+        believed = outcome.finite if self.scaling.skips else None
+
+        def told(t: Tensor) -> Tensor:
+            return (t if believed is None else torch.where(believed, t, torch.nan)).to(dtype)
+
+        notes = [*self.notes, *outcome.notes]
+        if finite is not None and graph.answers_at_once(finite) and not finite:
+            skipped = ", and the scaler skips the step" if self.scaling.skips else ""
+            notes.append(f"the centers were left alone: the gradient is not finite{skipped}")
         return Report(
-            loss=losses.mean(),
-            reg1=reg1.to(dtype),
-            reg2=None if reg2 is None else reg2.to(dtype),
-            covariance_trace=covariance.to(dtype),
-            mean_sq_norm=(covariance + distances.sq_mean).to(dtype),
-            sq_mean_norm=distances.sq_mean.to(dtype),
+            loss=losses.mean(dtype=dtype),
+            reg1=told(reg1),
+            reg2=None if reg2 is None else told(reg2),
+            covariance_trace=told(covariance),
+            mean_sq_norm=told(covariance + distances.sq_mean),
+            sq_mean_norm=told(distances.sq_mean),
             batch_size=losses.numel(),
             method=self.method.name if self.penalties.strengths else "plain",
-            notes=(*self.notes, *outcome.notes),
-            unchecked=losses if outcome.finite is not None else None,
+            notes=tuple(notes),
+            finite=finite if self.scaling.skips else None,
+            unchecked=losses if outcome.finite is not None and not self.scaling.skips else None,
         )

@@ -17,7 +17,7 @@ LAYERS = (
     ("methods", "second_pass", "steps"),
     ("penalties", "statistics"),
     ("per_sample", "centers", "per_sample_pass"),
-    ("recording", "derived", "graph", "grads"),
+    ("recording", "derived", "graph", "grads", "scaling"),
     ("rules",),
     ("ops",),
     ("ops.backends", "ops.library"),

@@ -12,13 +12,15 @@ Penalties on parts of a batch, averaged with their shares m/B, are those of the 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..penalties import total_sq_norm
+from ..recording import Reach
 from ..rules.terms import total
+from ..scaling import Scale, Scaling, multiplied, seeds
 from ..second_pass import Replay
 from ..statistics import record as Record
 
@@ -27,12 +29,22 @@ Directions = Mapping[str, Tensor]
 
 @dataclass
 class Forward:
-    """Losses (m,) of a model, what was recorded of their forward pass, and the means to run it again."""
+    """Losses (m,) of a model, what was recorded of their forward pass, the means to run it again, and how losses are scaled."""
 
     losses: Tensor
     parameters: dict[str, Tensor]
     recording: Record | None
     replay: Replay | None
+    scaling: Scaling = field(default_factory=Scaling)
+    scale: Scale = Scale(1.0)
+
+    def reach(self) -> Reach:
+        """What the recorded losses depend on; then ``scale`` says what they are to be multiplied by."""
+        assert self.recording is not None
+        self.recording.scaling = self.scaling
+        reach = self.recording.reach(self.losses)
+        self.scale = self.scaling.of(reach.narrow, self.losses.numel())
+        return reach
 
     def let_go(self) -> None:
         """Of the graph behind the losses."""
@@ -150,16 +162,15 @@ def first_order(forward: Forward) -> FirstOrder:
     """The plain gradient and Γ from one backward pass through a recording."""
     recording, losses = forward.recording, forward.losses
     assert recording is not None
-    reach = recording.reach(losses)
-    B = losses.numel()
-    seed = torch.full_like(losses, 1 / B, requires_grad=False)
-    grads, by_name = recording._first_order(losses, reach, seed, None, False)
-    leaves = [*reach.parameters.values(), *reach.other_leaves]
+    reach, scale = forward.reach(), forward.scale
+    grads, by_name = recording._first_order(losses, reach, seeds(losses, scale.sample), None, False)
+    grads, leaves = multiplied(grads, scale.to_mean), [*reach.parameters.values(), *reach.other_leaves]
     forward.let_go()
     mean = mean_by_name(forward.parameters, leaves, grads)
-    norms = total([torch.zeros(B, dtype=torch.float64, device=losses.device), *(s for s, _ in by_name.values())]) * B**2
+    zeros = torch.zeros(losses.numel(), dtype=torch.float64, device=losses.device)
+    norms = total([zeros, *(s for s, _ in by_name.values())]) / scale.sample**2
     covariance = (norms.mean() - total_sq_norm(mean.values())).clamp(min=0)
-    return FirstOrder(losses.detach(), leaves, list(grads), mean, covariance, reach.finite)
+    return FirstOrder(losses.detach(), leaves, grads, mean, covariance, reach.finite)
 
 
 def mean_by_name(

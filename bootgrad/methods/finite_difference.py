@@ -26,7 +26,6 @@ two linear layers) on 64 digits, Reg1, Reg2 and random signs, were off by, relat
 To the left rounding grows, to the right the third derivative; 1e-4 leaves room for either, and jumps smaller than 1e-5 does.
 """
 
-import torch
 from torch import Tensor
 
 from ..graph import gradients
@@ -34,6 +33,7 @@ from ..penalties import total_sq_norm
 from ..per_sample import PerSampleGradients
 from ..per_sample_pass import PerSamplePass
 from ..rules.terms import total
+from ..scaling import multiplied, seeds
 from ..second_pass import check_parameters, check_second, displaced, finite_step, quotient
 from ..statistics import difference
 from .base import (
@@ -75,10 +75,7 @@ class FiniteDifference(Method):
     def penalized(self, forward: Forward, penalties: Penalties, whole: Whole) -> Gradients:
         """A first pass with its statistics, and one at displaced parameters."""
         check_parameters(forward.parameters)
-        if "reg1" in penalties.strengths:
-            first, G = _with_rows(forward)
-        else:
-            first, G = first_order(forward), None
+        first, G = _with_rows(forward) if "reg1" in penalties.strengths else (first_order(forward), None)
         second, quotients = self._second(forward, penalties, first, G, whole.mean(lambda: first.mean))
         losses, finite = after_second(first.losses, first.finite, second)
         leaves, grads = combined((whole.share, first.leaves, first.grads), (2.0, first.leaves, quotients))
@@ -97,27 +94,27 @@ class FiniteDifference(Method):
         spread = (strength1**2 * first.covariance + of_mean).sqrt()
         step = finite_step(spread, list(forward.parameters.values()), self.epsilon)
         assert forward.replay is not None and forward.recording is not None
-        context = None if G is None else PerSamplePass(G, strength1 * float(step), *forward.recording.modules)
+        scale, context = forward.scale, None
+        if G is not None:  # its rows are scaled
+            context = PerSamplePass(G, strength1 * float(step / scale.first), *forward.recording.modules)
         with displaced(forward.parameters, shared, step), forward.replay.again(context) as losses:
-            second = check_second(losses, first.losses.numel())
-            weights = torch.full_like(losses, 1 / losses.numel(), requires_grad=False)
-            moved = gradients(losses, first.leaves, weights, allow_unused=True)
-        return second, quotient(moved, first.grads, step)
+            second = check_second(losses, first.losses.numel(), forward.scaling)
+            moved = gradients(losses, first.leaves, seeds(losses, scale.sample), allow_unused=True)
+        return second, quotient(multiplied(moved, scale.to_mean), first.grads, step)
 
 
 def _with_rows(forward: Forward) -> tuple[FirstOrder, PerSampleGradients]:
-    """As `first_order`, and the rows g_i, from which the mean and the norms are made."""
+    """As `first_order`, and the rows σ̃ g_i, see `scaling`, from which the mean and the norms are made."""
     recording, losses = forward.recording, forward.losses
     assert recording is not None
-    G = recording.per_sample_gradients(losses)
-    reach = recording.last_reach
-    assert reach is not None
-    weights = torch.full_like(losses, 1 / losses.numel(), requires_grad=False)
-    others = gradients(losses, reach.other_leaves, weights, allow_unused=True)
-    mean = G._mean_values()
+    reach = forward.reach()
+    scale = forward.scale
+    G = recording._per_sample_gradients(losses, reach, create_graph=False, scale=scale.first)
+    others = gradients(losses, reach.other_leaves, seeds(losses, scale.sample), allow_unused=True)
+    values = G._mean_values()
+    mean = dict(zip(values, multiplied(list(values.values()), 1 / scale.first), strict=True))
     leaves = [*reach.parameters.values(), *reach.other_leaves]
-    grads = [*(mean[name] for name in reach.parameters), *others]
-    covariance = difference(G.sq_norms().double(), total_sq_norm(mean.values()))
-    finite = reach.finite
+    grads = [*(mean[name] for name in reach.parameters), *multiplied(others, scale.to_mean)]
+    covariance = difference(G.sq_norms().double() / scale.first**2, total_sq_norm(mean.values()))
     forward.let_go()
-    return FirstOrder(losses.detach(), leaves, grads, mean, covariance, finite), G
+    return FirstOrder(losses.detach(), leaves, grads, mean, covariance, reach.finite), G

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..penalties import total_sq_norm
 from ..rules.terms import total
+from ..scaling import multiplied
 from ..second_pass import check_parameters, check_second, displaced, finite_step, quotient
 from .base import (
     Directions,
@@ -132,7 +133,7 @@ class RandomSigns(Method):
             step = finite_step(length, list(forward.parameters.values()), self.epsilon)
             assert forward.replay is not None
             with displaced(forward.parameters, direction.__getitem__, step), forward.replay.again() as losses:
-                finite = check_second(losses, term.weights.numel())
+                finite = check_second(losses, term.weights.numel(), forward.scaling)
                 second = finite if second is None or finite is None else second & finite
                 parts.append((2 * term.strength, run.leaves, quotient(run.of(losses, term.weights), grads, step)))
         return sums, parts, second
@@ -141,16 +142,20 @@ class RandomSigns(Method):
 def _double_backward(run: WeightedPass, terms: Sequence[_Term]):
     """D of each term, the gradient of all as a part for `combined`, and None, for there is no second pass."""
     graphs = [run.differentiable_gradient(term.weights) for term in terms]
-    sums = [{name: g.detach() for name, g in D.items()} for D in graphs]
+    sums = []
     inner = []
-    for term, D, values in zip(terms, graphs, sums, strict=True):
-        direction = term.direction(values)
-        inner.append(2 * term.strength * total((g * direction[name]).sum() for name, g in D.items()))
+    for term, (D, factor) in zip(terms, graphs, strict=True):
+        values = multiplied([g.detach() for g in D.values()], 1 / factor)
+        sums.append(dict(zip(D, values, strict=True)))
+        direction = term.direction(sums[-1])  # type: ignore[arg-type]  # no gradient is None
+        strength = 2 * term.strength / (factor * run.scale.to_mean)
+        inner.append(strength * total((g * direction[name]).sum() for name, g in D.items()))
     objective = total(inner) if inner else run.losses.new_zeros((), requires_grad=False)
     if not objective.requires_grad:  # no penalty, or gradients that are constant in everything
         return sums, [], None
     with second_derivatives():
-        return sums, [(1.0, run.leaves, torch.autograd.grad(objective, run.leaves, allow_unused=True))], None
+        grads = torch.autograd.grad(objective, run.leaves, allow_unused=True)
+    return sums, [(1.0, run.leaves, multiplied(grads, run.scale.to_mean))], None
 
 
 def draw_signs(m: int, generator: torch.Generator) -> Tensor:
