@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import graph
-from .centers import BatchMean, Center, as_center
+from . import center_pairs, graph
+from .centers import BatchMean
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .grads import add_to_grads, call_hooks, gated
-from .methods.base import Gradients, Penalties
+from .methods.base import Penalties
 from .methods.choice import choose, is_number
 from .methods.random_signs import RandomSigns
 from .penalties import Distances, Report, reg1, reg2, total_sq_norm
-from .per_sample import Zeros
 from .recording import named_parameters
 from .rules.stand_ins import StandIns
 from .scaling import Scaling
@@ -34,19 +33,6 @@ _FIRST_STEP = {
     "reg1": "reg1 was taken about the batch mean: its center knows nothing before the first step",
     "reg2": "reg2 was left out: its center knows nothing before the first step",
 }
-
-
-def _constant(value: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
-    """A center's value without a graph, of which a step takes no derivative."""
-    if value is None or isinstance(value, Zeros):
-        return value
-    return {name: t.detach() for name, t in value.items()}
-
-
-def _moves(center: Center) -> bool:
-    """Whether a center asks for the mean gradient, to follow it or to be differentiated."""
-    constant = (Center.update, Center.derivative)
-    return any(getattr(f, "__func__", f) not in constant for f in (center.update, center.derivative))
 
 
 class GradientRegularizer:
@@ -135,15 +121,7 @@ class GradientRegularizer:
         self.step = 0
         for name, strength in self.strengths.items():
             self._strength(name, strength if not callable(strength) else 0.0)
-        by_term = isinstance(center, Mapping) and center and set(center) <= {"reg1", "reg2"}
-        if by_term and not set(center) <= set(named_parameters(model)):
-            self.centers = {name: as_center(center.get(name, "batch_mean")) for name in ("reg1", "reg2")}
-        elif isinstance(center, Mapping) and not set(center) & set(named_parameters(model)):
-            raise ArgumentError(
-                f'a center by name has the names of penalties, "reg1" and "reg2", or of parameters; got {list(center)[:5]}'
-            )
-        else:
-            self.centers = dict.fromkeys(("reg1", "reg2"), as_center(center))
+        self.centers = center_pairs.parsed(center, named_parameters(model))
         if isinstance(self.centers["reg2"], BatchMean) and (callable(reg2) or reg2 != 0):
             raise ArgumentError(
                 'reg2 about "batch_mean" is identically zero: give it a center of its own, for example '
@@ -216,9 +194,7 @@ class GradientRegularizer:
                 "no parameter of the model requires grad any more: there is nothing to take gradients of"
             )
         scaling = Scaling(scaler, next(iter(parameters.values())).device)
-        distinct = {id(c): c for c in self.centers.values()}
-        values = {key: _constant(c.value(parameters)) for key, c in distinct.items()}
-        centers = {name: values[id(c)] for name, c in self.centers.items()}
+        centers = center_pairs.values_of(self.centers, parameters)
         taken, notes = {}, []
         for name, strength in strengths.items() if self.step % self.every == 0 else ():
             if strength and centers[name] is None and not isinstance(self.centers[name], BatchMean):
@@ -231,7 +207,7 @@ class GradientRegularizer:
                 'cannot rewind random number generators for a second pass: take method="exact" and fraction=1 there'
             )
         wants_mean = (
-            self.statistics or "reg2" in taken or centers["reg1"] is None or any(_moves(c) for c in distinct.values())
+            self.statistics or "reg2" in taken or centers["reg1"] is None or center_pairs.ask_for_mean(self.centers)
         )
         penalties = Penalties(taken, centers, generator, self.statistics, wants_mean)
         return Step(self.model, self._method, self.fraction, penalties, scaling, notes)
@@ -240,9 +216,11 @@ class GradientRegularizer:
         """Write ``.grad``, and move the centers and the step."""
         outcome, centers = step.outcome(), step.penalties.centers
         distances = Distances(outcome.mean, centers)
+        parameters = named_parameters(self.model)
         for name, strength in step.penalties.strengths.items():
-            if centers[name] is not None:
-                self._add_center_derivative(outcome, centers[name], self.centers[name], strength)
+            c = centers[name]
+            if c is not None:
+                center_pairs.add_derivative(outcome, parameters, c, self.centers[name], strength)
         grads = gated(step.scaling.scaled(outcome.grads), outcome.finite, step.scaling.skips)
         checks = [outcome.finite, torch.isfinite(distances.sq_mean) if outcome.mean else None]
         if step.scaling.skips:  # for the penalties alone, too
@@ -253,39 +231,10 @@ class GradientRegularizer:
         report = step.report(outcome, distances, finite)
         add_to_grads(outcome.leaves, grads)
         if outcome.mean and finite is not None:
-            self._move_centers(outcome.mean, centers, finite)
+            center_pairs.move(self.centers, outcome.mean, centers, finite)
         self.step += 1
         call_hooks(outcome.leaves, grads)
         return report
-
-    def _move_centers(self, mean: Mapping[str, Tensor], held: Mapping[str, Any], finite: Tensor) -> None:
-        """Let the centers, whose present values are ``held``, take in ḡ where it is finite."""
-        distinct = {id(c): (c, held[name]) for name, c in self.centers.items()}.values()
-        if graph.answers_at_once(finite) and not finite:
-            return
-        for center, value in distinct:
-            if graph.answers_at_once(finite):
-                center.update(mean)
-            else:  # what is not finite is replaced by what the center holds already
-                center.update({n: torch.where(finite, g, 0 if value is None else value[n]) for n, g in mean.items()})
-
-    def _add_center_derivative(self, outcome: Gradients, c, center: Center, strength: float) -> None:
-        """A penalty's derivative by c is −2 λ (ḡ − c); a differentiable center takes it on to θ."""
-        if type(center).derivative is Center.derivative:  # a constant
-            return
-        parameters = named_parameters(self.model)
-        extra = center.derivative(parameters, {n: g - c[n] for n, g in outcome.mean.items()})
-        places = {id(leaf): k for k, leaf in enumerate(outcome.leaves)}
-        for name, derivative in (extra or {}).items():
-            p = parameters[name]
-            step = -2 * strength * derivative
-            if id(p) not in places:
-                outcome.leaves.append(p)
-                outcome.grads.append(step.to(p.dtype))
-                continue
-            k = places[id(p)]
-            grad = outcome.grads[k]
-            outcome.grads[k] = (step if grad is None else grad + step).to(p.dtype)
 
     def _strength(self, name: str, strength: Strength) -> float:
         value = strength(self.step) if callable(strength) else strength

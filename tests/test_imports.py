@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("cli", "experiments", "monitoring", "integrations", "training"),
     ("regularizers", "verification", "normalization", "recurrent", "plans", "plan_timing"),
-    ("methods", "second_pass", "steps"),
+    ("methods", "second_pass", "steps", "center_pairs"),
     ("penalties", "statistics"),
     ("per_sample", "centers", "per_sample_pass"),
     ("recording", "derived", "graph", "grads", "scaling"),
