@@ -2,6 +2,7 @@
 
 from . import centers, ops, planning
 from .errors import BootgradError, BootgradWarning
+from .micro_batches import accumulate
 from .noise_scale import NoiseScale
 from .normalization import replace_batchnorm
 from .per_sample import PerSampleGradients
@@ -20,6 +21,7 @@ __all__ = [
     "PerSampleGradients",
     "Report",
     "Statistics",
+    "accumulate",
     "centers",
     "ops",
     "plan",

@@ -19,6 +19,7 @@ from .grads import add_to_grads, call_hooks, gated
 from .methods.base import Penalties
 from .methods.choice import choose, is_number
 from .methods.random_signs import RandomSigns
+from .micro_batches import Block
 from .penalties import Distances, Report, reg1, reg2, total_sq_norm
 from .recording import named_parameters
 from .rules.stand_ins import StandIns
@@ -134,6 +135,7 @@ class GradientRegularizer:
         self._seed = int(torch.randint(2**62, (), device="cpu")) if draws else None
         self._recording: Record | None = None
         self._awaits_losses = False
+        self._block: Accumulation | None = None
 
     @property
     def method(self) -> str:
@@ -149,8 +151,9 @@ class GradientRegularizer:
     def backward(self, losses: Tensor | Callable[..., Tensor], *batch: Any, scaler: Any = None) -> Report:
         """Accumulate the gradient of ``losses.mean() + λ₁ Reg1 + λ₂ Reg2`` into ``.grad``, move the centers, and report.
 
-        Calls add up as torch's do: after k micro-batches ``.grad`` is the sum of k such gradients, each with its penalties, and
-        the centers and the step have moved k times. Divide by k what is to be their mean.
+        Calls add up as torch's do: after k of them ``.grad`` is the sum of k such gradients, each with its penalties, and the
+        centers and the step have moved k times. Micro-batches of one batch belong in a block of `accumulate`; there the report
+        has the loss alone, and all else happens at the end of the block.
 
         Args:
             losses: a function of ``batch`` that gives losses (B,), or the losses themselves, computed in ``with reg.record()``.
@@ -167,7 +170,13 @@ class GradientRegularizer:
         """
         recording, awaited = self._recording, self._awaits_losses
         self._recording, self._awaits_losses = None, False
-        step = self._begin(scaler)
+        block = self._block
+        if block is None:
+            step = self._begin(scaler)
+        elif scaler is None:
+            step = block._next()
+        else:
+            raise ArgumentError("the scaler of a whole batch is given to its block: reg.accumulate(n, scaler=scaler)")
         if callable(losses):
             step.add(losses, batch)
         elif batch:
@@ -180,9 +189,45 @@ class GradientRegularizer:
             )
         else:
             step.add_losses(losses, recording)
-        return self._end(step)
+        if block is None:
+            return self._end(step)
+        block._after_call()
+        return step.report_of_call()
 
-    def _begin(self, scaler: Any) -> Step:
+    def accumulate(self, n: int | None = None, scaler: Any = None) -> "Accumulation":
+        """A block whose calls of `backward` bring the micro-batches of one batch, of any sizes; one step at its end.
+
+            with reg.accumulate() as step:
+                for x, y in micro_batches:
+                    reg.backward(loss_fn, x, y)
+            step.report
+
+        ``.grad``, the centers and the report are as if all samples had come in one call: mean loss and penalties are those of
+        the whole batch, and λ is asked once. Until the end of the block gradients are kept apart from ``.grad``, as two tensors
+        of each parameter's size, or as one where nothing but the mean loss is taken.
+
+        Reg1 about a center of earlier steps takes one sweep, at the price of the calls themselves. **Reg1 about the batch mean
+        and Reg2 take two**, for they need the mean gradient of all samples: each call takes the plain step, 3 units, and keeps
+        its function and batch; at the end of the block all are run again, with the same random numbers and buffers, for the
+        penalties at their price, 6 to 9. With ``center=bootgrad.centers.WindowMean(1)`` one sweep measures Reg1 from the mean
+        of the batch before. (Reg2 with that in the place of ḡ would be of no use: H̄ (ḡ − c) with another batch's ḡ has the mean
+        H (g − c), without the noise that Reg2 is about.)
+
+        Random signs are drawn for each micro-batch by itself, and a fraction is taken of each.
+
+        Args:
+            n: the number of micro-batches, an error if there are fewer or more; None for as many as there are.
+            scaler: as of `backward`.
+
+        Raises:
+            RecordingError: another number of micro-batches than ``n``, parameters that changed between them, a block in a
+                block.
+            ArgumentError: in two sweeps, a batch that was written to after its call, or a function that gives other losses
+                when it is run again. On all errors in the block ``.grad``, the centers and the step are as before.
+        """
+        return Accumulation(self, n, scaler)
+
+    def _begin(self, scaler: Any, alone: bool = True) -> Step:
         """The step that comes: what is taken in it, and about which centers."""
         strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
         generator = torch.Generator()
@@ -201,20 +246,22 @@ class GradientRegularizer:
                 notes.append(_FIRST_STEP[name])
             if strength and (name == "reg1" or centers[name] is not None):
                 taken[name] = self.every * strength
-        if taken and (self._seed is not None or self._method.repeats) and graph.is_capturing():
-            raise UnsupportedError(
-                "a captured graph of kernels would repeat the signs or samples of the step that it was captured from, and "
-                'cannot rewind random number generators for a second pass: take method="exact" and fraction=1 there'
-            )
         wants_mean = (
             self.statistics or "reg2" in taken or centers["reg1"] is None or center_pairs.ask_for_mean(self.centers)
         )
         penalties = Penalties(taken, centers, generator, self.statistics, wants_mean)
-        return Step(self.model, self._method, self.fraction, penalties, scaling, notes)
+        step = Step(self.model, self._method, self.fraction, penalties, scaling, notes, alone)
+        runs_again = step.takes_two_sweeps or self._method.repeats
+        if taken and (self._seed is not None or runs_again) and graph.is_capturing():
+            raise UnsupportedError(
+                "a captured graph of kernels would repeat the signs or samples of the step that it was captured from, and "
+                'cannot rewind random number generators for a second pass: take method="exact" and fraction=1 there'
+            )
+        return step
 
     def _end(self, step: Step) -> Report:
         """Write ``.grad``, and move the centers and the step."""
-        outcome, centers = step.outcome(), step.penalties.centers
+        outcome, centers = step.finish(), step.penalties.centers
         distances = Distances(outcome.mean, centers)
         parameters = named_parameters(self.model)
         for name, strength in step.penalties.strengths.items():
@@ -267,3 +314,43 @@ class GradientRegularizer:
                 raise
             raise ArgumentError(f"not a state_dict of a GradientRegularizer with these centers: {error!r}") from None
         self.step, self._seed = step, seed
+
+
+class Accumulation(Block):
+    """A block of `GradientRegularizer.accumulate`."""
+
+    def __init__(self, regularizer: GradientRegularizer, n: int | None, scaler: Any):
+        """Keep the arguments."""
+        super().__init__(n, [regularizer.model])
+        self._regularizer, self._scaler = regularizer, scaler
+        self._step: Step | None = None
+        self._report: Report | None = None
+
+    @property
+    def report(self) -> Report:
+        """What the step saw of the whole batch, after the block."""
+        if self._report is None:
+            raise RecordingError("the report is that of all micro-batches, and there when the block has ended")
+        return self._report
+
+    def _begin(self) -> None:
+        if self._regularizer._block is not None:
+            raise RecordingError("a block of micro-batches is open already: end it before the next one")
+        self._step = self._regularizer._begin(self._scaler, alone=self.n == 1)
+        self._regularizer._block = self
+
+    def _next(self) -> Step:
+        """The step, for one more micro-batch."""
+        self._before_call()
+        self._in_call = True
+        assert self._step is not None
+        return self._step
+
+    def _finish(self) -> None:
+        assert self._step is not None
+        self._regularizer._block = None
+        self._report = self._regularizer._end(self._step)
+
+    def _drop(self) -> None:
+        self._step = self._regularizer._block = None
+        self._regularizer._recording, self._regularizer._awaits_losses = None, False

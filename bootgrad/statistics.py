@@ -218,8 +218,9 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             rest = scale.to_grad if isinstance(reduction, str) and reduction == "mean" else rest
         scaled = None if centers is None else {name: c * a for name, c in centers.items()}
         grads, norms = self._first_order(losses, reach, seeds(losses, a), scaled, retain_graph or uniform is None)
-        told = torch.where(reach.finite, a, torch.nan) if self.scaling.skips and reach.finite is not None else a
-        statistics = self._statistics(losses, reach, grads, norms, told, scaled)
+        by_name = dict(zip(reach.parameters, grads, strict=False))
+        ratio = 1 / losses.numel()
+        statistics = summarized(self.parameters, by_name, norms, losses, a, ratio, scaled, self.scaling, reach.finite)
         leaves = [*reach.parameters.values(), *reach.other_leaves]
         if uniform is None:
             grads = gradients(losses, leaves, weights, retain_graph=retain_graph, allow_unused=True)
@@ -254,28 +255,6 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             for name, term in terms.items():
                 norms[name] = (term.sq_norms(), None if scaled is None else term.sq_norms(scaled[name]))
         return leaf_grads, norms
-
-    @torch.no_grad()
-    def _statistics(self, losses, reach: Reach, leaf_grads, norms, scale: Number, scaled) -> Statistics:
-        """The statistics of the g_i from what `_first_order` gave for a = ``scale``; not a number where that is none."""
-        B, by_name = self.batch_size, dict(zip(reach.parameters, leaf_grads, strict=False))
-        grads, rows, parts = [], [], {}
-        for name, p in self.parameters.items():
-            g = by_name.get(name)
-            grads.append(torch.zeros_like(p) if g is None else g)
-            rows.append(norms[name][0] if name in norms else p.new_zeros(B, dtype=accumulation_dtype(p.dtype)))
-        sq_means = (sq_distances(grads) / (B * scale) ** 2).unbind()
-        sq_norms = grouped(rows, lambda s: torch.stack(s) / scale**2)
-        if scaled is not None:
-            centers = [scaled[name] for name in self.parameters]
-            mean_deviations = (sq_distances(grads, centers, 1 / B) / scale**2).unbind()
-        for k, (name, s) in enumerate(zip(self.parameters, rows, strict=True)):
-            deviation = mean_deviation = None
-            if scaled is not None:
-                deviation = norms[name][1] if name in norms else s + sq_distances([centers[k]])[0].to(s.dtype)
-                deviation, mean_deviation = deviation / scale**2, mean_deviations[k].to(s.dtype)
-            parts[name] = Moments(sq_norms[k], sq_means[k].to(s.dtype), deviation, mean_deviation)
-        return combine(parts, losses.detach() if reach.finite is not None and not self.scaling.skips else None)
 
     def per_sample_gradients(self, losses: Tensor, create_graph: bool = False) -> PerSampleGradients:
         """The implicit B×P matrix of the per-sample gradients.
@@ -314,6 +293,53 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         if not create_graph:
             terms = {name: term.map(Tensor.detach) for name, term in terms.items()}
         return PerSampleGradients(terms, self.parameters, self.batch_size, create_graph)
+
+
+@torch.no_grad()
+def summarized(
+    parameters: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor | None],
+    norms: Mapping[str, tuple[Tensor, Tensor | None]],
+    losses: Tensor,
+    scale: Number,
+    ratio: float,
+    scaled: Mapping[str, Tensor] | None,
+    scaling: Scaling,
+    finite: Tensor | None,
+) -> Statistics:
+    """The statistics of the g_i.
+
+    Args:
+        parameters: by name, all of them.
+        grads: (a/ratio) ḡ by name, where they are reached.
+        norms: ‖a g_i‖² and, about a center, ‖a g_i − a c‖², (B,), by name, where they are reached.
+        losses: (B,), which may still turn out not to be finite.
+        scale: a.
+        ratio: of a to the factor before ḡ.
+        scaled: a c by name, or None.
+        scaling: whether what is not finite is an error, or a number that is none.
+        finite: whether the losses are, where that was not waited for.
+    """
+    if scaling.skips and finite is not None:
+        scale = torch.where(finite, scale, torch.nan)
+    rows, dense, parts = [], [], {}
+    for name, p in parameters.items():
+        g = grads.get(name)
+        dense.append(torch.zeros_like(p) if g is None else g)
+        rows.append(norms[name][0] if name in norms else p.new_zeros(losses.numel(), dtype=accumulation_dtype(p.dtype)))
+    sq_means = (sq_distances(dense) / (scale / ratio) ** 2).unbind()
+    sq_norms = grouped(rows, lambda s: torch.stack(s) / scale**2)
+    if scaled is not None:
+        centers = [scaled[name] for name in parameters]
+        mean_deviations = (sq_distances(dense, centers, ratio) / scale**2).unbind()
+    for k, (name, s) in enumerate(zip(parameters, rows, strict=True)):
+        deviation = mean_deviation = None
+        if scaled is not None:
+            deviation = norms[name][1] if name in norms else s + sq_distances([centers[k]])[0].to(s.dtype)
+            assert deviation is not None
+            deviation, mean_deviation = deviation / scale**2, mean_deviations[k].to(s.dtype)
+        parts[name] = Moments(sq_norms[k], sq_means[k].to(s.dtype), deviation, mean_deviation)
+    return combine(parts, losses.detach() if finite is not None and not scaling.skips else None)
 
 
 def _weights(reduction: str | Tensor, losses: Tensor) -> tuple[Tensor, float | None]:

@@ -71,6 +71,11 @@ class Penalties:
         """λ, zero for a penalty that is not taken."""
         return self.strengths.get(name, 0.0)
 
+    @property
+    def needs_mean(self) -> bool:
+        """Whether what is taken depends on ḡ."""
+        return "reg2" in self.strengths or ("reg1" in self.strengths and self.centers["reg1"] is None)
+
 
 @dataclass(frozen=True)
 class FirstOrder:

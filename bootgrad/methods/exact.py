@@ -62,8 +62,10 @@ class Exact(Method):
         own = penalty.own_mean() if penalties.mean else {}
         covariance = penalty.covariance() if penalties.statistics else None
         reg1 = penalty.norms().mean() if penalty.tells_reg1 and not penalties.statistics else None
+        spread = reg1 if whole.known and penalties.centers["reg1"] is None else None
+        grads = multiplied(grads, scale.to_mean)
         forward.let_go()
-        return Gradients(losses.detach(), leaves, multiplied(grads, scale.to_mean), own, covariance, reach.finite, reg1)
+        return Gradients(losses.detach(), leaves, grads, own, covariance, reach.finite, reg1, spread)
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,11 @@ class RandomSigns(Method):
         m, run = forward.losses.numel(), WeightedPass(forward)
         uniform = torch.full_like(forward.losses, 1 / m, requires_grad=False)
         probes = self.probes if "reg1" in penalties.strengths else 0
-        own = run.gradient(uniform, last=not (self.exact or probes))
-        own_mean = mean_by_name(forward.parameters, run.leaves, own)
+        by_difference = not self.exact and "reg2" in penalties.strengths
+        own: list[Tensor | None] = [None] * len(run.leaves)
+        if not whole.known or by_difference:
+            own = run.gradient(uniform, last=not (self.exact or probes))
+        own_mean = {} if whole.known else mean_by_name(forward.parameters, run.leaves, own)
         mean = whole.mean(lambda: own_mean)
         c1, c2 = penalties.centers["reg1"], penalties.centers["reg2"]
         centered = c1 is None and whole.alone
