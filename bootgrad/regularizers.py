@@ -250,7 +250,7 @@ class GradientRegularizer:
             self.statistics or "reg2" in taken or centers["reg1"] is None or center_pairs.ask_for_mean(self.centers)
         )
         penalties = Penalties(taken, centers, generator, self.statistics, wants_mean)
-        step = Step(self.model, self._method, self.fraction, penalties, scaling, notes, alone)
+        step = Step(self.model, parameters, self._method, self.fraction, penalties, scaling, notes, alone)
         runs_again = step.takes_two_sweeps or self._method.repeats
         if taken and (self._seed is not None or runs_again) and graph.is_capturing():
             raise UnsupportedError(
@@ -263,11 +263,10 @@ class GradientRegularizer:
         """Write ``.grad``, and move the centers and the step."""
         outcome, centers = step.finish(), step.penalties.centers
         distances = Distances(outcome.mean, centers)
-        parameters = named_parameters(self.model)
         for name, strength in step.penalties.strengths.items():
             c = centers[name]
             if c is not None:
-                center_pairs.add_derivative(outcome, parameters, c, self.centers[name], strength)
+                center_pairs.add_derivative(outcome, step.parameters, c, self.centers[name], strength)
         grads = gated(step.scaling.scaled(outcome.grads), outcome.finite, step.scaling.skips)
         checks = [outcome.finite, torch.isfinite(distances.sq_mean) if outcome.mean else None]
         if step.scaling.skips:  # for the penalties alone, too

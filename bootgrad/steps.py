@@ -15,7 +15,6 @@ from .methods.parts import Known, Total, WithRest
 from .methods.subsets import check_leaves, draw, rows, versions_of
 from .ops.schema import accumulation_dtype
 from .penalties import Distances, Report
-from .recording import named_parameters
 from .rules.base import autocast_now
 from .rules.stand_ins import StandIns
 from .scaling import Scaling, without_autocast
@@ -49,6 +48,7 @@ class Step:
 
     Args:
         model: whose losses they are.
+        parameters: the model's, by name.
         method: makes the penalties' gradients.
         fraction: the share of the samples that the penalties are taken on.
         penalties: what to take; no strength makes a plain step.
@@ -60,6 +60,7 @@ class Step:
     def __init__(
         self,
         model: nn.Module,
+        parameters: dict[str, Tensor],
         method: Method,
         fraction: float,
         penalties: Penalties,
@@ -68,10 +69,10 @@ class Step:
         alone: bool,
     ):
         """Begin; nothing is run yet."""
-        self.model, self.method, self.fraction = model, method, fraction
+        self.model, self.parameters, self.method, self.fraction = model, parameters, method, fraction
         self.penalties, self.scaling, self.notes = penalties, scaling, notes
         self.takes_two_sweeps = not alone and penalties.needs_mean
-        self._total = Total(named_parameters(model), penalties.statistics)
+        self._total = Total(parameters, penalties.statistics)
         self._kept: list[_Kept] = []
         self._former = 0  # parts of former calls
         self._subset = 0  # samples that penalties were taken on, where these are not all
@@ -81,7 +82,7 @@ class Step:
 
         The function runs under the autocast of now, and nothing else does.
         """
-        parameter = next(iter(named_parameters(self.model).values()))
+        parameter = next(iter(self.parameters.values()))
         autocast = autocast_now(parameter.device)
 
         def run(*batch: Any) -> Tensor:
@@ -105,7 +106,7 @@ class Step:
                 'center of earlier steps (center="ema"), losses will do'
             )
         with without_autocast(losses):
-            self._take(Forward(losses, named_parameters(self.model), recording, None, self.scaling), Whole())
+            self._take(Forward(losses, self.parameters, recording, None, self.scaling), Whole())
 
     def finish(self) -> Gradients:
         """What came of all samples, after the second sweep where there is one."""
@@ -165,8 +166,7 @@ class Step:
                 "tensor of the batch that has as many as the first; pass all that belongs to samples in such tensors, or take "
                 "fraction=1"
             )
-        parameters = recording.parameters if recording else named_parameters(self.model)
-        return Forward(losses, parameters, recording, replay, self.scaling)
+        return Forward(losses, self.parameters, recording, replay, self.scaling)
 
     def _take(self, forward: Forward, whole: Whole, batch: tuple = ()) -> None:
         """What there is to take from a forward pass, now or in the second sweep."""
@@ -197,7 +197,7 @@ class Step:
         with kept.replay.again(recording) as losses:
             check_second(losses, kept.losses.numel(), self.scaling)
             distance, size = (losses.detach() - kept.losses).norm(), kept.losses.norm()
-            forward = Forward(losses, named_parameters(self.model), recording, kept.replay, self.scaling)
+            forward = Forward(losses, self.parameters, recording, kept.replay, self.scaling)
             self._total.add_penalties(self.method.penalized(forward, penalties, whole), kept.count)
         return distance > (1e-4 if losses.dtype in (torch.float32, torch.float64) else 2e-2) * size
 
