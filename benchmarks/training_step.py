@@ -5,6 +5,8 @@ variant's time to the plain step's in the same round. Memory is measured in a fr
 over three steps, from its value just before them. Results are checked first; a wrong one is not timed.
 
     python -m benchmarks.training_step [--model reference] [--batch 128] [--threads 2] [--rounds 15]
+
+With ``--parts 8`` the batch comes in eight micro-batches, beside plain accumulation of their gradients.
 """
 
 import argparse
@@ -63,12 +65,55 @@ def make_variants(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> d
     }
 
 
-def build(name: str, size: int):
+def make_parts_variants(
+    model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, n: int
+) -> dict[str, Callable[[], None]]:
+    """The same of a batch in n micro-batches."""
+    parts = list(zip(x.chunk(n), y.chunk(n), strict=True))
+
+    def losses(x, y):
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    def plain():
+        for part in parts:
+            (losses(*part).sum() / len(x)).backward()
+
+    def statistics_of_all():
+        with bootgrad.accumulate(model) as whole:
+            for part in parts:
+                with whole.record():
+                    values = losses(*part)
+                whole.backward(values)
+
+    def regularized(**options):
+        reg = bootgrad.GradientRegularizer(model, **options)
+
+        def step():
+            with reg.accumulate():
+                for part in parts:
+                    reg.backward(losses, *part)
+
+        return step
+
+    return {
+        "plain": plain,
+        "accumulate": statistics_of_all,
+        "reg1 ema": regularized(reg1=0.1, center="ema"),
+        "reg1 zero": regularized(reg1=0.1, center="zero"),
+        "reg1 batch_mean": regularized(reg1=0.1),
+        "reg2 ema": regularized(reg2=0.1, center="ema"),
+        "reg1 + reg2 ema": regularized(reg1=0.1, reg2=0.1, center="ema"),
+    }
+
+
+def build(name: str, size: int, parts: int):
     """Model, variants and batch."""
     torch.manual_seed(0)
     model, shape = MODELS[name]()
     x, y = batch(shape, size)
-    return model, make_variants(model, x, y), x, y
+    if parts == 1:
+        return model, make_variants(model, x, y), x, y
+    return model, {f"{name}, {parts} parts": f for name, f in make_parts_variants(model, x, y, parts).items()}, x, y
 
 
 def check(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -140,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="reference")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--parts", type=int, default=1, help="micro-batches that the batch comes in")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
@@ -149,17 +195,19 @@ def main() -> None:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, variants, x, y = build(options.model, options.batch)
+    model, variants, x, y = build(options.model, options.batch, options.parts)
+    plain = next(iter(variants))
     if options.memory_of:
         return print(memory_rise(model, variants[options.memory_of]))
     check(model, x, y)
     fractions = [name for name in variants if "B/8" in name]
     times = measure_time(model, variants, options.rounds, of_other_shapes=fractions)
     same = ["--model", options.model, "--batch", str(options.batch), "--threads", str(options.threads)]
+    same += ["--parts", str(options.parts)]
     memory = {name: measure_memory("benchmarks.training_step", name, same, options.processes) for name in variants}
     rows = []
     for name, values in times.items():
-        ratios = sorted(t / p for t, p in zip(values, times["plain"], strict=True))
+        ratios = sorted(t / p for t, p in zip(values, times[plain], strict=True))
         rows.append(
             setting()
             | {
@@ -171,7 +219,7 @@ def main() -> None:
                 "ratio_low": f"{ratios[len(ratios) // 10]:.2f}",
                 "ratio_high": f"{ratios[-1 - len(ratios) // 10]:.2f}",
                 "memory_mib": f"{memory[name] / 2**20:.0f}",
-                "memory_ratio": f"{memory[name] / memory['plain']:.2f}",
+                "memory_ratio": f"{memory[name] / memory[plain]:.2f}",
             }
         )
     print(f"\n{options.model} CNN, batch {options.batch}, {options.threads} threads, {rows[0]['backend']}")

@@ -2,12 +2,14 @@
 
 from . import centers, ops, planning
 from .errors import BootgradError, BootgradWarning
+from .micro_batches import accumulate
+from .noise_scale import NoiseScale
 from .normalization import replace_batchnorm
 from .per_sample import PerSampleGradients
 from .plans import plan
 from .recurrent import replace_rnn
 from .regularizers import GradientRegularizer, Report, reg1, reg2
-from .statistics import NoiseScale, Statistics, record
+from .statistics import Statistics, record
 from .verification import verify
 
 __version__ = "0.1.0"
@@ -19,6 +21,7 @@ __all__ = [
     "PerSampleGradients",
     "Report",
     "Statistics",
+    "accumulate",
     "centers",
     "ops",
     "plan",

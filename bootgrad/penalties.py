@@ -92,8 +92,11 @@ class Report(CheckedOnRead):
         batch_size: B.
         method: how the penalty's gradient was made; ``"plain"`` on the steps between penalties.
         notes: what was done otherwise than asked, or on a part of the batch, or is an estimate.
+        finite: with a GradScaler, whether the gradient is, (); where it is not, the scaler skips the step, and the centers were
+            left alone. None without.
 
-    On an accelerator, the first read raises if the losses were not finite; ``.grad`` and the centers were then left alone.
+    On an accelerator, without a GradScaler, the first read raises if the losses were not finite; ``.grad`` and the centers were
+    then left alone.
     """
 
     loss: Tensor
@@ -105,6 +108,7 @@ class Report(CheckedOnRead):
     batch_size: int
     method: str
     notes: tuple[str, ...] = ()
+    finite: Tensor | None = None
     unchecked: Tensor | None = None
 
     @property

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from .derived import TRANSPOSITIONS, Call, Derived, is_batch_free, may_be_batch_free, pull_back
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
-from .graph import Uses, as_met, check_finite, check_losses, filled, gradients, is_capturing, powers_of_two, walk
+from .graph import Uses, as_met, check_losses, filled, gradients, is_capturing, powers_of_two, walk
 from .ops.piecewise import is_seen
 from .ops.product import Product
 from .rules.base import RULES, Operation, Phase, ProductOperation, is_in_place
@@ -34,6 +34,7 @@ from .rules.normalization import refuse_batch_statistics
 from .rules.opened import opened
 from .rules.stand_ins import OF_PARAMETERS, is_in_transform, run_plain
 from .rules.terms import Term
+from .scaling import Scale, Scaling, narrowest, seeds
 
 CHECKS = ("first", "always", "never")
 _getitem = Tensor.__getitem__
@@ -65,6 +66,7 @@ class Reach:
     parameters: dict[str, Tensor]
     other_leaves: list[Tensor]
     finite: Tensor | None = None  # whether the losses are, where that was not waited for
+    narrow: torch.dtype | None = None  # the narrowest half precision between the losses and the parameters
 
 
 class Recording(TorchFunctionMode):
@@ -91,6 +93,7 @@ class Recording(TorchFunctionMode):
         self.check = check
         self.modules = modules
         self.parameters = named_parameters(*modules)
+        self.scaling = Scaling()
         self.phase = Phase.PLAIN
         self.batch_size = 0
         self.operations: list[Operation] = []
@@ -377,7 +380,7 @@ class Recording(TorchFunctionMode):
         check_losses(losses)
         self.batch_size = losses.numel()
         reach = self._walk(losses)
-        reach.finite = check_finite(losses)
+        reach.finite = self.scaling.finite(losses)
         if not reach.parameters and not self.parameters:
             raise RecordingError("the model has no parameter that requires grad: nothing to take gradients of")
         if not reach.parameters:
@@ -392,7 +395,7 @@ class Recording(TorchFunctionMode):
                         f"{self._describe(operation)} puts out {operation.output_rows} rows in dimension 0 for "
                         f"{self.batch_size} losses: samples must be dimension 0 of every operation on a parameter"
                     )
-            self._check_batch(losses, reach.operations)
+            self._check_batch(losses, reach)
         return reach
 
     def _walk(self, losses: Tensor) -> Reach:
@@ -409,16 +412,24 @@ class Recording(TorchFunctionMode):
         used = {id(leaf) for o in operations for t in o.tracked for leaf in self.leaves(t)} | set(map(id, leaves))
         parameters = {name: p for name, p in self.parameters.items() if id(p) in used}
         own = self._names.keys() | {id(o.probe) for o in self.operations}
-        return Reach(operations, parameters, [t for t in leaves if id(t) not in own])
+        outputs = (o.edge.node._input_metadata[o.edge.output_nr] for o in operations)
+        narrow = narrowest([losses.dtype, *(output.dtype for output in outputs)])
+        return Reach(operations, parameters, [t for t in leaves if id(t) not in own], narrow=narrow)
+
+    def _scale(self, reach: Reach) -> Scale:
+        """What the losses are multiplied by in a backward pass."""
+        return self.scaling.of(reach.narrow, self.batch_size)
 
     def _describe(self, operation: Operation) -> str:
         return f"{operation.name} (parameter {', '.join(map(self.name_of, operation.tracked))})"
 
-    def _check_batch(self, losses: Tensor, operations: Sequence[Operation]) -> None:
+    def _check_batch(self, losses: Tensor, reach: Reach) -> None:
         """Raise unless the losses Σ a_i ℓ_i give every recorded output the rows of its plain gradient scaled by a.
 
-        Norms of rows are compared, so that no gradient is kept; they scale exactly where samples are independent.
+        Norms of rows are compared, so that no gradient is kept; they scale exactly where samples are independent, but for what
+        is below float16's range, of which nothing can be told.
         """
+        operations = reach.operations
         modes = tuple(child.training for child in self._children)
         signature = (
             self.batch_size,
@@ -435,14 +446,30 @@ class Recording(TorchFunctionMode):
         if self.check == "first" and count & (count - 1) and not merged:  # what was zero at first may grow
             return self._state.counted(signature, count)
         a = powers_of_two(self.batch_size, count).to(losses)
-        tolerance = 1e-4 if losses.dtype in (torch.float32, torch.float64) else 2e-2
-        plain = self._row_norms(losses, torch.ones_like(losses), operations)
-        scaled = self._row_norms(losses, a, operations)
+        tolerance = 1e-4 if reach.narrow is None else 2e-2
+        ones = torch.ones_like(losses) if reach.narrow is None else seeds(losses, self._scale(reach).sample)
+        plain = self._row_norms(losses, ones, operations)
+        scaled = self._row_norms(losses, ones * a, operations)
         checks = []
-        for norms, norms_a in zip(plain, scaled, strict=True):
+        for operation, norms, norms_a in zip(operations, plain, scaled, strict=True):
             expected = norms * a.repeat_interleave(norms.numel() // self.batch_size).to(norms.dtype)
-            checks.append((norms_a - expected).norm() > tolerance * norms_a.norm())
-        for operation, coupled in zip(operations, torch.stack(checks).tolist(), strict=True):
+            # The smallest number of float16 for each entry, by which rounding may be off on the way through a few operations.
+            lost = 2.0**-24 * operation.output_shape.numel() ** 0.5 if reach.narrow is torch.float16 else 0.0
+            size, apart = norms_a.norm(), (norms_a - expected).norm()
+            coupled = apart > tolerance * size + 4 * lost
+            checks += [coupled, (size > 0) & (tolerance * size < lost), ~torch.isfinite(size)]
+        verdicts = torch.stack(checks).view(-1, 3).tolist()
+        if any(unknown for _, _, unknown in verdicts):  # losses that are not finite: the next ones will be asked
+            return
+        for operation, (coupled, vague, _) in zip(operations, verdicts, strict=True):
+            if vague and ("float16", operation.name) not in self._state.warned:
+                self._state.warned.add(("float16", operation.name))
+                warnings.warn(
+                    f"gradients at {self._describe(operation)} are so small that float16 rounds them away, and norms with "
+                    "them: scale the losses, by backward(..., scaler=torch.amp.GradScaler(...)) for example",
+                    BootgradWarning,
+                    stacklevel=5,
+                )
             if coupled:
                 raise UnsupportedError(
                     f"samples are coupled after {self._describe(operation)}, or not in dimension 0 there: scaling one "

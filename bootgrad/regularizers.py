@@ -6,28 +6,26 @@ Reg1 = (1/B) Σ_i ‖g_i − c‖²        Reg2 = ‖ḡ − c‖²
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import graph
-from .accumulation import accumulate, call_hooks, gated
-from .centers import BatchMean, Center, as_center
+from . import center_pairs, graph
+from .centers import BatchMean
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
-from .graph import answers_at_once
-from .methods.base import Forward, Gradients, Penalties
+from .grads import add_to_grads, call_hooks, gated
+from .methods.base import Penalties
 from .methods.choice import choose, is_number
 from .methods.random_signs import RandomSigns
-from .methods.subsets import check_leaves, draw, rows, versions_of
-from .penalties import Distances, Report, reg1, reg2
-from .per_sample import Zeros
+from .micro_batches import Block
+from .penalties import Distances, Report, reg1, reg2, total_sq_norm
 from .recording import named_parameters
 from .rules.stand_ins import StandIns
-from .second_pass import Replay, Snapshot, same_buffers
+from .scaling import Scaling
 from .statistics import record as Record
+from .steps import Step
 
 __all__ = ["GradientRegularizer", "Report", "reg1", "reg2"]
 
@@ -36,19 +34,6 @@ _FIRST_STEP = {
     "reg1": "reg1 was taken about the batch mean: its center knows nothing before the first step",
     "reg2": "reg2 was left out: its center knows nothing before the first step",
 }
-
-
-def _constant(value: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
-    """A center's value without a graph, of which a step takes no derivative."""
-    if value is None or isinstance(value, Zeros):
-        return value
-    return {name: t.detach() for name, t in value.items()}
-
-
-def _moves(center: Center) -> bool:
-    """Whether a center asks for the mean gradient, to follow it or to be differentiated."""
-    constant = (Center.update, Center.derivative)
-    return any(getattr(f, "__func__", f) not in constant for f in (center.update, center.derivative))
 
 
 class GradientRegularizer:
@@ -137,15 +122,7 @@ class GradientRegularizer:
         self.step = 0
         for name, strength in self.strengths.items():
             self._strength(name, strength if not callable(strength) else 0.0)
-        by_term = isinstance(center, Mapping) and center and set(center) <= {"reg1", "reg2"}
-        if by_term and not set(center) <= set(named_parameters(model)):
-            self.centers = {name: as_center(center.get(name, "batch_mean")) for name in ("reg1", "reg2")}
-        elif isinstance(center, Mapping) and not set(center) & set(named_parameters(model)):
-            raise ArgumentError(
-                f'a center by name has the names of penalties, "reg1" and "reg2", or of parameters; got {list(center)[:5]}'
-            )
-        else:
-            self.centers = dict.fromkeys(("reg1", "reg2"), as_center(center))
+        self.centers = center_pairs.parsed(center, named_parameters(model))
         if isinstance(self.centers["reg2"], BatchMean) and (callable(reg2) or reg2 != 0):
             raise ArgumentError(
                 'reg2 about "batch_mean" is identically zero: give it a center of its own, for example '
@@ -158,6 +135,7 @@ class GradientRegularizer:
         self._seed = int(torch.randint(2**62, (), device="cpu")) if draws else None
         self._recording: Record | None = None
         self._awaits_losses = False
+        self._block: Accumulation | None = None
 
     @property
     def method(self) -> str:
@@ -170,175 +148,139 @@ class GradientRegularizer:
         self._awaits_losses = True
         return self._recording or StandIns()
 
-    def backward(self, losses: Tensor | Callable[..., Tensor], *batch: Any) -> Report:
+    def backward(self, losses: Tensor | Callable[..., Tensor], *batch: Any, scaler: Any = None) -> Report:
         """Accumulate the gradient of ``losses.mean() + λ₁ Reg1 + λ₂ Reg2`` into ``.grad``, move the centers, and report.
 
-        Calls add up as torch's do: after k micro-batches ``.grad`` is the sum of k such gradients, each with its penalties, and
-        the centers and the step have moved k times. Divide by k what is to be their mean.
+        Calls add up as torch's do: after k of them ``.grad`` is the sum of k such gradients, each with its penalties, and the
+        centers and the step have moved k times. Micro-batches of one batch belong in a block of `accumulate`; there the report
+        has the loss alone, and all else happens at the end of the block.
 
         Args:
             losses: a function of ``batch`` that gives losses (B,), or the losses themselves, computed in ``with reg.record()``.
                 Finite differences and fractions need the function, which they call twice or more.
             batch: what the function is called with.
+            scaler: a `torch.amp.GradScaler`: ``.grad`` is scaled by its factor, for ``scaler.step(optimizer)``, and what is not
+                finite is no error but left in ``.grad``, for the scaler to skip the step; the centers are then left alone.
+                Penalties, centers and the report are of the unscaled gradients.
 
         Raises:
             As `record.backward`; exceptions of the user's function pass as they are. On any error ``.grad``, the centers and
             the step are as before, but for one of a hook that waits for ``.grad``, when the step is done, and of a center's
             own update.
         """
-        with ExitStack() as kept:
-            report, values, outcome = self._gradients(losses, batch, kept)
-        grads = gated(outcome.grads, outcome.finite)
-        accumulate(outcome.leaves, grads)
-        distinct = {id(c): c for c in self.centers.values()}.values()
-        sq_mean, mean = outcome.distances.sq_mean, outcome.mean
-        finite = torch.isfinite(sq_mean) if outcome.finite is None else torch.isfinite(sq_mean) & outcome.finite
-        if not mean:  # all centers are constant
-            pass
-        elif not answers_at_once(sq_mean):  # what is not finite is replaced by what the center holds already
-            for center in distinct:
-                held = values[id(center)]
-                center.update({n: torch.where(finite, g, 0 if held is None else held[n]) for n, g in mean.items()})
-        elif finite:
-            for center in distinct:
-                center.update(mean)
+        recording, awaited = self._recording, self._awaits_losses
+        self._recording, self._awaits_losses = None, False
+        block = self._block
+        if block is None:
+            step = self._begin(scaler)
+        elif scaler is None:
+            step = block._next()
         else:
-            report = replace(report, notes=(*report.notes, "the centers were left alone: the gradient is not finite"))
-        self.step += 1
-        call_hooks(outcome.leaves, grads)
-        return report
+            raise ArgumentError("the scaler of a whole batch is given to its block: reg.accumulate(n, scaler=scaler)")
+        if callable(losses):
+            step.add(losses, batch)
+        elif batch:
+            raise ArgumentTypeError(
+                "a batch was given along with losses: pass the function that computes the losses instead"
+            )
+        elif not awaited:
+            raise RecordingError(
+                "nothing was recorded: compute the losses inside `with reg.record():`, or pass a function"
+            )
+        else:
+            step.add_losses(losses, recording)
+        if block is None:
+            return self._end(step)
+        block._after_call()
+        return step.report_of_call()
 
-    def _gradients(self, losses: Any, batch: tuple, kept: ExitStack) -> tuple[Report, dict[int, Any], Gradients]:
-        """The report, the centers' values by id, and the gradients; nothing of the user's is changed."""
-        takes_penalty = self.step % self.every == 0
+    def accumulate(self, n: int | None = None, scaler: Any = None) -> "Accumulation":
+        """A block whose calls of `backward` bring the micro-batches of one batch, of any sizes; one step at its end.
+
+            with reg.accumulate() as step:
+                for x, y in micro_batches:
+                    reg.backward(loss_fn, x, y)
+            step.report
+
+        ``.grad``, the centers and the report are as if all samples had come in one call: mean loss and penalties are those of
+        the whole batch, and λ is asked once. Until the end of the block gradients are kept apart from ``.grad``, as two tensors
+        of each parameter's size, or as one where nothing but the mean loss is taken.
+
+        Reg1 about a center of earlier steps takes one sweep, at the price of the calls themselves. **Reg1 about the batch mean
+        and Reg2 take two**, for they need the mean gradient of all samples: each call takes the plain step, 3 units, and keeps
+        its function and batch; at the end of the block all are run again, with the same random numbers and buffers, for the
+        penalties at their price, 6 to 9. With ``center=bootgrad.centers.WindowMean(1)`` one sweep measures Reg1 from the mean
+        of the batch before. (Reg2 with that in the place of ḡ would be of no use: H̄ (ḡ − c) with another batch's ḡ has the mean
+        H (g − c), without the noise that Reg2 is about.)
+
+        Random signs are drawn for each micro-batch by itself, and a fraction is taken of each.
+
+        Args:
+            n: the number of micro-batches, an error if there are fewer or more; None for as many as there are.
+            scaler: as of `backward`.
+
+        Raises:
+            RecordingError: another number of micro-batches than ``n``, parameters that changed between them, a block in a
+                block.
+            ArgumentError: in two sweeps, a batch that was written to after its call, or a function that gives other losses
+                when it is run again. On all errors in the block ``.grad``, the centers and the step are as before.
+        """
+        return Accumulation(self, n, scaler)
+
+    def _begin(self, scaler: Any, alone: bool = True) -> Step:
+        """The step that comes: what is taken in it, and about which centers."""
+        strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
         generator = torch.Generator()
         if self._seed is not None:
             generator.manual_seed((self._seed + self.step) % 2**63)
-        if takes_penalty and (self._seed is not None or self._method.repeats) and graph.is_capturing():
-            raise UnsupportedError(
-                "a captured graph of kernels would repeat the signs or samples of the step that it was captured from, and "
-                'cannot rewind random number generators for a second pass: take method="exact" and fraction=1 there'
+        parameters = named_parameters(self.model)
+        if not parameters:
+            raise RecordingError(
+                "no parameter of the model requires grad any more: there is nothing to take gradients of"
             )
-        rest, notes = None, []
-        if not callable(losses):
-            forward = self._take(losses, batch)
-        else:
-            index, self._recording, self._awaits_losses = None, None, False
-            runs_again = takes_penalty and (self.fraction < 1 or self._method.repeats)
-            if runs_again:
-                check_leaves(batch)
-            versions = versions_of(batch)
-            if takes_penalty and self.fraction < 1:
-                chosen, others = draw(batch, self.fraction, generator)
-                before = Snapshot(self.model)
-                if others.numel():
-                    rest = self._method.plain(self._run(losses, batch, others, False))
-                    kept.enter_context(same_buffers(self.model, before))
-                    m, index = chosen.numel(), chosen
-                    notes.append(f"the penalties were taken on {m} of {m + others.numel()} samples")
-            forward = self._run(losses, batch, index, takes_penalty)
-            if runs_again and versions != versions_of(batch):
-                raise ArgumentError(
-                    "the function changed a tensor of its batch in place, and would do so again in each of the passes that "
-                    f'method="{self.method}" with fraction={self.fraction} takes: let it work on a copy'
-                )
-        strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
-        distinct = {id(c): c for c in self.centers.values()}
-        values = {key: _constant(c.value(forward.parameters)) for key, c in distinct.items()}
-        centers = {name: values[id(c)] for name, c in self.centers.items()}
-        taken = {}
-        for name, strength in strengths.items() if takes_penalty else ():
+        scaling = Scaling(scaler, next(iter(parameters.values())).device)
+        centers = center_pairs.values_of(self.centers, parameters)
+        taken, notes = {}, []
+        for name, strength in strengths.items() if self.step % self.every == 0 else ():
             if strength and centers[name] is None and not isinstance(self.centers[name], BatchMean):
                 notes.append(_FIRST_STEP[name])
             if strength and (name == "reg1" or centers[name] is not None):
                 taken[name] = self.every * strength
-        if not taken and rest is None:
-            plain = self._method.plain(forward)
-            outcome = Gradients(**vars(plain), distances=Distances(plain.mean, centers))
-            return self._report(outcome, "plain", notes), values, outcome
         wants_mean = (
-            self.statistics or "reg2" in taken or centers["reg1"] is None or any(_moves(c) for c in distinct.values())
+            self.statistics or "reg2" in taken or centers["reg1"] is None or center_pairs.ask_for_mean(self.centers)
         )
         penalties = Penalties(taken, centers, generator, self.statistics, wants_mean)
-        outcome = self._method.penalized(forward, penalties, rest)
-        for name, strength in taken.items():
-            if centers[name] is not None:
-                self._add_center_derivative(forward.parameters, outcome, centers[name], self.centers[name], strength)
-        return self._report(outcome, self.method, notes), values, outcome
-
-    def _run(self, function: Callable[..., Tensor], batch: tuple, index: Tensor | None, penalized: bool) -> Forward:
-        """One pass of the user's function, over the samples ``index`` if they are not the whole batch."""
-
-        def call() -> Tensor:  # the rows are taken in each pass, whose graph is let go
-            return function(*(batch if index is None else rows(batch, index)))
-
-        replay = Replay(self.model, call) if penalized and self._method.repeats else None
-        recording = Record(self.model) if self._method.records and (penalized or self.statistics) else None
-        with recording or StandIns():
-            losses = call()
-        m = None if index is None else index.numel()
-        if m is not None and isinstance(losses, Tensor) and losses.shape != (m,):
-            raise ArgumentError(
-                f"the losses of {m} samples must have shape ({m},); got {tuple(losses.shape)}: fraction takes rows of every "
-                "tensor of the batch that has as many as the first; pass all that belongs to samples in such tensors, or take "
-                "fraction=1"
+        step = Step(self.model, parameters, self._method, self.fraction, penalties, scaling, notes, alone)
+        runs_again = step.takes_two_sweeps or self._method.repeats
+        if taken and (self._seed is not None or runs_again) and graph.is_capturing():
+            raise UnsupportedError(
+                "a captured graph of kernels would repeat the signs or samples of the step that it was captured from, and "
+                'cannot rewind random number generators for a second pass: take method="exact" and fraction=1 there'
             )
-        parameters = recording.parameters if recording else named_parameters(self.model)
-        return Forward(losses, parameters, recording, replay)
+        return step
 
-    def _take(self, losses: Tensor, batch: tuple) -> Forward:
-        """The losses that were computed in ``with reg.record()``."""
-        if batch:
-            raise ArgumentTypeError(
-                "a batch was given along with losses: pass the function that computes the losses instead"
-            )
-        if self._method.repeats or self.fraction < 1:
-            raise ArgumentError(
-                f'backward must be given the function that computes the losses, which method="{self.method}" with '
-                f"fraction={self.fraction} runs more than once; got {type(losses).__name__}"
-            )
-        if not self._awaits_losses:
-            raise RecordingError(
-                "nothing was recorded: compute the losses inside `with reg.record():`, or pass a function"
-            )
-        recording, self._recording, self._awaits_losses = self._recording, None, False
-        return Forward(losses, named_parameters(self.model), recording, None)
-
-    def _report(self, outcome: Gradients, method: str, notes: list[str]) -> Report:
-        """What the step saw. A penalty that was not taken follows from (1/B) Σ ‖g_i − c‖² = Γ + ‖ḡ − c‖²."""
-        covariance, distances, losses = outcome.covariance, outcome.distances, outcome.losses
-        reg1 = covariance + distances.about if outcome.reg1 is None else outcome.reg1
-        reg2 = distances.from_center["reg2"]
-        dtype = losses.dtype
-        return Report(
-            loss=losses.mean(),
-            reg1=reg1.to(dtype),
-            reg2=None if reg2 is None else reg2.to(dtype),
-            covariance_trace=covariance.to(dtype),
-            mean_sq_norm=(covariance + distances.sq_mean).to(dtype),
-            sq_mean_norm=distances.sq_mean.to(dtype),
-            batch_size=losses.numel(),
-            method=method,
-            notes=(*notes, *outcome.notes),
-            unchecked=losses if outcome.finite is not None else None,
-        )
-
-    def _add_center_derivative(self, parameters, outcome: Gradients, c, center: Center, strength: float) -> None:
-        """A penalty's derivative by c is −2 λ (ḡ − c); a differentiable center takes it on to θ."""
-        if type(center).derivative is Center.derivative:  # a constant
-            return
-        extra = center.derivative(parameters, {n: g - c[n] for n, g in outcome.mean.items()})
-        places = {id(leaf): k for k, leaf in enumerate(outcome.leaves)}
-        for name, derivative in (extra or {}).items():
-            p = parameters[name]
-            step = -2 * strength * derivative
-            if id(p) not in places:
-                outcome.leaves.append(p)
-                outcome.grads.append(step.to(p.dtype))
-                continue
-            k = places[id(p)]
-            grad = outcome.grads[k]
-            outcome.grads[k] = (step if grad is None else grad + step).to(p.dtype)
+    def _end(self, step: Step) -> Report:
+        """Write ``.grad``, and move the centers and the step."""
+        outcome, centers = step.finish(), step.penalties.centers
+        distances = Distances(outcome.mean, centers)
+        for name, strength in step.penalties.strengths.items():
+            c = centers[name]
+            if c is not None:
+                center_pairs.add_derivative(outcome, step.parameters, c, self.centers[name], strength)
+        grads = gated(step.scaling.scaled(outcome.grads), outcome.finite, step.scaling.skips)
+        checks = [outcome.finite, torch.isfinite(distances.sq_mean) if outcome.mean else None]
+        if step.scaling.skips:  # for the penalties alone, too
+            seen = total_sq_norm([g for g in grads if g is not None and g.layout == torch.strided])
+            checks.append(torch.isfinite(seen))
+        known = [t for t in checks if t is not None]
+        finite = torch.stack(known).all() if known else None
+        report = step.report(outcome, distances, finite)
+        add_to_grads(outcome.leaves, grads)
+        if outcome.mean and finite is not None:
+            center_pairs.move(self.centers, outcome.mean, centers, finite)
+        self.step += 1
+        call_hooks(outcome.leaves, grads)
+        return report
 
     def _strength(self, name: str, strength: Strength) -> float:
         value = strength(self.step) if callable(strength) else strength
@@ -371,3 +313,43 @@ class GradientRegularizer:
                 raise
             raise ArgumentError(f"not a state_dict of a GradientRegularizer with these centers: {error!r}") from None
         self.step, self._seed = step, seed
+
+
+class Accumulation(Block):
+    """A block of `GradientRegularizer.accumulate`."""
+
+    def __init__(self, regularizer: GradientRegularizer, n: int | None, scaler: Any):
+        """Keep the arguments."""
+        super().__init__(n, [regularizer.model])
+        self._regularizer, self._scaler = regularizer, scaler
+        self._step: Step | None = None
+        self._report: Report | None = None
+
+    @property
+    def report(self) -> Report:
+        """What the step saw of the whole batch, after the block."""
+        if self._report is None:
+            raise RecordingError("the report is that of all micro-batches, and there when the block has ended")
+        return self._report
+
+    def _begin(self) -> None:
+        if self._regularizer._block is not None:
+            raise RecordingError("a block of micro-batches is open already: end it before the next one")
+        self._step = self._regularizer._begin(self._scaler, alone=self.n == 1)
+        self._regularizer._block = self
+
+    def _next(self) -> Step:
+        """The step, for one more micro-batch."""
+        self._before_call()
+        self._in_call = True
+        assert self._step is not None
+        return self._step
+
+    def _finish(self) -> None:
+        assert self._step is not None
+        self._regularizer._block = None
+        self._report = self._regularizer._end(self._step)
+
+    def _drop(self) -> None:
+        self._step = self._regularizer._block = None
+        self._regularizer._recording, self._regularizer._awaits_losses = None, False

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError
-from .graph import check_finite, check_losses
+from .graph import check_losses
 from .penalties import total_sq_norm
 from .rules.stand_ins import StandIns
+from .scaling import Scaling
 
 
 @contextmanager
@@ -177,11 +178,11 @@ def _span(t: Tensor) -> tuple[int, int]:
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
-def check_second(losses: Tensor, batch_size: int) -> Tensor | None:
-    """As `check_finite`, of a second pass; raise where it gave another number of losses."""
+def check_second(losses: Tensor, batch_size: int, scaling: Scaling) -> Tensor | None:
+    """As `Scaling.finite`, of a second pass; raise where it gave another number of losses."""
     if losses.numel() != batch_size:
         raise ArgumentError(
             f"the function gave {losses.numel()} losses when it was run again; expected {batch_size}, as at first: it must "
             "depend on its arguments and the model alone"
         )
-    return check_finite(losses)
+    return scaling.finite(losses)

@@ -5,16 +5,16 @@
 Statistics always speak of the per-sample gradients g_i themselves, whatever weights the losses were reduced with.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import graph
-from .accumulation import accumulate, call_hooks, gated
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from .grads import add_to_grads, call_hooks, gated
 from .graph import as_met, filled, gradients, refuse_marked
 from .heap import keep_freed_memory
 from .ops.distances import sq_distances
@@ -23,6 +23,7 @@ from .per_sample import Direction, PerSampleGradients, as_parameter_dict, groupe
 from .recording import Reach, Recording
 from .rules.base import Phase
 from .rules.terms import DenseTerm, Term
+from .scaling import Number, Scaling, multiplied, peak_of, seeds, without_autocast
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         reduction: str | Tensor = "mean",
         center: Direction | None = None,
         retain_graph: bool = False,
+        scaler: Any = None,
     ) -> Statistics:
         """Accumulate gradients as ``losses.mean().backward()`` would, and return the statistics of the g_i.
 
@@ -189,25 +191,40 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                 Weights that are not all alike cost a second backward pass.
             center: {name: tensor} or flat (P,); adds ``deviation_sq_norms``, ``reg1`` and ``reg2`` about it.
             retain_graph: keep the graph for a further backward pass.
+            scaler: a `torch.amp.GradScaler`: ``.grad`` is scaled by its factor, for ``scaler.step(optimizer)``, and what is not
+                finite is no error but left in ``.grad``, for the scaler to skip the step. Statistics are of the unscaled
+                gradients.
 
         Raises:
             ArgumentError: losses, weights or center of a wrong shape, or losses that are not finite.
             RecordingError: nothing recorded, a freed graph, or losses that do not depend on the model.
             UnsupportedError: per-sample gradients would not exist or would come out wrong. ``.grad`` is untouched by errors.
         """
+        with without_autocast(losses):
+            return self._backward(losses, reduction, center, retain_graph, scaler)
+
+    def _backward(self, losses, reduction, center, retain_graph, scaler) -> Statistics:
+        self.scaling = Scaling(scaler, losses.device if isinstance(losses, Tensor) else None)
         reach = self.reach(losses)
-        weights, scale = _weights(reduction, losses)
+        weights, uniform = _weights(reduction, losses)
         centers = None if center is None else as_parameter_dict(center, self.parameters, "center")
-        uniform = scale is not None
-        seed = weights if uniform else torch.ones_like(weights)
-        scale = scale or 1.0
-        scaled = None if centers is None else {name: c * scale for name, c in centers.items()}
-        grads, norms = self._first_order(losses, reach, seed, scaled, retain_graph or not uniform)
-        statistics = self._statistics(losses, reach, grads, norms, scale, scaled)
+        scale = self._scale(reach)
+        # Statistics are taken of a g_i; gradients are multiplied by ``rest`` afterwards.
+        a: Number = 1.0 if uniform is None else uniform
+        rest = scale.to_grad
+        if reach.narrow is not None:
+            peak = peak_of(weights) if uniform is None else uniform
+            a, weights, rest = scale.sample, weights / peak * scale.sample, rest * peak * losses.numel()
+            rest = scale.to_grad if isinstance(reduction, str) and reduction == "mean" else rest
+        scaled = None if centers is None else {name: c * a for name, c in centers.items()}
+        grads, norms = self._first_order(losses, reach, seeds(losses, a), scaled, retain_graph or uniform is None)
+        by_name = dict(zip(reach.parameters, grads, strict=False))
+        ratio = 1 / losses.numel()
+        statistics = summarized(self.parameters, by_name, norms, losses, a, ratio, scaled, self.scaling, reach.finite)
         leaves = [*reach.parameters.values(), *reach.other_leaves]
-        if not uniform:
+        if uniform is None:
             grads = gradients(losses, leaves, weights, retain_graph=retain_graph, allow_unused=True)
-        accumulate(leaves, gated(grads, reach.finite))
+        add_to_grads(leaves, gated(multiplied(grads, rest), reach.finite, self.scaling.skips))
         if not retain_graph:
             self.release()
         call_hooks(leaves, grads)
@@ -239,28 +256,6 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                 norms[name] = (term.sq_norms(), None if scaled is None else term.sq_norms(scaled[name]))
         return leaf_grads, norms
 
-    @torch.no_grad()
-    def _statistics(self, losses, reach: Reach, leaf_grads, norms, scale: float, scaled) -> Statistics:
-        """The statistics of the g_i from what `_first_order` gave for a = ``scale``."""
-        B, by_name = self.batch_size, dict(zip(reach.parameters, leaf_grads, strict=False))
-        grads, rows, parts = [], [], {}
-        for name, p in self.parameters.items():
-            g = by_name.get(name)
-            grads.append(torch.zeros_like(p) if g is None else g)
-            rows.append(norms[name][0] if name in norms else p.new_zeros(B, dtype=accumulation_dtype(p.dtype)))
-        sq_means = (sq_distances(grads) / (B * scale) ** 2).unbind()
-        sq_norms = grouped(rows, lambda s: torch.stack(s) / scale**2)
-        if scaled is not None:
-            centers = [scaled[name] for name in self.parameters]
-            mean_deviations = (sq_distances(grads, centers, 1 / B) / scale**2).unbind()
-        for k, (name, s) in enumerate(zip(self.parameters, rows, strict=True)):
-            deviation = mean_deviation = None
-            if scaled is not None:
-                deviation = norms[name][1] if name in norms else s + sq_distances([centers[k]])[0].to(s.dtype)
-                deviation, mean_deviation = deviation / scale**2, mean_deviations[k].to(s.dtype)
-            parts[name] = Moments(sq_norms[k], sq_means[k].to(s.dtype), deviation, mean_deviation)
-        return combine(parts, losses.detach() if reach.finite is not None else None)
-
     def per_sample_gradients(self, losses: Tensor, create_graph: bool = False) -> PerSampleGradients:
         """The implicit B×P matrix of the per-sample gradients.
 
@@ -271,15 +266,18 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         Raises:
             As `backward`.
         """
-        return self._per_sample_gradients(losses, create_graph)
+        with without_autocast(losses):
+            return self._per_sample_gradients(losses, self.reach(losses), create_graph)
 
-    def _per_sample_gradients(self, losses: Tensor, create_graph: bool, visited: bool = False) -> PerSampleGradients:
-        """As `per_sample_gradients`; where they can be, weights are held as `VisitedTerm`, once differentiable."""
-        self.last_reach = reach = self.reach(losses)
+    def _per_sample_gradients(
+        self, losses: Tensor, reach: Reach, create_graph: bool, visited: bool = False, scale: Number = 1.0
+    ) -> PerSampleGradients:
+        """``scale`` times `per_sample_gradients`; where they can be, weights are held as `VisitedTerm`, once differentiable."""
+        self.last_reach = reach
         if create_graph and losses.device.type == "cpu":
             keep_freed_memory()
         # With weights that require grad, a function that can be differentiated once leaves a mark in whatever passes it.
-        weights = torch.ones_like(losses, requires_grad=create_graph)
+        weights = seeds(losses, scale).requires_grad_(create_graph)
         if self.batch_size == 1:
             leaves = list(reach.parameters.values())
             grads = gradients(losses, leaves, weights, create_graph=create_graph, retain_graph=True, allow_unused=True)
@@ -295,6 +293,53 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         if not create_graph:
             terms = {name: term.map(Tensor.detach) for name, term in terms.items()}
         return PerSampleGradients(terms, self.parameters, self.batch_size, create_graph)
+
+
+@torch.no_grad()
+def summarized(
+    parameters: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor | None],
+    norms: Mapping[str, tuple[Tensor, Tensor | None]],
+    losses: Tensor,
+    scale: Number,
+    ratio: float,
+    scaled: Mapping[str, Tensor] | None,
+    scaling: Scaling,
+    finite: Tensor | None,
+) -> Statistics:
+    """The statistics of the g_i.
+
+    Args:
+        parameters: by name, all of them.
+        grads: (a/ratio) ḡ by name, where they are reached.
+        norms: ‖a g_i‖² and, about a center, ‖a g_i − a c‖², (B,), by name, where they are reached.
+        losses: (B,), which may still turn out not to be finite.
+        scale: a.
+        ratio: of a to the factor before ḡ.
+        scaled: a c by name, or None.
+        scaling: whether what is not finite is an error, or a number that is none.
+        finite: whether the losses are, where that was not waited for.
+    """
+    if scaling.skips and finite is not None:
+        scale = torch.where(finite, scale, torch.nan)
+    rows, dense, parts = [], [], {}
+    for name, p in parameters.items():
+        g = grads.get(name)
+        dense.append(torch.zeros_like(p) if g is None else g)
+        rows.append(norms[name][0] if name in norms else p.new_zeros(losses.numel(), dtype=accumulation_dtype(p.dtype)))
+    sq_means = (sq_distances(dense) / (scale / ratio) ** 2).unbind()
+    sq_norms = grouped(rows, lambda s: torch.stack(s) / scale**2)
+    if scaled is not None:
+        centers = [scaled[name] for name in parameters]
+        mean_deviations = (sq_distances(dense, centers, ratio) / scale**2).unbind()
+    for k, (name, s) in enumerate(zip(parameters, rows, strict=True)):
+        deviation = mean_deviation = None
+        if scaled is not None:
+            deviation = norms[name][1] if name in norms else s + sq_distances([centers[k]])[0].to(s.dtype)
+            assert deviation is not None
+            deviation, mean_deviation = deviation / scale**2, mean_deviations[k].to(s.dtype)
+        parts[name] = Moments(sq_norms[k], sq_means[k].to(s.dtype), deviation, mean_deviation)
+    return combine(parts, losses.detach() if finite is not None and not scaling.skips else None)
 
 
 def _weights(reduction: str | Tensor, losses: Tensor) -> tuple[Tensor, float | None]:
@@ -314,87 +359,5 @@ def _weights(reduction: str | Tensor, losses: Tensor) -> tuple[Tensor, float | N
         raise ArgumentTypeError(f'reduction must be "mean", "sum" or weights (B,); got {type(reduction).__name__}')
     if reduction not in ("mean", "sum"):
         raise ArgumentError(f'reduction must be "mean", "sum" or weights (B,); got {reduction!r}')
-    scale = 1 / B if reduction == "mean" else 1.0
-    return torch.full_like(losses, scale, requires_grad=False), scale
-
-
-class NoiseScale:
-    """The gradient noise scale from averages of its two unbiased parts over steps.
-
-        S = Γ B/(B − 1)     |G|² = ‖ḡ‖² − S/B     noise scale = ⟨S⟩ / ⟨|G|²⟩
-
-    The plug-in ratio Γ/‖ḡ‖² of one batch saturates near B; averaging the parts before dividing does not.
-
-    Args:
-        decay: weight of the past in the running means, bias-corrected; 1 averages all steps alike.
-
-    Source: McCandlish et al., arXiv 1812.06162, appendix A.
-    """
-
-    def __init__(self, decay: float = 0.99):
-        """Start with no steps."""
-        if not 0 < decay <= 1:
-            raise ArgumentError(f"decay must be in (0, 1]; got {decay}")
-        self.decay = decay
-        self.steps = 0
-        self._weight = self._trace = self._sq_norm = 0.0
-
-    def update(self, moments) -> float:
-        """Take in one batch: anything with ``covariance_trace``, ``sq_mean_norm`` and ``batch_size``; returns the value.
-
-        One whose trace is not known, nan as of steps between random signs, is left out.
-        """
-        B = moments.batch_size
-        if B < 2:
-            raise ArgumentError("the noise scale needs batches of at least two samples; got one")
-        trace = float(moments.covariance_trace) * B / (B - 1)
-        if math.isnan(trace):
-            return self.value
-        sq_norm = float(moments.sq_mean_norm) - trace / B
-        new = 1.0 if self.decay == 1 else 1 - self.decay
-        self._weight = self._weight * self.decay + new
-        self._trace = self._trace * self.decay + new * trace
-        self._sq_norm = self._sq_norm * self.decay + new * sq_norm
-        self.steps += 1
-        return self.value
-
-    @property
-    def covariance_trace(self) -> float:
-        """⟨S⟩, the averaged unbiased covariance trace; nan before the first step."""
-        return self._trace / self._weight if self.steps else float("nan")
-
-    @property
-    def sq_mean_norm(self) -> float:
-        """⟨|G|²⟩, the averaged unbiased squared norm of the true gradient; may be negative; nan before the first step."""
-        return self._sq_norm / self._weight if self.steps else float("nan")
-
-    @property
-    def value(self) -> float:
-        """The ratio; inf where the denominator is not positive, nan where nothing is known. `reason` says why."""
-        if not self.steps or (self._sq_norm <= 0 and self._trace <= 0):
-            return float("nan")
-        return float("inf") if self._sq_norm <= 0 else self._trace / self._sq_norm
-
-    @property
-    def reason(self) -> str | None:
-        """Why the value is not a number, or None."""
-        if not self.steps:
-            return "no step has been taken in"
-        if self._sq_norm > 0:
-            return None
-        if self._trace <= 0:
-            return "all gradients were zero"
-        return f"the gradient's squared norm is lost in the noise: its estimate over {self.steps} steps is not positive"
-
-    def state_dict(self) -> dict:
-        """The averages, to go on from."""
-        return {"decay": self.decay, "steps": self.steps, "parts": [self._weight, self._trace, self._sq_norm]}
-
-    def load_state_dict(self, state: Mapping) -> None:
-        """Go on from a `state_dict`."""
-        try:
-            decay, steps, (weight, trace, sq_norm) = state["decay"], state["steps"], state["parts"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArgumentError(f"not a state_dict of a NoiseScale: {error!r}") from None
-        self.decay, self.steps = decay, steps
-        self._weight, self._trace, self._sq_norm = weight, trace, sq_norm
+    weight = 1 / B if reduction == "mean" else 1.0
+    return seeds(losses, weight), weight

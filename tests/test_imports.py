@@ -14,16 +14,17 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("cli", "experiments", "monitoring", "integrations", "training"),
     ("regularizers", "verification", "normalization", "recurrent", "plans", "plan_timing"),
-    ("methods", "second_pass"),
-    ("penalties", "statistics"),
+    ("methods", "second_pass", "steps", "center_pairs"),
+    ("penalties", "micro_batches"),
+    ("statistics",),
     ("per_sample", "centers", "per_sample_pass"),
-    ("recording", "derived", "graph", "accumulation"),
+    ("recording", "derived", "graph", "grads", "scaling", "running_mean"),
     ("rules",),
     ("ops",),
     ("ops.backends", "ops.library"),
     ("kernels",),
     ("planning", "costs", "plan_tables"),
-    ("ops.schema", "errors", "reference", "heap"),
+    ("ops.schema", "errors", "reference", "heap", "noise_scale"),
 )
 ABOVE_ALL = {"bootgrad", "bootgrad.__main__"}
 USERS = set(LAYERS[0])  # of the public names: only they, too, import from bootgrad itself
@@ -35,6 +36,7 @@ THIRD_PARTY = (
     ("planning", set()),
     ("costs", set()),
     ("plan_tables", set()),
+    ("noise_scale", set()),
     ("cli", {"torch", "numpy", "tqdm", "matplotlib"}),
     ("experiments", {"torch", "numpy", "tqdm", "matplotlib"}),
     ("training", {"torch", "numpy", "tqdm", "matplotlib", "sklearn", "torchvision"}),

@@ -1,23 +1,32 @@
-"""The README's Python runs as it stands, top to bottom, and its commands are ones that there are."""
+"""The Python of the README and of docs/units.md runs as it stands, top to bottom, and commands are ones that there are."""
 
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import bootgrad
 from bootgrad import cli
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def run(text: str, blocks: int) -> dict:
+    """What is defined after the Python blocks of a text, of which there are so many."""
+    torch.manual_seed(0)
+    names: dict = {}
+    found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(found) == blocks
+    for block in found:
+        exec(compile(block, "README.md", "exec"), names)  # noqa: S102 — our own file
+    return names
 
 
 def test_the_python_blocks_run_one_after_the_other(capsys):
-    torch.manual_seed(0)
-    names = {}
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 6
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)  # noqa: S102 — our own file
+    names = run(README, 7)
     stats, G = names["stats"], names["G"].materialize()
     rows = torch.cat([g.flatten(1) for g in G.values()], dim=1).detach()
     assert rows.shape == (32, sum(p.numel() for p in names["model"].parameters()))
@@ -28,6 +37,45 @@ def test_the_python_blocks_run_one_after_the_other(capsys):
     patches = torch.nn.functional.unfold(names["x"], 3, padding=1)
     windows = torch.einsum("bot,bit->boi", names["gy"].flatten(2), patches)
     torch.testing.assert_close(names["s"], windows.square().sum((1, 2)), rtol=1e-4, atol=0)
+
+
+def test_units_are_as_they_are_said_to_be():
+    names = run((ROOT / "docs/units.md").read_text(encoding="utf-8"), 4)
+    model, x, y, lengths, w = (names[name] for name in ("model", "x", "y", "lengths", "w"))
+    parameters = list(model.parameters())
+
+    def rows_of(losses):
+        grads = (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses)
+        return torch.stack([torch.cat([g.flatten() for g in row]) for row in grads])
+
+    own, total = rows_of(names["own_mean"](x, y)), rows_of(names["total"](x, y))
+    torch.testing.assert_close(total, own * lengths[:, None])
+    for stats, rows in (
+        (names["by_mean"], own),
+        (names["by_sum"], total),
+        (names["by_batch"], total * len(y) / lengths.sum()),
+        (names["batch"].statistics, own),
+    ):
+        torch.testing.assert_close(
+            stats.covariance_trace, (rows - rows.mean(0)).square().sum(1).mean(), rtol=1e-4, atol=0
+        )
+    scale = len(y) / float(lengths.sum())
+    torch.testing.assert_close(names["by_batch"].covariance_trace, scale**2 * names["by_sum"].covariance_trace)
+    torch.testing.assert_close(names["by_batch"].noise_scale, names["by_sum"].noise_scale)
+    outputs = model(x).transpose(1, 2)
+    torch.testing.assert_close(names["batch_mean"](x, y).mean(), F.cross_entropy(outputs, y))
+    full = torch.randint(10, (8, 12))  # of sequences of one length, Γ of sums is T² times that of means
+    sums, means = (names["statistics"](names[name], x, full) for name in ("total", "own_mean"))
+    torch.testing.assert_close(sums.covariance_trace, 144 * means.covariance_trace)
+    z, t = names["z"], names["t"]
+    torch.testing.assert_close(names["weighted"](z, t).mean(), F.cross_entropy(model(z), t, weight=w))
+    plain = rows_of(F.cross_entropy(model(z), t, reduction="none"))
+    torch.testing.assert_close(names["of_step"].sq_norms, plain.square().sum(1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        names["in_losses"].sq_norms, (plain * (w[t] / w[t].mean())[:, None]).square().sum(1), rtol=1e-4, atol=0
+    )
+    with pytest.raises(bootgrad.BootgradError):
+        names["statistics"](lambda x, y: names["token_losses"](x, y).flatten(), x, y)
 
 
 def test_the_commands_exist():
@@ -41,4 +89,4 @@ def test_links_lead_to_files():
     targets = re.findall(r"\]\(([^)#:]+)\)", README)
     assert "docs/images/comparison.png" in targets and "LICENSE" in targets
     for target in targets:
-        assert (Path(__file__).parents[1] / target).is_file(), target
+        assert (ROOT / target).is_file(), target

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bootgrad
+from bootgrad.scaling import Scaling
 from bootgrad.second_pass import Replay, Snapshot, check_parameters, check_second, displaced, finite_step, quotient
 from bootgrad.second_pass import same_buffers as with_buffers_of
 
@@ -154,9 +155,9 @@ def test_what_cannot_be_a_second_pass_is_refused():
     with pytest.raises(bootgrad.BootgradError, match="bfloat16 for weight"):
         check_parameters({"weight": torch.zeros(2, dtype=torch.bfloat16)})
     with pytest.raises(bootgrad.BootgradError, match="3 losses when it was run again; expected 4"):
-        check_second(torch.zeros(3), 4)
+        check_second(torch.zeros(3), 4, Scaling())
     with pytest.raises(bootgrad.BootgradError, match="NaN or infinite at 1 of 2 samples: 1"):
-        check_second(torch.tensor([0.0, torch.nan]), 2)
+        check_second(torch.tensor([0.0, torch.nan]), 2, Scaling())
 
 
 @pytest.mark.parametrize(

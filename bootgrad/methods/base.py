@@ -1,26 +1,26 @@
 """What a method is given, a forward pass over samples and the penalties to differentiate, and what it hands back.
 
-A method makes the gradient of the penalized mean loss of a batch from a pass over m of its B samples, S:
+A method makes the gradient of a mean loss and of the penalties from a pass over m samples S of a batch of B:
 
-    m/B ∇L_S + λ₁ (2/m) Σ_S H_i (g_i − c₁) + λ₂ (2/m) Σ_S H_i (ḡ − c₂)  + (B − m)/B ∇L_rest
+    w ∇L_S + λ₁ (2/m) Σ_S H_i (g_i − c₁) + λ₂ (2/m) Σ_S H_i (ḡ − c₂)
 
-H_i is the Hessian of ℓ_i. For S the whole batch that is the gradient itself. For random samples its mean over all S is: the
-first and the last part together are ∇L, always; the sums have the mean (2/B) Σ_i …, for ḡ is that of the whole batch, known
-from the rest's plain pass, and so g_i − c₁ and ḡ − c₂ do not depend on S. About the batch mean c₁ = ḡ is a constant, too: what
-its derivative would add is Σ_i (g_i − ḡ) = 0. (About ḡ_S instead, E_S (1/m) Σ_S ‖g_i − ḡ_S‖² = (m − 1) B/(m (B − 1)) Γ, so that
-the factor m (B − 1)/((m − 1) B) would be needed, and m ≥ 2.) The variance of a sum over S is (1 − m/B) S²/m with S² that of its
-B addends; the price of u forward-sized products becomes 3 + (m/B)(u − 3).
+H_i is the Hessian of ℓ_i, w what the samples' own mean loss weighs. ḡ is that of the whole batch: it is all that penalties on S
+depend on beside S, and where it comes from is told by a `Whole`. About the batch mean c₁ = ḡ is a constant, too: what its
+derivative would add is Σ_i (g_i − ḡ) = 0, over the whole batch. For S the whole batch and w = 1 that is the gradient itself.
+Penalties on parts of a batch, averaged with their shares m/B, are those of the batch.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ..penalties import Distances, total_sq_distance
+from ..penalties import total_sq_norm
+from ..recording import Reach
 from ..rules.terms import total
+from ..scaling import Scale, Scaling, multiplied, seeds
 from ..second_pass import Replay
 from ..statistics import record as Record
 
@@ -29,12 +29,22 @@ Directions = Mapping[str, Tensor]
 
 @dataclass
 class Forward:
-    """Losses (m,) of a model, what was recorded of their forward pass, and the means to run it again."""
+    """Losses (m,) of a model, what was recorded of their forward pass, the means to run it again, and how losses are scaled."""
 
     losses: Tensor
     parameters: dict[str, Tensor]
     recording: Record | None
     replay: Replay | None
+    scaling: Scaling = field(default_factory=Scaling)
+    scale: Scale = Scale(1.0)
+
+    def reach(self) -> Reach:
+        """What the recorded losses depend on; then ``scale`` says what they are to be multiplied by."""
+        assert self.recording is not None
+        self.recording.scaling = self.scaling
+        reach = self.recording.reach(self.losses)
+        self.scale = self.scaling.of(reach.narrow, self.losses.numel())
+        return reach
 
     def let_go(self) -> None:
         """Of the graph behind the losses."""
@@ -61,6 +71,11 @@ class Penalties:
         """λ, zero for a penalty that is not taken."""
         return self.strengths.get(name, 0.0)
 
+    @property
+    def needs_mean(self) -> bool:
+        """Whether what is taken depends on ḡ."""
+        return "reg2" in self.strengths or ("reg1" in self.strengths and self.centers["reg1"] is None)
+
 
 @dataclass(frozen=True)
 class FirstOrder:
@@ -70,7 +85,7 @@ class FirstOrder:
         losses: (n,), detached.
         leaves, grads: the gradient by leaf of the graph, None where it is not reached.
         mean: ḡ by parameter name; empty where it was not made.
-        covariance: Γ of the n samples about their own mean, (), float64; nan where nothing tells it.
+        covariance: Γ of the n samples about their own mean, (), float64; None where nothing tells it.
         finite: whether the losses are, where that was not waited for.
     """
 
@@ -78,23 +93,46 @@ class FirstOrder:
     leaves: list[Tensor]
     grads: list[Tensor | None]
     mean: dict[str, Tensor]
-    covariance: Tensor
+    covariance: Tensor | None
     finite: Tensor | None
 
 
 @dataclass(frozen=True)
 class Gradients(FirstOrder):
-    """`FirstOrder` of a whole batch, with the penalties' gradients added to ``grads``.
+    """`FirstOrder` of the samples of a pass, with the penalties' gradients in ``grads``, beside w times that of the mean loss.
 
     Attributes:
-        distances: those of ``mean``.
-        reg1: Reg1, (), where it is known otherwise than as Γ + ‖ḡ − c‖².
+        reg1: (1/m) Σ_S ‖g_i − c₁‖², (), where it is known otherwise than as Γ + ‖ḡ − c‖².
+        spread: (1/m) Σ_S ‖g_i − ḡ‖² about the mean of the whole batch, (), or an estimate, where the pass tells it: averaged
+            over the parts of a batch that is Γ.
         notes: for the report.
     """
 
-    distances: Distances
     reg1: Tensor | None = None
+    spread: Tensor | None = None
     notes: tuple[str, ...] = ()
+
+
+class Whole:
+    """The batch that the samples of a pass are a part of: they alone, unless a subclass says otherwise.
+
+    Attributes:
+        share: w, what the samples' own mean loss weighs beside the penalties.
+        alone: whether they are all that there are.
+        known: whether ḡ, and with it all that is of first order, is known from an earlier pass.
+    """
+
+    share = 1.0
+    alone = True
+    known = False
+
+    def mean(self, own: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """ḡ by parameter name, in the midst of the pass, as soon as ``own`` can make that of its samples."""
+        return own()
+
+    def complete(self, part: Gradients) -> Gradients:
+        """What a pass over the samples gave, as what it is to the whole batch."""
+        return part if part.spread is None else replace(part, covariance=part.spread)
 
 
 class Method(ABC):
@@ -115,13 +153,13 @@ class Method(ABC):
         """The gradient of the mean loss alone; the graph is let go."""
 
     @abstractmethod
-    def penalized(self, forward: Forward, penalties: Penalties, rest: FirstOrder | None) -> Gradients:
+    def penalized(self, forward: Forward, penalties: Penalties, whole: Whole) -> Gradients:
         """The gradient of the mean loss and the penalties.
 
         Args:
             forward: the pass over the samples that the penalties are taken on; its graph is let go.
             penalties: what to take.
-            rest: the plain gradient of the batch's other samples, if there are any.
+            whole: the batch that they are a part of.
         """
 
 
@@ -129,16 +167,15 @@ def first_order(forward: Forward) -> FirstOrder:
     """The plain gradient and Γ from one backward pass through a recording."""
     recording, losses = forward.recording, forward.losses
     assert recording is not None
-    reach = recording.reach(losses)
-    B = losses.numel()
-    seed = torch.full_like(losses, 1 / B, requires_grad=False)
-    grads, by_name = recording._first_order(losses, reach, seed, None, False)
-    leaves = [*reach.parameters.values(), *reach.other_leaves]
+    reach, scale = forward.reach(), forward.scale
+    grads, by_name = recording._first_order(losses, reach, seeds(losses, scale.sample), None, False)
+    grads, leaves = multiplied(grads, scale.to_mean), [*reach.parameters.values(), *reach.other_leaves]
     forward.let_go()
     mean = mean_by_name(forward.parameters, leaves, grads)
-    norms = total([torch.zeros(B, dtype=torch.float64, device=losses.device), *(s for s, _ in by_name.values())]) * B**2
-    covariance = (norms.mean() - Distances(mean, {}).sq_mean).clamp(min=0)
-    return FirstOrder(losses.detach(), leaves, list(grads), mean, covariance, reach.finite)
+    zeros = torch.zeros(losses.numel(), dtype=torch.float64, device=losses.device)
+    norms = total([zeros, *(s for s, _ in by_name.values())]) / scale.sample**2
+    covariance = (norms.mean() - total_sq_norm(mean.values())).clamp(min=0)
+    return FirstOrder(losses.detach(), leaves, grads, mean, covariance, reach.finite)
 
 
 def mean_by_name(
@@ -152,35 +189,6 @@ def mean_by_name(
     }
 
 
-@torch.no_grad()
-def whole_mean(mean: dict[str, Tensor], m: int, rest: FirstOrder | None) -> dict[str, Tensor]:
-    """ḡ of the batch, from that of m samples and of the rest."""
-    if rest is None:
-        return mean
-    share = m / (m + rest.losses.numel())
-    return dict(
-        zip(mean, torch._foreach_lerp([rest.mean[name] for name in mean], list(mean.values()), share), strict=True)
-    )
-
-
-@torch.no_grad()
-def whole_covariance(covariance: Tensor, mean: Directions, m: int, rest: FirstOrder | None) -> Tensor:
-    """Γ of the batch from the parts' own: Σ_parts share (Γ_part + ‖ḡ_part − ḡ‖²)."""
-    if rest is None:
-        return covariance
-    share = m / (m + rest.losses.numel())
-    apart = total_sq_distance(mean.values(), (rest.mean[name] for name in mean))
-    return share * covariance + (1 - share) * rest.covariance + share * (1 - share) * apart
-
-
-def whole_losses(losses: Tensor, finite: Tensor | None, rest: FirstOrder | None) -> tuple[Tensor, Tensor | None]:
-    """The losses of the batch, detached, and whether they are finite where that was not waited for."""
-    if rest is None:
-        return losses.detach(), finite
-    both = None if finite is None or rest.finite is None else finite & rest.finite
-    return torch.cat([losses.detach(), rest.losses]), both
-
-
 def after_second(losses: Tensor, finite: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The losses and whether they are finite, both spoiled where a second pass, of which nobody waited, was not."""
     if finite is None or second is None:
@@ -190,7 +198,7 @@ def after_second(losses: Tensor, finite: Tensor | None, second: Tensor | None) -
 
 @torch.no_grad()
 def combined(*parts: tuple[float | Tensor, Sequence[Tensor], Sequence[Tensor | None]]) -> tuple[list, list]:
-    """Σ_k weight_k · grads_k by leaf: the leaves of all parts, each once, and the sums.
+    """Σ_k weight_k · grads_k by leaf: the leaves of all parts, each once, and the sums; nothing is made of a weight of zero.
 
     Args:
         parts: weight, leaves, and gradients, of each.
@@ -200,7 +208,7 @@ def combined(*parts: tuple[float | Tensor, Sequence[Tensor], Sequence[Tensor | N
     for weight, own, grads in parts:
         for leaf, g in zip(own, grads, strict=True):
             leaves[id(leaf)] = leaf
-            if g is None:
+            if g is None or (isinstance(weight, float) and weight == 0):
                 continue
             if id(leaf) not in sums:
                 sums[id(leaf)] = g if isinstance(weight, float) and weight == 1 else weight * g

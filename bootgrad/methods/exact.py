@@ -10,9 +10,10 @@ from torch import Tensor
 from .. import graph
 from ..errors import UnsupportedError
 from ..ops.product import Mask, Visit
-from ..penalties import Distances, total_sq_distance, total_sq_norm
+from ..penalties import total_sq_distance, total_sq_norm
 from ..per_sample import PerSampleGradients, Zeros
 from ..rules.terms import DenseTerm, SqDistances, VisitedBias, VisitedTerm, total
+from ..scaling import Number, multiplied
 from ..statistics import difference
 from .base import (
     Directions,
@@ -21,11 +22,8 @@ from .base import (
     Gradients,
     Method,
     Penalties,
-    combined,
+    Whole,
     first_order,
-    whole_covariance,
-    whole_losses,
-    whole_mean,
 )
 from .weighted import unrecorded
 
@@ -41,18 +39,16 @@ class Exact(Method):
         """One backward pass, with Γ where it was recorded."""
         return first_order(forward) if forward.recording else unrecorded(forward)
 
-    def penalized(self, forward: Forward, penalties: Penalties, rest: FirstOrder | None) -> Gradients:
+    def penalized(self, forward: Forward, penalties: Penalties, whole: Whole) -> Gradients:
         """One backward pass through the objective."""
         recording, losses = forward.recording, forward.losses
         assert recording is not None
-        G = recording._per_sample_gradients(losses, create_graph=True, visited=True)
-        assert recording.last_reach is not None
+        reach, scale = forward.reach(), forward.scale
+        G = recording._per_sample_gradients(losses, reach, create_graph=True, visited=True, scale=scale.first)
         # All parameters: a center may depend on what this batch does not reach.
-        leaves = [*forward.parameters.values(), *recording.last_reach.other_leaves]
-        all_losses, finite = whole_losses(losses, recording.last_reach.finite, rest)
-        penalty = _Penalty(G, penalties, rest)
-        share = G.batch_size / all_losses.numel()
-        objective = share * losses.mean() + penalty.zero
+        leaves = [*forward.parameters.values(), *reach.other_leaves]
+        penalty = _Penalty(G, penalties, whole, scale.first)
+        objective = (losses * (scale.sample * whole.share)).sum() + penalty.zero / (scale.to_mean * scale.first**2)
         try:
             grads: list[Tensor | None] = list(torch.autograd.grad(objective, leaves, allow_unused=True))
         except RuntimeError as error:
@@ -63,22 +59,18 @@ class Exact(Method):
                 ) from error
             raise
         penalty.finish()
-        own = G._mean_values() if penalties.mean else {}
-        mean = penalty.mean or (whole_mean(own, G.batch_size, rest) if own else {})
-        distances = Distances(mean, penalties.centers)
-        covariance = torch.full_like(distances.sq_mean, torch.nan)
-        if penalties.statistics:
-            covariance = whole_covariance(penalty.covariance(own), own, G.batch_size, rest)
+        own = penalty.own_mean() if penalties.mean else {}
+        covariance = penalty.covariance() if penalties.statistics else None
         reg1 = penalty.norms().mean() if penalty.tells_reg1 and not penalties.statistics else None
+        spread = reg1 if whole.known and penalties.centers["reg1"] is None else None
+        grads = multiplied(grads, scale.to_mean)
         forward.let_go()
-        if rest is not None:
-            leaves, grads = combined((1.0, leaves, grads), (1 - share, rest.leaves, rest.grads))
-        return Gradients(all_losses, leaves, grads, mean, covariance, finite, distances, reg1)
+        return Gradients(losses.detach(), leaves, grads, own, covariance, reach.finite, reg1, spread)
 
 
 @dataclass(frozen=True)
 class _Directions:
-    """c and ḡ − c₂ by parameter, made when they are used: none is held for all parameters at once.
+    """c and ḡ − c₂ by parameter, times ``scale``, made when they are used: none is held for all parameters at once.
 
     c is ``base``, less ``ratio`` = λ₂/λ₁ times the other where it takes Reg2 along.
     """
@@ -87,6 +79,7 @@ class _Directions:
     mean: Directions
     c2: Directions | None
     ratio: float
+    scale: Number
 
     @property
     def is_zero(self) -> bool:
@@ -95,13 +88,16 @@ class _Directions:
 
     def away(self, name: str) -> Tensor:
         """ḡ − c₂."""
-        return self.mean[name] if self.c2 is None else self.mean[name] - self.c2[name]
+        return self._scaled(self.mean[name] if self.c2 is None else self.mean[name] - self.c2[name])
 
     def center(self, name: str) -> Tensor | None:
         """c, None for zero."""
         if not self.ratio:
-            return None if self.is_zero else self.base[name]
-        return self.base[name] - self.ratio * self.away(name)
+            return None if self.is_zero else self._scaled(self.base[name])
+        return self._scaled(self.base[name]) - self.ratio * self.away(name)
+
+    def _scaled(self, t: Tensor) -> Tensor:
+        return t if isinstance(self.scale, float) and self.scale == 1 else t * self.scale
 
 
 class _Penalty:
@@ -111,32 +107,30 @@ class _Penalty:
     batch mean. Both together are one of them about a center that takes the other along, c = c₁ − (λ₂/λ₁)(ḡ − c₂): the same
     gradient for the price of one. Where λ₂ is much the larger, c would be far away, and Γ lost in the distance.
 
+    The rows of G are σ̃ g_i, see `scaling`, and so are means, centers and norms in here; what is handed out is divided by it.
+
     Attributes:
-        zero: (), has the gradient.
-        mean: ḡ of the whole batch, where the penalties need it.
+        zero: (), has the gradient, times σ̃².
         tells_reg1: whether the norms are those of Reg1.
     """
 
-    def __init__(self, G: PerSampleGradients, penalties: Penalties, rest: FirstOrder | None):
+    def __init__(self, G: PerSampleGradients, penalties: Penalties, whole: Whole, scale: Number):
         """Ask G's terms for what the penalties need; the pairs of visited ones go as they are differentiated."""
         a, b = penalties.strength("reg1") / G.batch_size, 2 * penalties.strength("reg2") / G.batch_size
         c1, c2 = penalties.centers["reg1"], penalties.centers["reg2"]
-        self._G = G
+        self._G, self._scale = G, scale
         self._visited = {name: term for name, term in G._terms.items() if isinstance(term, VisitedTerm)}
         self._biases = {id(term.visit): name for name, term in G._terms.items() if isinstance(term, VisitedBias)}
         self._sq_norms: Tensor | None = None  # ‖g_i‖², (B,), for Γ
         if penalties.statistics and not a:
             with torch.no_grad():
                 self._sq_norms = G.sq_norms()  # in the visit that makes ḡ
-        self._own_mean: Directions = G._mean_values() if b or (a and c1 is None) else {}
-        if self._own_mean:
-            for term in self._visited.values():
-                term.forget_total()
-        self.mean = mean = whole_mean(dict(self._own_mean), G.batch_size, rest) if self._own_mean else {}
+        self._own_mean: Directions = {}  # where the penalties need it
+        mean: Directions = whole.mean(self._make_own_mean) if b or (a and c1 is None) else {}
         along = 0 < b <= 2 * LARGEST_RATIO * a
-        self._directions = _Directions(mean if c1 is None else c1, mean, c2, b / (2 * a) if along else 0.0)
+        self._directions = _Directions(mean if c1 is None else c1, mean, c2, b / (2 * a) if along else 0.0, scale)
         self.tells_reg1 = bool(a and not b)
-        self._about_own_mean = self.tells_reg1 and c1 is None and rest is None
+        self._about_own_mean = self.tells_reg1 and c1 is None and whole.alone
         # Layer by layer Γ is told from the distance, where there is one and a question does not stop a device.
         self._at_once = graph.answers_at_once(next(iter(G.parameters.values())))
         self._tells_apart = (
@@ -146,6 +140,18 @@ class _Penalty:
         self._others: Tensor | None = None  # ‖g_i − c‖², (B,), of all terms that are not visited
         parts = self._ask(a, 0.0 if along else b, penalties.mean and not self._own_mean) if a or b else []
         self.zero: Tensor | float = total(parts) if parts else 0.0
+
+    def own_mean(self) -> dict[str, Tensor]:
+        """ḡ of the rows."""
+        mean = self._G._mean_values()
+        return dict(zip(mean, multiplied(list(mean.values()), 1 / self._scale), strict=True))  # type: ignore[arg-type]
+
+    def _make_own_mean(self) -> dict[str, Tensor]:
+        """The same, when nobody will ask the visits for it any more."""
+        self._own_mean = self._G._mean_values()
+        for term in self._visited.values():
+            term.forget_total()
+        return self.own_mean()
 
     def _ask(self, a: float, b: float, sums: bool) -> list[Tensor]:
         """Scalars with the gradients of a Σ_i ‖g_i − c‖² + b ⟨Σ_i g_i, ḡ − c₂⟩; the visits make ``sums``, too."""
@@ -192,15 +198,18 @@ class _Penalty:
         out = total(parts if self._others is None else [*parts, self._others])
         absent = [self._directions.center(name) for name in self._G.parameters if name not in self._G._terms]
         distances = [c for c in absent if c is not None]
-        return out + total_sq_norm(distances).to(out.dtype) if distances else out
+        return (out + total_sq_norm(distances).to(out.dtype) if distances else out) / self._scale**2
 
     @torch.no_grad()
-    def covariance(self, mean: Directions) -> Tensor:
-        """Γ of the rows, (), float64, once that is done; ``mean`` is theirs."""
+    def covariance(self) -> Tensor:
+        """Γ of the rows, (), float64, once that is done."""
+        return self._covariance(self._G._mean_values()) / self._scale**2
+
+    def _covariance(self, mean: Directions) -> Tensor:
         if self._sq_norms is not None:
             return difference(self._sq_norms.double(), total_sq_norm(mean.values()))
         if not self._tells_apart:
-            value = self.norms().double().mean()
+            value = self.norms().double().mean() * self._scale**2
             return value if self._about_own_mean else (value - self._distance(mean)).clamp(min=0)
         if self._others is None:
             return total(self._covariances)

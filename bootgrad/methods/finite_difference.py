@@ -26,14 +26,14 @@ two linear layers) on 64 digits, Reg1, Reg2 and random signs, were off by, relat
 To the left rounding grows, to the right the third derivative; 1e-4 leaves room for either, and jumps smaller than 1e-5 does.
 """
 
-import torch
 from torch import Tensor
 
 from ..graph import gradients
-from ..penalties import Distances, total_sq_norm
+from ..penalties import total_sq_norm
 from ..per_sample import PerSampleGradients
 from ..per_sample_pass import PerSamplePass
 from ..rules.terms import total
+from ..scaling import multiplied, seeds
 from ..second_pass import check_parameters, check_second, displaced, finite_step, quotient
 from ..statistics import difference
 from .base import (
@@ -42,12 +42,10 @@ from .base import (
     Gradients,
     Method,
     Penalties,
+    Whole,
     after_second,
     combined,
     first_order,
-    whole_covariance,
-    whole_losses,
-    whole_mean,
 )
 from .weighted import unrecorded
 
@@ -74,27 +72,14 @@ class FiniteDifference(Method):
         """One backward pass, with Γ where it was recorded."""
         return first_order(forward) if forward.recording else unrecorded(forward)
 
-    def penalized(self, forward: Forward, penalties: Penalties, rest: FirstOrder | None) -> Gradients:
+    def penalized(self, forward: Forward, penalties: Penalties, whole: Whole) -> Gradients:
         """A first pass with its statistics, and one at displaced parameters."""
         check_parameters(forward.parameters)
-        m = forward.losses.numel()
-        if "reg1" in penalties.strengths:
-            first, G = _with_rows(forward)
-        else:
-            first, G = first_order(forward), None
-        mean = whole_mean(first.mean, m, rest)
-        losses, finite = whole_losses(first.losses, first.finite, rest)
-        distances = Distances(mean, penalties.centers)
-        covariance = whole_covariance(first.covariance, first.mean, m, rest)
-        parts = [(m / losses.numel(), first.leaves, first.grads)]
-        if rest is not None:
-            parts.append((rest.losses.numel() / losses.numel(), rest.leaves, rest.grads))
-        if penalties.strengths:
-            second, grads = self._second(forward, penalties, first, G, mean)
-            losses, finite = after_second(losses, finite, second)
-            parts.append((2.0, first.leaves, grads))
-        leaves, total_grads = combined(*parts)
-        return Gradients(losses, leaves, total_grads, mean, covariance, finite, distances)
+        first, G = _with_rows(forward) if "reg1" in penalties.strengths else (first_order(forward), None)
+        second, quotients = self._second(forward, penalties, first, G, whole.mean(lambda: first.mean))
+        losses, finite = after_second(first.losses, first.finite, second)
+        leaves, grads = combined((whole.share, first.leaves, first.grads), (2.0, first.leaves, quotients))
+        return Gradients(losses, leaves, grads, first.mean, first.covariance, finite)
 
     def _second(self, forward: Forward, penalties: Penalties, first: FirstOrder, G: PerSampleGradients | None, mean):
         """Whether the losses at θ + ε δ_i are finite, and (∇L_S there − ∇L_S)/ε; δ_i is λ₁ g_i and what all samples share."""
@@ -105,30 +90,31 @@ class FiniteDifference(Method):
             return strength2 * (mean[name] - c2[name]) - strength1 * c1[name]
 
         of_mean = total(total_sq_norm([strength1 * g + shared(name)]) for name, g in first.mean.items())
+        assert first.covariance is not None
         spread = (strength1**2 * first.covariance + of_mean).sqrt()
         step = finite_step(spread, list(forward.parameters.values()), self.epsilon)
         assert forward.replay is not None and forward.recording is not None
-        context = None if G is None else PerSamplePass(G, strength1 * float(step), *forward.recording.modules)
+        scale, context = forward.scale, None
+        if G is not None:  # its rows are scaled
+            context = PerSamplePass(G, strength1 * float(step / scale.first), *forward.recording.modules)
         with displaced(forward.parameters, shared, step), forward.replay.again(context) as losses:
-            second = check_second(losses, first.losses.numel())
-            weights = torch.full_like(losses, 1 / losses.numel(), requires_grad=False)
-            moved = gradients(losses, first.leaves, weights, allow_unused=True)
-        return second, quotient(moved, first.grads, step)
+            second = check_second(losses, first.losses.numel(), forward.scaling)
+            moved = gradients(losses, first.leaves, seeds(losses, scale.sample), allow_unused=True)
+        return second, quotient(multiplied(moved, scale.to_mean), first.grads, step)
 
 
 def _with_rows(forward: Forward) -> tuple[FirstOrder, PerSampleGradients]:
-    """As `first_order`, and the rows g_i, from which the mean and the norms are made."""
+    """As `first_order`, and the rows σ̃ g_i, see `scaling`, from which the mean and the norms are made."""
     recording, losses = forward.recording, forward.losses
     assert recording is not None
-    G = recording.per_sample_gradients(losses)
-    reach = recording.last_reach
-    assert reach is not None
-    weights = torch.full_like(losses, 1 / losses.numel(), requires_grad=False)
-    others = gradients(losses, reach.other_leaves, weights, allow_unused=True)
-    mean = G._mean_values()
+    reach = forward.reach()
+    scale = forward.scale
+    G = recording._per_sample_gradients(losses, reach, create_graph=False, scale=scale.first)
+    others = gradients(losses, reach.other_leaves, seeds(losses, scale.sample), allow_unused=True)
+    values = G._mean_values()
+    mean = dict(zip(values, multiplied(list(values.values()), 1 / scale.first), strict=True))
     leaves = [*reach.parameters.values(), *reach.other_leaves]
-    grads = [*(mean[name] for name in reach.parameters), *others]
-    covariance = difference(G.sq_norms().double(), Distances(mean, {}).sq_mean)
-    finite = reach.finite
+    grads = [*(mean[name] for name in reach.parameters), *multiplied(others, scale.to_mean)]
+    covariance = difference(G.sq_norms().double() / scale.first**2, total_sq_norm(mean.values()))
     forward.let_go()
-    return FirstOrder(losses.detach(), leaves, grads, mean, covariance, finite), G
+    return FirstOrder(losses.detach(), leaves, grads, mean, covariance, reach.finite), G

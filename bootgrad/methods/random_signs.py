@@ -22,8 +22,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..penalties import Distances, total_sq_norm
+from ..penalties import total_sq_norm
 from ..rules.terms import total
+from ..scaling import multiplied
 from ..second_pass import check_parameters, check_second, displaced, finite_step, quotient
 from .base import (
     Directions,
@@ -32,11 +33,10 @@ from .base import (
     Gradients,
     Method,
     Penalties,
+    Whole,
     after_second,
     combined,
     mean_by_name,
-    whole_losses,
-    whole_mean,
 )
 from .weighted import WeightedPass, second_derivatives, unrecorded
 
@@ -82,20 +82,24 @@ class RandomSigns(Method):
         self.repeats = not exact
 
     def plain(self, forward: Forward) -> FirstOrder:
-        """One backward pass; Γ is not known, nan."""
+        """One backward pass; Γ is not known."""
         return unrecorded(forward)
 
-    def penalized(self, forward: Forward, penalties: Penalties, rest: FirstOrder | None) -> Gradients:
+    def penalized(self, forward: Forward, penalties: Penalties, whole: Whole) -> Gradients:
         """The mean gradient, and one or two more passes for each penalty and probe."""
         if not self.exact:
             check_parameters(forward.parameters)
         m, run = forward.losses.numel(), WeightedPass(forward)
         uniform = torch.full_like(forward.losses, 1 / m, requires_grad=False)
         probes = self.probes if "reg1" in penalties.strengths else 0
-        own = run.gradient(uniform, last=not (self.exact or probes))
-        mean = whole_mean(mean_by_name(forward.parameters, run.leaves, own), m, rest)
+        by_difference = not self.exact and "reg2" in penalties.strengths
+        own: list[Tensor | None] = [None] * len(run.leaves)
+        if not whole.known or by_difference:
+            own = run.gradient(uniform, last=not (self.exact or probes))
+        own_mean = {} if whole.known else mean_by_name(forward.parameters, run.leaves, own)
+        mean = whole.mean(lambda: own_mean)
         c1, c2 = penalties.centers["reg1"], penalties.centers["reg2"]
-        centered = c1 is None and rest is None
+        centered = c1 is None and whole.alone
         about = None if centered else c1 or mean
         signs = [draw_signs(m, penalties.generator).to(forward.losses) for _ in range(probes)]
         signs = [v - v.mean() if centered else v for v in signs]
@@ -107,22 +111,17 @@ class RandomSigns(Method):
             terms.append(_Term(penalties.strengths["reg2"], uniform, lambda D: toward, own))
         with run.traceless():
             sums, parts, second = _double_backward(run, terms) if self.exact else self._quotients(run, forward, terms)
-        losses, finite = after_second(*whole_losses(forward.losses, run.finite, rest), second)
-        parts.insert(0, (m / losses.numel(), run.leaves, own))
-        if rest is not None:
-            parts.append((rest.losses.numel() / losses.numel(), rest.leaves, rest.grads))
-        leaves, grads = combined(*parts)
-        distances = Distances(mean, penalties.centers)
+        losses, finite = after_second(forward.losses.detach(), run.finite, second)
+        leaves, grads = combined((whole.share, run.leaves, own), *parts)
         if not signs:
-            unknown = torch.full_like(distances.sq_mean, torch.nan)
-            return Gradients(losses, leaves, grads, mean, unknown, finite, distances)
-        reg1, covariance = (
+            return Gradients(losses, leaves, grads, own_mean, None, finite)
+        reg1, spread = (
             torch.stack([total_sq_norm(_deviation(D, w, c).values()) for D, w in zip(sums, signs, strict=False)]).mean()
             / m
             for c in (about, mean)
         )
         notes = (f"reg1 and the covariance trace are estimates from {probes} random sign vectors",)
-        return Gradients(losses, leaves, grads, mean, covariance, finite, distances, reg1, notes)
+        return Gradients(losses, leaves, grads, own_mean, None, finite, reg1, spread, notes)
 
     def _quotients(self, run: WeightedPass, forward: Forward, terms: Sequence[_Term]):
         """As `_double_backward`, by finite differences; and whether the losses of all passes are finite."""
@@ -137,7 +136,7 @@ class RandomSigns(Method):
             step = finite_step(length, list(forward.parameters.values()), self.epsilon)
             assert forward.replay is not None
             with displaced(forward.parameters, direction.__getitem__, step), forward.replay.again() as losses:
-                finite = check_second(losses, term.weights.numel())
+                finite = check_second(losses, term.weights.numel(), forward.scaling)
                 second = finite if second is None or finite is None else second & finite
                 parts.append((2 * term.strength, run.leaves, quotient(run.of(losses, term.weights), grads, step)))
         return sums, parts, second
@@ -146,16 +145,20 @@ class RandomSigns(Method):
 def _double_backward(run: WeightedPass, terms: Sequence[_Term]):
     """D of each term, the gradient of all as a part for `combined`, and None, for there is no second pass."""
     graphs = [run.differentiable_gradient(term.weights) for term in terms]
-    sums = [{name: g.detach() for name, g in D.items()} for D in graphs]
+    sums = []
     inner = []
-    for term, D, values in zip(terms, graphs, sums, strict=True):
-        direction = term.direction(values)
-        inner.append(2 * term.strength * total((g * direction[name]).sum() for name, g in D.items()))
+    for term, (D, factor) in zip(terms, graphs, strict=True):
+        values = multiplied([g.detach() for g in D.values()], 1 / factor)
+        sums.append(dict(zip(D, values, strict=True)))
+        direction = term.direction(sums[-1])  # type: ignore[arg-type]  # no gradient is None
+        strength = 2 * term.strength / (factor * run.scale.to_mean)
+        inner.append(strength * total((g * direction[name]).sum() for name, g in D.items()))
     objective = total(inner) if inner else run.losses.new_zeros((), requires_grad=False)
     if not objective.requires_grad:  # no penalty, or gradients that are constant in everything
         return sums, [], None
     with second_derivatives():
-        return sums, [(1.0, run.leaves, torch.autograd.grad(objective, run.leaves, allow_unused=True))], None
+        grads = torch.autograd.grad(objective, run.leaves, allow_unused=True)
+    return sums, [(1.0, run.leaves, multiplied(grads, run.scale.to_mean))], None
 
 
 def draw_signs(m: int, generator: torch.Generator) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import graph
 from ..errors import RecordingError, UnsupportedError
+from ..scaling import Number, multiplied, narrowest, peak_of
 from ..second_pass import traceless
 from .base import FirstOrder, Forward, mean_by_name
 
@@ -26,6 +27,7 @@ class WeightedPass:
     Attributes:
         leaves: all parameters, and what else the losses reach.
         finite: whether the losses are, where that was not waited for.
+        scale: what they are multiplied by.
     """
 
     def __init__(self, forward: Forward):
@@ -38,7 +40,7 @@ class WeightedPass:
         """
         self._forward, self.losses = forward, forward.losses
         graph.check_losses(self.losses)
-        found, self._kinds = _survey(self.losses)
+        found, self._kinds, self._narrow = _survey(self.losses)
         own = set(map(id, forward.parameters.values()))
         self.leaves = [*forward.parameters.values(), *(t for t in found if id(t) not in own)]
         if _REENTRANT not in self._kinds and not any(id(t) in own for t in found):
@@ -52,7 +54,8 @@ class WeightedPass:
                     f"parameter {name} has a gradient hook, so that its gradient is not the mean of the per-sample gradients: "
                     "remove the hook, or change .grad after the backward pass"
                 )
-        self.finite = graph.check_finite(self.losses)
+        self.finite = forward.scaling.finite(self.losses)
+        self.scale = forward.scaling.of(self._narrow, self.losses.numel())
         self._fresh = True
 
     def gradient(self, weights: Tensor, last: bool = False) -> list[Tensor | None]:
@@ -68,14 +71,23 @@ class WeightedPass:
 
     def of(self, losses: Tensor, weights: Tensor, retain_graph: bool = False) -> list[Tensor | None]:
         """The gradient of Σ w_i ℓ_i by the same leaves, for losses of another pass."""
+        factor = self._factor(weights, self.scale.sample)
+        weights = weights * factor
         if _REENTRANT in self._kinds:
             with _own_grads(self.leaves):
                 torch.autograd.backward(losses, weights, retain_graph=retain_graph)
-                return [leaf.grad for leaf in self.leaves]
-        return list(graph.gradients(losses, self.leaves, weights, retain_graph=retain_graph, allow_unused=True))
+                return multiplied([leaf.grad for leaf in self.leaves], 1 / factor)
+        grads = graph.gradients(losses, self.leaves, weights, retain_graph=retain_graph, allow_unused=True)
+        return multiplied(grads, 1 / factor)
 
-    def differentiable_gradient(self, weights: Tensor) -> dict[str, Tensor]:
-        """The gradient of Σ w_i ℓ_i by parameter name, with a graph of its own; zeros for what is not reached.
+    def _factor(self, weights: Tensor, scale: Number) -> Number:
+        """What the weights are multiplied by in a pass: in half precision the largest becomes ``scale``, see `scaling`."""
+        return 1.0 if self._narrow is None else scale / peak_of(weights)
+
+    def differentiable_gradient(self, weights: Tensor) -> tuple[dict[str, Tensor], Number]:
+        """A factor times the gradient of Σ w_i ℓ_i by parameter name, with a graph of its own, and the factor.
+
+        What is not reached has zeros.
 
         Raises:
             UnsupportedError: compiled or reentrantly checkpointed parts, which have no second derivative.
@@ -84,14 +96,15 @@ class WeightedPass:
             if kind in self._kinds:
                 raise UnsupportedError(f"{what} has no second derivative in torch: {ADVICE}")
         parameters = self._forward.parameters
+        factor = self._factor(weights, self.scale.first)
         # With weights that require grad, what can be differentiated once leaves a mark.
-        weights = weights.detach().requires_grad_()
+        weights = (weights.detach() * factor).requires_grad_()
         with second_derivatives():
             grads = graph.gradients(
                 self.losses, list(parameters.values()), weights, create_graph=True, materialize_grads=True
             )
         graph.refuse_marked(grads)
-        return dict(zip(parameters, grads, strict=True))  # type: ignore[arg-type]
+        return dict(zip(parameters, grads, strict=True)), factor  # type: ignore[arg-type]
 
     @contextmanager
     def traceless(self) -> Iterator[None]:
@@ -104,12 +117,11 @@ class WeightedPass:
 
 
 def unrecorded(forward: Forward) -> FirstOrder:
-    """The plain gradient from one backward pass of which nothing was recorded; Γ is not known, nan."""
+    """The plain gradient from one backward pass of which nothing was recorded; Γ is not known."""
     run = WeightedPass(forward)
     grads = run.gradient(torch.full_like(forward.losses, 1 / forward.losses.numel(), requires_grad=False), last=True)
     mean = mean_by_name(forward.parameters, run.leaves, grads)
-    unknown = torch.full((), torch.nan, dtype=torch.float64, device=forward.losses.device)
-    return FirstOrder(forward.losses.detach(), run.leaves, grads, mean, unknown, run.finite)
+    return FirstOrder(forward.losses.detach(), run.leaves, grads, mean, None, run.finite)
 
 
 @contextmanager
@@ -127,11 +139,12 @@ def second_derivatives() -> Iterator[None]:
         ) from error
 
 
-def _survey(losses: Tensor) -> tuple[list[Tensor], set[str]]:
-    """The leaves that losses reach, in a fixed order, and the kinds of nodes between."""
+def _survey(losses: Tensor) -> tuple[list[Tensor], set[str], torch.dtype | None]:
+    """The leaves that losses reach, in a fixed order, the kinds of nodes between, and their narrowest half precision."""
     nodes = list(graph.nodes_behind([losses]))
     kinds = {node.name() for node in nodes}
-    return [node.variable for node in nodes if node.name() == "torch::autograd::AccumulateGrad"], kinds
+    leaves = [node.variable for node in nodes if node.name() == "torch::autograd::AccumulateGrad"]
+    return leaves, kinds, narrowest(output.dtype for node in nodes for output in node._input_metadata)
 
 
 @contextmanager

@@ -334,15 +334,17 @@ class Visit:
         dx = dgy = None
         a, b = self.factors
         if a:
-            centers, factor = (self.center(), self.bias_center()), a * scale
-            wanted, number = Mask(*mask, self.sum_wanted, self.with_bias), float(factor) if self.reads_numbers else 1.0
+            centers = self.center(), self.bias_center()
+            # Where it cannot be read, what comes from the graph, about as large as the batch, is put in afterwards.
+            number = float(a * scale) if self.reads_numbers else a * x.size(0)
+            wanted = Mask(*mask, self.sum_wanted, self.with_bias)
             self.sq_norms, dx, dgy, total, rows = self.product.visit(x, gy, centers, wanted, number)
             if self.sum_wanted:
                 self.total, self.bias_total = total, None if rows is None else rows.sum(0)
             if self.on_norms is not None:
                 self.on_norms(self, centers, x, gy)
             if not self.reads_numbers:
-                dx, dgy = (None if d is None else d.mul_(factor) for d in (dx, dgy))
+                dx, dgy = (None if d is None else d.mul_(scale / x.size(0)) for d in (dx, dgy))
         if b and any(mask):
             directions = self.direction(), self.bias_direction()
             v, v_bias = (None if v is None else (v * (b * scale)).to(x.dtype) for v in directions)

@@ -13,7 +13,7 @@ def subsets(monkeypatch):
         B = len(batch[0])
         return torch.tensor(chosen), torch.tensor([i for i in range(B) if i not in chosen])
 
-    monkeypatch.setattr("bootgrad.regularizers.draw", draw)
+    monkeypatch.setattr("bootgrad.steps.draw", draw)
     return chosen
 
 

@@ -91,7 +91,6 @@ def test_a_step_that_fails_in_its_second_pass_changes_nothing(method, failure):
 def test_what_is_not_finite_leaves_all_alone_where_nobody_waits(method, monkeypatch):
     """As on an accelerator; no step asks for a number there, and the report raises when it is read."""
     monkeypatch.setattr("bootgrad.graph.answers_at_once", lambda tensor: False)
-    monkeypatch.setattr("bootgrad.regularizers.answers_at_once", lambda tensor: False)
     asked = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

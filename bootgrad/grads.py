@@ -5,17 +5,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import graph
+
 
 @torch.no_grad()
-def gated(grads: Sequence[Tensor | None], finite: Tensor | None) -> list[Tensor | None]:
-    """The gradients, or zeros where ``finite``, () on their device, turns out false; nobody waits for it."""
-    if finite is None:
+def gated(grads: Sequence[Tensor | None], finite: Tensor | None, spoil: bool = False) -> list[Tensor | None]:
+    """The gradients, or zeros where ``finite``, () on their device, turns out false; nobody waits for it.
+
+    To ``spoil`` them is to put nan there, for a scaler to see.
+    """
+    if finite is None or (graph.answers_at_once(finite) and finite):
         return list(grads)
-    return [g if g is None or g.layout != torch.strided else torch.where(finite, g, 0) for g in grads]
+    other = torch.nan if spoil else 0
+    return [g if g is None or g.layout != torch.strided else torch.where(finite, g, other) for g in grads]
 
 
 @torch.no_grad()
-def accumulate(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+def add_to_grads(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     """Add gradients to ``.grad`` in memory of its own, as a backward pass does; `call_hooks` is to follow.
 
     All memory is made before the first ``.grad`` is written, so that one that cannot be added to leaves all as they were.
