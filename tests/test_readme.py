@@ -15,7 +15,7 @@ def test_the_python_blocks_run_one_after_the_other(capsys):
     torch.manual_seed(0)
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)  # noqa: S102 — our own file
     stats, G = names["stats"], names["G"].materialize()
@@ -23,6 +23,7 @@ def test_the_python_blocks_run_one_after_the_other(capsys):
     assert rows.shape == (32, sum(p.numel() for p in names["model"].parameters()))
     gamma = (rows - rows.mean(0)).square().sum(1).mean()
     assert float(names["G"].covariance_trace().detach()) == pytest.approx(float(gamma), rel=1e-4)
+    assert names["sequences"].sq_norms.shape == (5,) and float(names["sequences"].covariance_trace) > 0
     assert stats.covariance_trace > 0 and names["report"].reg1 > 0
     assert "bootgrad agrees with plain autograd on 4 samples" in capsys.readouterr().out
     patches = torch.nn.functional.unfold(names["x"], 3, padding=1)
