@@ -75,6 +75,29 @@ class Pooled(nn.Module):
         return self.head(torch.tanh(self.first(self.embedding(tokens))).mean(0))
 
 
+class LookUps(nn.Module):
+    """Look-ups in two tables, one of which is the head's weight, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.padded, self.head = nn.Embedding(7, D), nn.Embedding(7, D, padding_idx=1), nn.Linear(D, 7)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.tokens(tokens) * self.padded(tokens)))
+
+
+class Bags(nn.Module):
+    """Bags of which several are of a sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxima, self.head = nn.EmbeddingBag(7, D, mode="max"), nn.Linear(D, 3)
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.maxima(tokens)))
+
+
 class Images(nn.Module):
     """Images, several of a user."""
 
@@ -126,6 +149,9 @@ def cases():
         "pooled",
         lambda: case(Pooled(), [torch.randint(7, (5, B))], sequence_first(5), lambda y: smooth(y).sum(1)),
     )
+    yield "look-ups of packed tokens", lambda: case(LookUps(), [torch.randint(7, (1, 11))], RAGGED, by_index(RAGGED))
+    yield "look-ups by user", lambda: case(LookUps(), [torch.randint(7, (12, 3))], SHUFFLED, by_index(SHUFFLED))
+    yield "bags", lambda: case(Bags(), [torch.randint(7, (11, 3))], RAGGED[0], by_index(RAGGED[0]))
     yield "encoder", lambda: case(encoder(), [x(5, B)], sequence_first(5), over_steps)
     yield "encoder, T = B", lambda: case(encoder(), [x(B, B)], sequence_first(B), over_steps)
     yield "packed", lambda: case(Attention(same_document(RAGGED)), [x(1, 11)], RAGGED, by_index(RAGGED))
@@ -385,6 +411,15 @@ def test_operations_that_know_samples_first_alone_are_refused(monkeypatch):
     rec, losses = record(model, lambda: over_steps(model(data)), samples=sequence_first(5))
     with pytest.raises(
         bootgrad.errors.UnsupportedError, match=r"linear \(parameter weight, bias\) is recorded with samples in"
+    ):
+        rec.backward(losses)
+
+
+def test_bags_of_several_of_a_sample_are_refused():
+    model, tokens = nn.EmbeddingBag(7, D, mode="sum").double(), torch.randint(7, (11, 3))
+    rec, losses = record(model, lambda: by_index(RAGGED[0])(model(tokens)), samples=RAGGED[0])
+    with pytest.raises(
+        bootgrad.errors.UnsupportedError, match="embedding_bag .* is recorded with samples in dimension 0 alone"
     ):
         rec.backward(losses)
 
