@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
 from .ops.schema import accumulation_dtype
+from .rules.samples import Samples
 from .rules.terms import Term, sq_norms_of_rows, total
 
 Direction = Mapping[str, Tensor] | Tensor
@@ -81,13 +82,19 @@ class PerSampleGradients:
     """
 
     def __init__(
-        self, terms: Mapping[str, Term], parameters: Mapping[str, Tensor], batch_size: int, differentiable: bool
+        self,
+        terms: Mapping[str, Term],
+        parameters: Mapping[str, Tensor],
+        batch_size: int,
+        differentiable: bool,
+        samples: Samples | None = None,
     ):
-        """Hold one `Term` per parameter; parameters without one have zero gradients."""
+        """Hold one `Term` per parameter; parameters without one have zero gradients. ``samples`` is how they were recorded."""
         self._terms = dict(terms)
         self._parameters = dict(parameters)
         self.batch_size = batch_size
         self.differentiable = differentiable
+        self.samples = samples
         self._means: dict[bool, dict[str, Tensor]] = {}
 
     @property
@@ -128,7 +135,7 @@ class PerSampleGradients:
         if chosen.numel() == 0:
             raise ArgumentError("the index chooses no rows: a gradient matrix needs at least one")
         terms = {name: term.select(chosen) for name, term in self._terms.items()}
-        return PerSampleGradients(terms, self._parameters, chosen.numel(), self.differentiable)
+        return PerSampleGradients(terms, self._parameters, chosen.numel(), self.differentiable, self.samples)
 
     def sq_norms(self) -> Tensor:
         """Squared norms of the rows, ‖g_i‖², (B,), units of loss²/parameter²."""

@@ -65,6 +65,11 @@ class PerSamplePass(Recording):
 
     def __init__(self, G: PerSampleGradients, factor: float, *modules: nn.Module):
         """Take the terms of G, without their graph."""
+        if G.samples is not None:
+            raise UnsupportedError(
+                "a pass at per-sample parameters has samples in dimension 0; got gradients that were recorded with "
+                "samples=index: lay out the data samples first, and record without"
+            )
         super().__init__(*(modules or _modules_with(G)), check="never")
         missing = [name for name, p in G.parameters.items() if id(p) not in self._known]
         if missing:
@@ -183,16 +188,17 @@ class PerSamplePass(Recording):
         rows = torch.where(call.look_ups.none, table.detach().index_select(0, call.index), rows)
         return call.pooled(torch.add(rows, moved, alpha=self.factor))
 
-    def expand(self, tracked: Tensor, rows: int, dims: int) -> Tensor:
+    def expand(self, tracked: Tensor, rows: Sequence[int], dims: int) -> Tensor:
         """Each sample's own, as many times as it has rows."""
-        self._check_rows(f"repeating {self.name_of(tracked)}", rows)
+        (n,) = rows
+        self._check_rows(f"repeating {self.name_of(tracked)}", n)
         shape = (*[1] * (dims - 1 - tracked.dim()), *tracked.shape[tracked.dim() == dims :])
         leaves = self._displaced([tracked])
         if not leaves:
-            return tracked.expand(rows, *shape)
+            return tracked.expand(n, *shape)
 
         def run(current, _):
-            return self._substituted(tracked, current).expand(rows // self.batch_size, *shape)
+            return self._substituted(tracked, current).expand(n // self.batch_size, *shape)
 
         return self._by_sample("expand", run, leaves, [], [])
 

@@ -32,6 +32,7 @@ from .rules.fallback import FallbackOperation
 from .rules.merging import merged
 from .rules.normalization import refuse_batch_statistics
 from .rules.opened import opened
+from .rules.samples import Reading, Samples
 from .rules.stand_ins import OF_PARAMETERS, is_in_transform, run_plain
 from .rules.terms import Term
 from .scaling import Scale, Scaling, narrowest, seeds
@@ -46,12 +47,14 @@ class _ModelState:
     """What is remembered of a model from one recording to the next."""
 
     uses: dict = field(default_factory=dict)  # how often each signature was seen
+    choices: dict = field(default_factory=dict)  # of each operation's readings the only one that was right
     warned: set = field(default_factory=set)
 
     def counted(self, signature: Any, count: int) -> None:
         """Remember that the signature was seen this often without an objection."""
         if len(self.uses) > 4096:  # shapes that change with every batch
             self.uses.clear()
+            self.choices.clear()
         self.uses[signature] = count
 
 
@@ -72,9 +75,16 @@ class Reach:
 class Recording(TorchFunctionMode):
     """The record of one forward pass of one or more modules."""
 
-    def __init__(self, *modules: nn.Module, check: str = "first"):
-        """Prepare to record ``modules``; ``check`` says when the batch dimension is checked: first, always or never."""
+    def __init__(self, *modules: nn.Module, check: str = "first", samples: Tensor | None = None):
+        """Prepare to record ``modules``.
+
+        Args:
+            modules: what to record.
+            check: when the batch dimension is checked: first, always or never.
+            samples: the number of its sample at each position of the leading dimensions, where that is not dimension 0.
+        """
         super().__init__()
+        self.samples = None if samples is None else Samples(samples)
         if not modules:
             raise ArgumentTypeError("record needs at least one module; got none")
         self._children: list[nn.Module] = []
@@ -259,10 +269,10 @@ class Recording(TorchFunctionMode):
         """The rows of a tensor that repeats some, each sample's its own."""
         n, k, dims, source = tracked.size(0), derived.period, tracked.dim(), derived.source
         if derived.func is Tensor.expand and (source.dim() < dims or source.size(0) == 1):
-            return self.expand(source, n, dims).expand(tracked.shape)
+            return self.expand(source, (n,), dims).expand(tracked.shape)
         # In a memory of their own: what they are taken from may be changed in place.
         rows = self.run(Tensor.clone, self.run(_getitem, tracked, slice(0, k)))
-        return self.expand(rows, n, dims) if k == 1 else self.expand(rows, n // k, dims + 1).flatten(0, 1)
+        return self.expand(rows, (n,), dims) if k == 1 else self.expand(rows, (n // k,), dims + 1).flatten(0, 1)
 
     def _may_become_data(self, tracked: Tensor) -> bool:
         """Whether nothing else looks at a derived tensor that data is about to change in place."""
@@ -292,8 +302,12 @@ class Recording(TorchFunctionMode):
         """An alias in another dtype, at whose node the walk stops, too."""
         return self._uses.begin(alias.to(dtype)) if alias.grad_fn in self._uses else alias.to(dtype)
 
-    def expand(self, tracked: Tensor, rows: int, dims: int) -> Tensor:
-        """A tracked tensor for each of ``rows`` samples, as an operation of its own."""
+    def leading(self, shape: Sequence[int]) -> int:
+        """How many leading dimensions of ``shape`` hold rows that belong to samples."""
+        return 1 if self.samples is None else self.samples.leading(shape)
+
+    def expand(self, tracked: Tensor, rows: Sequence[int], dims: int) -> Tensor:
+        """A tracked tensor for each of ``rows``, leading dimensions, as an operation of its own."""
         return ExpandOperation(self, tracked).expanded(rows, dims)
 
     def add(self, operation: Operation, edge: GradientEdge) -> None:
@@ -388,14 +402,10 @@ class Recording(TorchFunctionMode):
                 "the losses do not depend on any recorded parameter: run the forward pass of this model inside the "
                 "`with` block, with gradients enabled, and compute the losses from its output"
             )
+        if self.samples is not None:
+            self.samples.check(self.batch_size)
         if self.batch_size > 1:
-            for operation in reach.operations:
-                if operation.output_rows % self.batch_size:
-                    raise UnsupportedError(
-                        f"{self._describe(operation)} puts out {operation.output_rows} rows in dimension 0 for "
-                        f"{self.batch_size} losses: samples must be dimension 0 of every operation on a parameter"
-                    )
-            self._check_batch(losses, reach)
+            self._check_batch(losses, reach, [self._readings(o) for o in reach.operations])
         return reach
 
     def _walk(self, losses: Tensor) -> Reach:
@@ -423,11 +433,46 @@ class Recording(TorchFunctionMode):
     def _describe(self, operation: Operation) -> str:
         return f"{operation.name} (parameter {', '.join(map(self.name_of, operation.tracked))})"
 
-    def _check_batch(self, losses: Tensor, reach: Reach) -> None:
+    def _readings(self, operation: Operation) -> Sequence[Reading | None]:
+        """The ways in which an output's rows may belong to the samples, by its shape."""
+        if self.samples is None:
+            if operation.output_rows % self.batch_size == 0:
+                return (None,)
+            raise UnsupportedError(
+                f"{self._describe(operation)} puts out {operation.output_rows} rows in dimension 0 for "
+                f"{self.batch_size} losses: samples must be dimension 0 of every operation on a parameter"
+                + self._remedy()
+            )
+        readings = self.samples.readings(operation.output_shape[: operation.row_dims], self.batch_size)
+        if not operation.reads_samples:
+            readings = [r for r in readings if r.dimension == 0 and r.owner.dim() == 1]
+            if not readings:
+                raise UnsupportedError(
+                    f"{self._describe(operation)} is recorded with samples in dimension 0 alone: lay out its input so, or "
+                    "freeze the parameter"
+                )
+        if not readings:
+            raise UnsupportedError(
+                f"{self._describe(operation)} puts out {tuple(operation.output_shape)}: expected the leading dimensions of "
+                f"`samples`, {tuple(self.samples.index.shape)}, or in dimension 0 a row for each of its "
+                f"{self.samples.index.numel()} entries or for each of the {self.batch_size} losses"
+            )
+        return readings
+
+    def _remedy(self) -> str:
+        """What to do where samples seem to be dimension 1."""
+        lengths = [o.output_shape[0] for o in self.operations if o.output_shape[1:2] == (self.batch_size,)]
+        if not lengths:
+            return ""
+        T, B = lengths[0], self.batch_size
+        return f". If samples are dimension 1, tell the recording: record(model, samples=torch.arange({B}).expand({T}, {B}))"
+
+    def _check_batch(self, losses: Tensor, reach: Reach, readings: Sequence[Sequence[Reading | None]]) -> None:
         """Raise unless the losses Σ a_i ℓ_i give every recorded output the rows of its plain gradient scaled by a.
 
         Norms of rows are compared, so that no gradient is kept; they scale exactly where samples are independent, but for what
-        is below float16's range, of which nothing can be told.
+        is below float16's range, of which nothing can be told. Of several readings of an output's rows the first under which
+        they do is taken.
         """
         operations = reach.operations
         modes = tuple(child.training for child in self._children)
@@ -435,15 +480,28 @@ class Recording(TorchFunctionMode):
             self.batch_size,
             modes,
             self._graph,
-            tuple((o.name, tuple(map(self.name_of, o.tracked)), o.output_rows) for o in operations),
+            None if self.samples is None else (self.samples.index.shape, self.samples.changing.shape),
+            tuple((o.name, tuple(map(self.name_of, o.tracked)), o.output_shape[: o.row_dims]) for o in operations),
         )
-        merged = any(
-            o.output_rows != self.batch_size for o in operations
-        )  # which rows are whose may change with the data
+        settled = self._state.choices.get(signature)
+        is_open = settled is None and any(len(of_one) > 1 for of_one in readings)
+        choices = settled or [0] * len(readings)
+        for operation, of_one, choice in zip(operations, readings, choices, strict=True):
+            operation.reading = of_one[choice]
+        # Which rows are whose may change with the data.
+        varies = any(
+            o.output_rows != self.batch_size if o.reading is None else not o.reading.is_fixed for o in operations
+        )
+        if is_open and is_capturing():
+            raise UnsupportedError(
+                "which rows are whose is not known, and cannot be found out while a graph of kernels is captured: take a step "
+                "before that"
+            )
         if self.check == "never" or is_capturing():
             return
         count = self._state.uses.get(signature, 0) + 1
-        if self.check == "first" and count & (count - 1) and not merged:  # what was zero at first may grow
+        is_due = not count & (count - 1)  # what was zero at first may grow
+        if self.check == "first" and not (is_due or varies or is_open):
             return self._state.counted(signature, count)
         a = powers_of_two(self.batch_size, count).to(losses)
         tolerance = 1e-4 if reach.narrow is None else 2e-2
@@ -451,17 +509,20 @@ class Recording(TorchFunctionMode):
         plain = self._row_norms(losses, ones, operations)
         scaled = self._row_norms(losses, ones * a, operations)
         checks = []
-        for operation, norms, norms_a in zip(operations, plain, scaled, strict=True):
-            expected = norms * a.repeat_interleave(norms.numel() // self.batch_size).to(norms.dtype)
+        for operation, of_one, norms, norms_a in zip(operations, readings, plain, scaled, strict=True):
             # The smallest number of float16 for each entry, by which rounding may be off on the way through a few operations.
             lost = 2.0**-24 * operation.output_shape.numel() ** 0.5 if reach.narrow is torch.float16 else 0.0
-            size, apart = norms_a.norm(), (norms_a - expected).norm()
-            coupled = apart > tolerance * size + 4 * lost
-            checks += [coupled, (size > 0) & (tolerance * size < lost), ~torch.isfinite(size)]
-        verdicts = torch.stack(checks).view(-1, 3).tolist()
-        if any(unknown for _, _, unknown in verdicts):  # losses that are not finite: the next ones will be asked
+            size = norms_a.norm()
+            checks += [~torch.isfinite(size), (size > 0) & (tolerance * size < lost)]
+            for reading in of_one:
+                of_rows = a.repeat_interleave(norms.numel() // a.numel()) if reading is None else reading.weights(a)
+                checks.append((norms_a - norms * of_rows.to(norms.dtype)).norm() > tolerance * size + 4 * lost)
+        answers = iter(torch.stack(checks).tolist())
+        verdicts = [(next(answers), next(answers), [next(answers) for _ in of_one]) for of_one in readings]
+        if any(unknown for unknown, _, _ in verdicts):  # losses that are not finite: the next ones will be asked
             return
-        for operation, (coupled, vague, _) in zip(operations, verdicts, strict=True):
+        found = []
+        for operation, of_one, (_, vague, coupled) in zip(operations, readings, verdicts, strict=True):
             if vague and ("float16", operation.name) not in self._state.warned:
                 self._state.warned.add(("float16", operation.name))
                 warnings.warn(
@@ -470,12 +531,18 @@ class Recording(TorchFunctionMode):
                     BootgradWarning,
                     stacklevel=5,
                 )
-            if coupled:
+            found.append([k for k, _ in enumerate(of_one) if not coupled[k]])
+            if not found[-1]:
+                where = "in dimension 0" if self.samples is None else "where `samples` says"
                 raise UnsupportedError(
-                    f"samples are coupled after {self._describe(operation)}, or not in dimension 0 there: scaling one "
+                    f"samples are coupled after {self._describe(operation)}, or not {where} there: scaling one "
                     "sample's loss changes other samples' gradients, so per-sample gradients do not exist. Look for batch "
                     "statistics, in-batch contrasts, or a batch in another dimension than 0 between it and the losses"
+                    + ("" if self.samples is not None else self._remedy())
                 )
+            operation.reading = of_one[found[-1][0]]
+        if all(len(right) == 1 for right in found):
+            self._state.choices[signature] = [k for (k,) in found]
         self._state.counted(signature, count)
 
     def _row_norms(self, losses: Tensor, weights: Tensor, operations: Sequence[Operation]) -> list[Tensor]:
@@ -547,7 +614,10 @@ class Recording(TorchFunctionMode):
             derived = self._known[id(tracked)]
             return (derived is None or derived.isometric) and uses[id(self.leaves(tracked)[0])] == 1
 
-        probed = [o for o in operations if o.probe is not None and all(map(readable, o.tracked))]
+        def holds(probe: Tensor | None) -> bool:
+            return probe is not None and probe.size(1) >= self.batch_size
+
+        probed = [o for o in operations if holds(o.probe) and all(map(readable, o.tracked))]
         chosen = set(map(id, probed))
         return probed, [o for o in operations if id(o) not in chosen]
 

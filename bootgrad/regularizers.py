@@ -142,9 +142,9 @@ class GradientRegularizer:
         """The method that runs; "auto" is the one that was chosen."""
         return self._method.name
 
-    def record(self) -> AbstractContextManager:
-        """The context for the forward pass, where `backward` is given losses."""
-        self._recording = Record(self.model) if self._method.records else None
+    def record(self, samples: Tensor | None = None) -> AbstractContextManager:
+        """The context for the forward pass, where `backward` is given losses; ``samples`` as for `bootgrad.record`."""
+        self._recording = Record(self.model, samples=samples) if self._method.records else None
         self._awaits_losses = True
         return self._recording or StandIns()
 

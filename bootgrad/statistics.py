@@ -135,16 +135,26 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
     Args:
         modules: one or several modules; parameters that do not require grad are left out.
         check: when to check that samples are dimension 0 of every operation and independent of each other, at the price of
-            two backward passes: ``"first"``, second, fourth, eighth … step of a model with these shapes, ``"always"``, or
+            two backward passes: ``"first"``, second, fourth, eighth … step of a model with these shapes (every step, where
+            positions are merged into the batch or samples are of unlike size), ``"always"``, or
             ``"never"``.
+        samples: where samples are not dimension 0, a long tensor of the shape of the data's leading dimensions, whose entries
+            are the numbers 0 … B − 1 of the sample that each row or position belongs to; losses stay (B,). For data (T, B, …)
+            that is ``torch.arange(B).expand(T, B)``, for documents that are packed into (1, N, …) the document of each token,
+            for (B, T, …) whose tokens do not see each other, each with a loss, ``torch.arange(B * T).view(B, T)``. Where
+            samples have unlike numbers of positions, rows are gathered for as many as the longest has. Nothing has to be waited
+            for if it is on the CPU. Operations whose output has a row per sample in dimension 0, behind a pooling or inside of
+            attention, are recorded as they are; where sizes allow several readings, the check finds the right one, and without
+            a check the index is believed first.
 
     Raises:
+        ArgumentError, ArgumentTypeError: ``samples`` is not a long tensor, or has negative entries.
         UnsupportedError: a ScriptModule among the modules, a complex parameter; in the forward pass, batch statistics.
     """
 
-    def __init__(self, *modules: nn.Module, check: str = "first"):
+    def __init__(self, *modules: nn.Module, check: str = "first", samples: Tensor | None = None):
         """Prepare to record ``modules``."""
-        super().__init__(*modules, check=check)
+        super().__init__(*modules, check=check, samples=samples)
         self.last_reach: Reach | None = None
         for name, p in self.parameters.items():
             if p.is_complex():
@@ -292,7 +302,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                 terms = self.terms(reach.operations, gys)
         if not create_graph:
             terms = {name: term.map(Tensor.detach) for name, term in terms.items()}
-        return PerSampleGradients(terms, self.parameters, self.batch_size, create_graph)
+        return PerSampleGradients(terms, self.parameters, self.batch_size, create_graph, self.samples)
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ CLOSE = dict(
 
 
 class Case:
-    """A model with inputs, in float64, and what is known of it by the oracle."""
+    """A model with inputs, in float64, and what is known of it by the oracle; ``options`` are those of its recordings."""
 
-    def __init__(self, model, inputs, plain=None, seed=None):
-        self.model, self.inputs, self.seed = model, inputs, seed
+    def __init__(self, model, inputs, plain=None, seed=None, losses_of=losses_of, **options):
+        self.model, self.inputs, self.seed, self.losses_of, self.options = model, inputs, seed, losses_of, options
         self.parameters = parameters_of(model)
         self.oracle = Oracle(model, lambda: self.run(plain))
         self.center = random_like(self.parameters)
@@ -24,10 +24,13 @@ class Case:
     def run(self, forward=None):
         if self.seed is not None:
             torch.manual_seed(self.seed)
-        return losses_of((forward or self.model)(*self.inputs))
+        return self.losses_of((forward or self.model)(*self.inputs))
+
+    def record(self):
+        return record(self.model, self.run, **self.options)
 
     def matrix(self, create_graph=False):
-        rec, losses = record(self.model, self.run)
+        rec, losses = self.record()
         return rec.per_sample_gradients(losses, create_graph=create_graph)
 
 
@@ -42,7 +45,7 @@ def check_gradients(case, ours, expected):
 
 
 def norms(case):
-    rec, losses = record(case.model, case.run)
+    rec, losses = case.record()
     stats = rec.backward(losses)
     D = case.oracle.matrix
     check(stats.sq_norms, D.square().sum(1))
@@ -54,7 +57,7 @@ def norms(case):
 
 def deviation(case):
     D, c = case.oracle.matrix, case.flat_center
-    rec, losses = record(case.model, case.run)
+    rec, losses = case.record()
     check(rec.backward(losses, center=case.center).deviation_sq_norms, (D - c).square().sum(1))
     G = case.matrix()
     check(G.deviation_sq_norms(c), (D - c).square().sum(1))
@@ -88,9 +91,15 @@ def second_order(case):
         check_gradients(case, grads, oracle.gradient(by_oracle))
     for center, value in (("zero", oracle.reg1(zero)), ("batch_mean", oracle.reg1())):
         case.model.zero_grad()
-        bootgrad.GradientRegularizer(case.model, reg1=0.5, center=center).backward(case.run)
+        reg = bootgrad.GradientRegularizer(case.model, reg1=0.5, center=center)
+        reg.backward(case.run if not case.options else _recorded_by(reg, case))
         expected = oracle.gradient(oracle.losses.mean() + 0.5 * value)
         check_gradients(case, [p.grad for p in parameters], expected)
+
+
+def _recorded_by(reg, case):
+    with reg.record(**case.options):
+        return case.run()
 
 
 def finite_differences(case):

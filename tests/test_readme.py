@@ -26,12 +26,14 @@ def run(text: str, blocks: int) -> dict:
 
 
 def test_the_python_blocks_run_one_after_the_other(capsys):
-    names = run(README, 7)
+    names = run(README, 8)
     stats, G = names["stats"], names["G"].materialize()
     rows = torch.cat([g.flatten(1) for g in G.values()], dim=1).detach()
     assert rows.shape == (32, sum(p.numel() for p in names["model"].parameters()))
     gamma = (rows - rows.mean(0)).square().sum(1).mean()
     assert float(names["G"].covariance_trace().detach()) == pytest.approx(float(gamma), rel=1e-4)
+    assert names["sequences"].sq_norms.shape == (5,) and float(names["sequences"].covariance_trace) > 0
+    assert names["sequences"].sq_norms.shape == (5,) and float(names["sequences"].covariance_trace) > 0
     assert stats.covariance_trace > 0 and names["report"].reg1 > 0
     assert "bootgrad agrees with plain autograd on 4 samples" in capsys.readouterr().out
     patches = torch.nn.functional.unfold(names["x"], 3, padding=1)

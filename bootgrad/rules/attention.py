@@ -86,7 +86,7 @@ def _projections(recorder: Recorder, o: dict[str, Any], q: Tensor, k: Tensor, v:
 
 def _shared(recorder: Recorder, bias: Tensor, samples: int) -> Tensor:
     """A key or value (1, 1, E) that all samples have, (N, 1, E)."""
-    return recorder.expand(bias, samples, 3) if recorder.is_tracked(bias) else bias.expand(samples, -1, -1)
+    return recorder.expand(bias, (samples,), 3) if recorder.is_tracked(bias) else bias.expand(samples, -1, -1)
 
 
 def _mask(o: dict[str, Any], q: Tensor, keys: int) -> Tensor | None:

@@ -29,6 +29,7 @@ from ..ops.product import Product, Visit, Visited, input_grad, weight_grad
 from ..ops.schema import accumulation_dtype
 from ..planning import ConvLayer, LinearLayer
 from .checkpointed import is_in_checkpoint
+from .samples import Reading
 from .terms import DenseTerm, FactoredTerm, Term, VisitedBias, VisitedTerm
 
 
@@ -97,8 +98,11 @@ class Recorder(Protocol):
     def run(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         """Call ``func`` as the model would, recording included."""
 
-    def expand(self, tracked: Tensor, rows: int, dims: int) -> Tensor:
-        """A tracked tensor, (*shape) or (1, *shape), for each of ``rows`` samples, as a tensor of ``dims`` dimensions."""
+    def leading(self, shape: Sequence[int]) -> int:
+        """How many leading dimensions of ``shape`` hold rows that belong to samples: one, unless the caller said more."""
+
+    def expand(self, tracked: Tensor, rows: Sequence[int], dims: int) -> Tensor:
+        """A tracked tensor, of one row or without, for each of ``rows``, leading dimensions, as a tensor of ``dims``."""
 
     def takes_statistics(self, operation: "Operation") -> bool:
         """Whether the operation's probe is read in the present backward pass."""
@@ -143,6 +147,7 @@ class Operation(ABC):
     """One recorded call: its name, the tracked tensors it used, and the edge at which its gy arrives."""
 
     output_shape: torch.Size
+    reads_samples = False  # whether ``terms`` are right under any ``reading``
 
     def __init__(self, recorder: Recorder, name: str, tracked: Sequence[Tensor]):
         """Describe a call of ``name`` on the ``tracked`` tensors."""
@@ -158,6 +163,8 @@ class Operation(ABC):
         self.between: weakref.ref | None = None
         self.covers_all = False
         self.is_checkpointed = False
+        self.row_dims = 1  # leading dimensions of the output in which rows are told apart
+        self.reading: Reading | None = None  # which rows are whose; none for N/B consecutive ones of each sample
 
     @property
     def recorder(self) -> Recorder:
@@ -182,8 +189,8 @@ class Operation(ABC):
 
     @property
     def output_rows(self) -> int:
-        """Size of the output's dimension 0."""
-        return self.output_shape[0] if self.output_shape else 1
+        """How many rows the output has: the size of its dimension 0, if that is the only one of rows."""
+        return self.output_shape[: self.row_dims].numel()
 
     @abstractmethod
     def terms(self, gy: Tensor, batch_size: int) -> list[Term]:
@@ -198,6 +205,25 @@ class Operation(ABC):
         self.output_shape, self.is_checkpointed = y.shape, is_in_checkpoint()
         self.recorder.add(self, get_gradient_edge(y))
         return y
+
+    def count_rows(self, leading: Sequence[int]) -> int:
+        """The rows of an output in whose ``leading`` dimensions they may be, which is decided here."""
+        self.row_dims = self.recorder.leading(leading)
+        return torch.Size(leading[: self.row_dims]).numel()
+
+    def gradient_by_sample(self, gy: Tensor) -> Tensor:
+        """The output's gradient as rows of samples, N/B consecutive ones of each.
+
+        As many dimensions as before hold the rows: (N,) merged, and of more (B, M), in which a sample's rows are a dimension.
+        """
+        return gy if self.reading is None else self._merged(self.reading.gradients(gy))
+
+    def data_by_sample(self, t: Tensor) -> Tensor:
+        """The same of another tensor with the output's rows."""
+        return t if self.reading is None else self._merged(self.reading.data(t))
+
+    def _merged(self, t: Tensor) -> Tensor:
+        return t.flatten(0, 1) if self.row_dims == 1 else t
 
     def new_probe(self, y_rows: int, like: Tensor) -> Tensor:
         """A probe for an output of ``y_rows`` rows."""
@@ -249,6 +275,8 @@ class Operation(ABC):
 class ProductOperation(Operation):
     """A linear or convolution layer; tracked are its weight, its bias, or both."""
 
+    reads_samples = True
+
     def __init__(self, recorder, name, product: Product, weight: Tensor | None, bias: Tensor | None):
         """Describe the layer; ``weight`` and ``bias`` are None where they are not tracked."""
         super().__init__(recorder, name, [t for t in (weight, bias) if t is not None])
@@ -258,7 +286,8 @@ class ProductOperation(Operation):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
         weight, bias = self._alias(weight), None if bias is None else self._alias(bias)
-        device, rows = x.device.type, x.size(0) if x.dim() else 1
+        device = x.device.type
+        rows = self.count_rows(x.shape[: -1 if weight.dim() == 2 else 1])
         outside: AbstractContextManager = nullcontext()
         if torch.is_autocast_enabled(device):
             outside = torch.autocast(device, enabled=False)
@@ -285,12 +314,14 @@ class ProductOperation(Operation):
     def factored(self, x: Tensor, gy: Tensor, batch_size: int) -> FactoredTerm:
         """The weight's term."""
         assert self.weight is not None
+        x, gy = self.data_by_sample(x), self.gradient_by_sample(gy)
         product, x, gy, inner = self.product.factor(x, gy, self.weight.shape, batch_size)
         return FactoredTerm(product, x, gy, self.weight.shape, inner)
 
     def visited(self, x: Tensor, gy: Tensor) -> VisitedTerm | None:
         """The weight's term with a visit in the graph that is made now; None where there is nothing to differentiate."""
         assert self.weight is not None
+        x, gy = self.data_by_sample(x), self.gradient_by_sample(gy)
         product, x, gy_of_samples, inner = self.product.factor(x, gy, self.weight.shape, self.recorder.batch_size)
         if not (x.requires_grad or gy_of_samples.requires_grad):
             return None
@@ -299,7 +330,7 @@ class ProductOperation(Operation):
 
     def bias_rows(self, gy: Tensor, batch_size: int) -> Tensor:
         """The bias's rows, (B, O)."""
-        rows = self.product.bias_rows(gy)
+        rows = self.product.bias_rows(self.gradient_by_sample(gy))
         return rows if rows.size(0) == batch_size else rows.reshape(batch_size, -1, rows.size(1)).sum(1)
 
     def terms(self, gy, batch_size):  # noqa: D102
@@ -374,19 +405,29 @@ class RecordedProduct(Function):
 
 
 class RowsOperation(Operation):
-    """An operation whose per-sample gradients are small enough to be held; ``rows_of(gy, B, *saved)`` makes them."""
+    """An operation whose per-sample gradients are small enough to be held; ``rows_of(gy, B, *saved)`` makes them.
 
-    def __init__(self, recorder, name, tracked, rows_of: Callable[..., list[Tensor]]):
+    ``most`` leading dimensions of the output, as of what is saved, may hold rows.
+    """
+
+    reads_samples = True
+
+    def __init__(self, recorder, name, tracked, rows_of: Callable[..., list[Tensor]], most: int = 1):
         """Describe the call; ``rows_of`` returns (B, *shape) per tracked tensor, differentiable by gy and the saved."""
         super().__init__(recorder, name, tracked)
-        self.rows_of = rows_of
+        self.rows_of, self.most = rows_of, most
 
     def __call__(self, y: Tensor, *saved: Tensor | None) -> Tensor:
         """``y``, the output that plain torch computed, in the record; ``saved`` are the tensors that the rows need."""
-        return self.attach(Tap.apply(self, self.new_probe(y.size(0), y), y, *saved))
+        return self.attach(Tap.apply(self, self.new_probe(self.count_rows(y.shape[: self.most]), y), y, *saved))
+
+    def rows(self, gy: Tensor, *saved: Tensor | None) -> list[Tensor]:
+        """(B, *shape) per tracked tensor."""
+        tensors = (None if t is None else self.data_by_sample(t) for t in saved)
+        return self.rows_of(self.gradient_by_sample(gy), self.recorder.batch_size, *tensors)
 
     def terms(self, gy, batch_size):  # noqa: D102
-        return [DenseTerm(rows) for rows in self.rows_of(gy, batch_size, *self.saved())]
+        return [DenseTerm(rows) for rows in self.rows(gy, *self.saved())]
 
 
 class Tap(Function):
@@ -409,7 +450,7 @@ class Tap(Function):
         if operation.is_checkpointed or operation.phase is Phase.STATISTICS:
             saved = operation.hold(ctx.saved_tensors)
             if operation.phase is Phase.STATISTICS and operation.recorder.takes_statistics(operation):
-                probe = operation.read(operation.rows_of(gy, operation.recorder.batch_size, *saved))
+                probe = operation.read(operation.rows(gy, *saved))
         return None, probe, gy, *ctx.unused
 
 

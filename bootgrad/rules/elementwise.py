@@ -48,11 +48,12 @@ def expand_operands(recorder: Recorder, args: tuple, kwargs: dict) -> tuple[tupl
     tracked = {id(t): t for t in tensors if recorder.is_tracked(t)}
     data = [t for t in tensors if id(t) not in tracked]
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    if not shape or any(t.dim() == len(shape) and t.size(0) != 1 for t in tracked.values()):
+    dims = recorder.leading(shape)
+    if not shape or (dims == 1 and any(t.dim() == len(shape) and t.size(0) != 1 for t in tracked.values())):
         return None
     if any(t.shape == shape for t in tracked.values()) and not any(t.requires_grad for t in data):
         return None
-    rows = {key: recorder.expand(t, shape[0], len(shape)) for key, t in tracked.items()}
+    rows = {key: recorder.expand(t, shape[:dims], len(shape)) for key, t in tracked.items()}
     return pytree.tree_map(lambda t: rows.get(id(t), t), (args, kwargs))
 
 
@@ -67,7 +68,7 @@ def _apply_prelu(recorder: Recorder, input: Tensor, weight: Tensor):
         return NotImplemented
     channels = [weight.numel(), *[1] * (input.dim() - 2)][: input.dim() - 1]
     row = recorder.run(_T.reshape, weight, (1, *channels))
-    return torch.ops.aten._prelu_kernel(*as_autocast(input, recorder.expand(row, input.size(0), input.dim())))
+    return torch.ops.aten._prelu_kernel(*as_autocast(input, recorder.expand(row, input.shape[:1], input.dim())))
 
 
 @rule(_T.expand_as)

@@ -105,7 +105,8 @@ class LookUpOperation(Operation):
             self.inner, self.is_bag = (self.table_shape.numel(), 1), False
         elif call.mode == "mean":
             self.shares = _shares(self.look_ups, y.dtype)
-        probe, alias = self.new_probe(y.size(0), y), self.recorder.alias(call.table)
+        rows = self.count_rows(y.shape[: 1 if call.mode is not None else y.dim() - call.table.dim() + 1])
+        probe, alias = self.new_probe(rows, y), self.recorder.alias(call.table)
         return self.attach(RecordedLookUp.apply(self, probe, alias, call.weights, y))
 
     def of_look_ups(self, gy: Tensor, weights: Tensor | None) -> Tensor:
@@ -116,8 +117,19 @@ class LookUpOperation(Operation):
         return spread if weights is None else spread * weights.unsqueeze(1)
 
     def term(self, gy: Tensor, weights: Tensor | None, batch_size: int) -> LookUpTerm:
-        """The table's term."""
-        return LookUpTerm(self.look_ups.merged(batch_size), self.of_look_ups(gy, weights), self.table_shape, self.inner)
+        """The table's term; of one sample that of them all."""
+        if self.reading is None or batch_size == 1:
+            own = self.look_ups.merged(batch_size), self.of_look_ups(gy, weights)
+            return LookUpTerm(*own, self.table_shape, self.inner)
+        tokens = self.look_ups.tokens.view(*self.output_shape[: self.row_dims], -1)
+        tokens = self.reading.gradients(tokens + 1) - 1  # none where a sample has fewer rows than others
+        own = LookUps.of_equal(tokens.flatten(), batch_size), self.of_look_ups(self.reading.gradients(gy), weights)
+        return LookUpTerm(*own, self.table_shape, self.inner)
+
+    @property
+    def reads_samples(self) -> bool:  # type: ignore[override]
+        """Bags' look-ups stay in their order."""
+        return not self.is_bag
 
     def terms(self, gy, batch_size):  # noqa: D102
         return [self.term(gy, self.saved()[1], batch_size)]

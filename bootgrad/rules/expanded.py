@@ -1,9 +1,13 @@
 """A parameter that every sample has for itself: a scale, a position, a class token. From there on it is data."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from .base import Phase, RowsOperation, per_sample_sum
+from .samples import Reading
 
 
 class ExpandOperation(RowsOperation):
@@ -14,11 +18,25 @@ class ExpandOperation(RowsOperation):
         shape, dtype = tracked.shape, tracked.dtype
         super().__init__(recorder, "expand", [tracked], lambda gy, B: [per_sample_sum(gy, B, shape).to(dtype)])
 
-    def expanded(self, rows: int, dims: int) -> Tensor:
-        """The rows, (N, 1, …, *shape), in the memory of one."""
+    def expanded(self, rows: Sequence[int], dims: int) -> Tensor:
+        """The rows, (*rows, 1, …, *shape), in the memory of one."""
         (tracked,) = self.tracked
-        shape = (rows, *[1] * (dims - 1 - tracked.dim()), *tracked.shape[tracked.dim() == dims :])
-        return self.attach(ExpandedRow.apply(self, self.new_probe(rows, tracked), self.recorder.alias(tracked), shape))
+        self.row_dims, aligned = len(rows), (*[1] * (dims - tracked.dim()), *tracked.shape)
+        self.of_rows, self.of_one = torch.Size(aligned[: len(rows)]), torch.Size(aligned[len(rows) :])
+        probe = self.new_probe(torch.Size(rows).numel(), tracked)
+        return self.attach(ExpandedRow.apply(self, probe, self.recorder.alias(tracked), (*rows, *self.of_one)))
+
+    def rows(self, gy, *saved):  # noqa: D102
+        reading, (tracked,) = self.reading, self.tracked
+        if reading is None:
+            return super().rows(gy)
+        # What the tensor has for itself in the rows' dimensions is apart for each sample, too: finer samples, Q of each.
+        B, Q = reading.batch_size, self.of_rows.numel()
+        if Q > 1:
+            slots = torch.arange(Q, device="cpu").view(self.of_rows).expand(reading.owner.shape)
+            reading = Reading(reading.owner * Q + slots, B * Q)
+        rows = per_sample_sum(reading.gradients(gy), B * Q, self.of_one)
+        return [rows.reshape(B, *tracked.shape).to(tracked.dtype)]
 
 
 class ExpandedRow(Function):
@@ -37,6 +55,6 @@ class ExpandedRow(Function):
         if operation.phase is Phase.ROW_NORMS:
             probe = operation.row_norms(gy)
         if operation.phase is Phase.STATISTICS and operation.recorder.takes_statistics(operation):
-            probe = operation.read(operation.rows_of(gy, operation.recorder.batch_size))
+            probe = operation.read(operation.rows(gy))
         row = gy.sum_to_size(ctx.row_shape) if operation.phase in (Phase.PLAIN, Phase.STATISTICS) else None
         return None, probe, row, None

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import RecordingError, UnsupportedError
 from .base import Operation, Recorder, autocast_now, is_in_place
+from .samples import Reading
 from .terms import ComputedTerm, Term, vmap
 
 # The mode sees these as one opaque call, and their kernels have no rule under vmap, or a wrong one; and what to do instead.
@@ -28,7 +29,9 @@ _REFUSED = {
 
 
 class FallbackOperation(Operation):
-    """Any call with one tensor out. Tensors whose dimension 0 is the output's are cut into samples, others are shared."""
+    """Any call with one tensor out. Tensors whose rows' dimensions are the output's are cut into samples, others are shared."""
+
+    reads_samples = True
 
     def __init__(self, recorder: Recorder, func, args, kwargs, tracked: Sequence[Tensor]):
         """Keep the call; run it with ``__call__``."""
@@ -67,6 +70,7 @@ class FallbackOperation(Operation):
         elif y._is_view() and not any(_base(y) is _base(t) for t in leaves if isinstance(t, Tensor)):
             y = y.clone()  # of what was made on the way: a change in place would leave its node beside the graph
         self.versions = [t._version if isinstance(t, Tensor) else None for t in self.leaves]
+        self.count_rows(y.shape)
         return self.attach(y)
 
     def terms(self, gy, batch_size):  # noqa: D102
@@ -74,7 +78,9 @@ class FallbackOperation(Operation):
             if isinstance(t, Tensor) and t._version != version:
                 raise RecordingError(f"an input of {self.name} was changed in place after the call; clone it first")
         index = torch.arange(batch_size, device=gy.device)
-        call = _Call(self.name, self.func, self.spec, self.slots, self.output_rows, self.autocast)
+        call = _Call(
+            self.name, self.func, self.spec, self.slots, self.output_shape[: self.row_dims], self.reading, self.autocast
+        )
         terms: list[Term] = [
             ComputedTerm(partial(call.rows, batch_size, k), index, t.shape, [gy, *self.leaves])
             for k, t in enumerate(self.tracked)
@@ -97,7 +103,8 @@ class _Call:
     func: Callable
     spec: Any
     slots: Sequence[int | None]  # of each flat argument, which tracked tensor it is
-    output_rows: int
+    leading: torch.Size  # the dimensions of the output's rows
+    reading: Reading | None
     autocast: Callable[[], AbstractContextManager]
 
     def __call__(self, leaves: Sequence[Any], parameters: Mapping[int, Tensor]) -> Tensor:
@@ -123,13 +130,16 @@ class _Call:
     def rows(self, batch_size: int, k: int, index: Tensor, gy: Tensor, *values: Any) -> Tensor:
         """Rows ``index`` of tracked tensor ``k``, from gy and the flat arguments."""
         cut = [
-            isinstance(t, Tensor) and slot is None and t.dim() > 0 and t.size(0) == self.output_rows
+            isinstance(t, Tensor) and slot is None and t.dim() > 0 and t.shape[: len(self.leading)] == self.leading
             for t, slot in zip(values, self.slots, strict=True)
         ]
         own = values[self.slots.index(k)]
 
-        def of_samples(t: Tensor) -> Tensor:
-            return t.reshape(batch_size, -1, *t.shape[1:])[index]
+        def of_samples(t: Tensor, is_gradient: bool = False) -> Tensor:
+            reading = self.reading
+            if reading is None:
+                return t.reshape(batch_size, -1, *t.shape[1:])[index]
+            return reading.restored(reading.gradients(t) if is_gradient else reading.data(t))[index]
 
         def one(gy_i, *samples):
             samples = iter(samples)
@@ -142,7 +152,7 @@ class _Call:
             return pull(gy_i)[0]
 
         try:
-            return vmap(one, of_samples(gy), *(of_samples(t) for t, c in zip(values, cut, strict=True) if c))
+            return vmap(one, of_samples(gy, True), *(of_samples(t) for t, c in zip(values, cut, strict=True) if c))
         except Exception as error:
             raise UnsupportedError(
                 f"{self.name} has no rule and cannot be run one sample at a time: its parameter's per-sample gradients "

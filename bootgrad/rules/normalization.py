@@ -76,7 +76,8 @@ def _normalization(recorder: Recorder, func, args, kwargs):
             out.append(rows.reshape(batch_size, *parameter.shape).to(parameter.dtype))
         return out
 
-    return RowsOperation(recorder, func.__name__, tracked, rows_of)(y, x)
+    most = 1 if func in _CHANNELS else x.dim() - len(options["normalized_shape"])
+    return RowsOperation(recorder, func.__name__, tracked, rows_of, most)(y, x)
 
 
 @of_parameters(F.layer_norm, torch.layer_norm, F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)
@@ -110,6 +111,8 @@ def _group_norm(recorder: Recorder, options: dict) -> Tensor:
 
 class GroupNormOperation(Operation):
     """Group norm, or a group norm and the ReLU behind it; tracked are its weight, its bias, or both."""
+
+    reads_samples = True
 
     def __init__(self, recorder, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float):
         """Describe the call."""
@@ -159,7 +162,7 @@ class GroupNormOperation(Operation):
         """Per-sample gradients of the tracked tensors from those of the output's rows, (N, C) each."""
         by_name = dict(zip(("weight", "bias"), rows, strict=True))
         return [
-            per_sample_sum(by_name[n], batch_size, t.shape).to(t.dtype)
+            per_sample_sum(self.gradient_by_sample(by_name[n]), batch_size, t.shape).to(t.dtype)
             for n, t in zip(self.names, self.tracked, strict=True)
         ]
 
