@@ -14,7 +14,7 @@ from ..ops import embedding
 from ..ops.embedding import LookUps
 from ..ops.linear import LinearProduct
 from ..ops.schema import accumulation_dtype
-from .terms import CHUNK_BYTES, FactoredTerm, SumTerm, Term, recomputed, total
+from .terms import CHUNK_BYTES, DenseTerm, FactoredTerm, SumTerm, Term, recomputed, total
 
 
 @dataclass
@@ -100,6 +100,9 @@ def found_by(term: Term, look_ups: LookUps, columns: int) -> Tensor | None:
         return None if any(part is None for part in parts) else total(part for part in parts if part is not None)
     if isinstance(term, LookUpTerm):
         return term.found_by(look_ups, columns)
+    if isinstance(term, DenseTerm):
+        tables = term.values.reshape(term.batch_size, -1, columns)
+        return tables[look_ups.samples, look_ups.tokens].masked_fill(look_ups.none, 0)
     if not _is_linear(term, columns) or look_ups.each is None:
         return None
     x, chosen = _chosen_of_linear(term, look_ups)
