@@ -52,6 +52,14 @@ def token_changed(m, x):
     return m.linear(y)
 
 
+def learned_queries(m, x):
+    """(3, 4, 4) of the model's own, looked up among (2, 4, 4), samples second."""
+    q, k = m.w.expand(3, 4, 4), torch.stack([m.linear(x), x])
+    own = m.a, m.b, None, None, False, 0.0, m.c, None
+    q, _ = F.multi_head_attention_forward(q, q, q, 4, 2, *own)
+    return F.multi_head_attention_forward(q, k, k, 4, 2, *own)[0].transpose(0, 1)
+
+
 RIGHT = {
     "bias of one": (lambda m, x: F.linear(x, m.w, m.b), dict(w=(3, 4), b=(1,))),
     "bias of a row": (lambda m, x: F.linear(m.linear(x), m.w, m.b), dict(w=(3, 4), b=(1, 3))),
@@ -98,6 +106,7 @@ RIGHT = {
         lambda m, x: torch.bmm(m.linear(x).view(8, 1, 2), m.w.expand(4, 2, 2, 3).reshape(8, 2, 3)).view(4, 2, 3),
         dict(w=(2, 2, 3)),
     ),
+    "learned queries": (learned_queries, dict(w=(3, 1, 4), a=(12, 4), b=(12,), c=(4, 4))),
     "state of zeros": (lambda m, x: m.linear(x) + torch.zeros(4, 3).double() @ m.w + m.b, dict(w=(3, 4), b=(4,))),
     "class token, changed in place": (token_changed, dict(w=(1, 4))),
     "class token, changed in place by an operator": (

@@ -37,10 +37,11 @@ def _multi_head_attention(recorder: Recorder, func, args, kwargs):
     bound.apply_defaults()
     o: dict[str, Any] = bound.arguments
     run, inputs, batched = recorder.run, [o["query"], o["key"], o["value"]], o["query"].dim() == 3
-    if any(recorder.is_tracked(t) for t in inputs):
+    first = {id(t): _sample_first(recorder, t, batched) for t in inputs}
+    samples_first = [t for t in (first[id(t)] for t in inputs) if t is not None]
+    if len(samples_first) < len(inputs):
         return NotImplemented
-    first = {id(t): t.transpose(0, 1) if batched else t.unsqueeze(0) for t in inputs}
-    q, k, v = _projections(recorder, o, *(first[id(t)] for t in inputs))  # (N, L, E), (N, S, E) twice
+    q, k, v = _projections(recorder, o, *samples_first)  # (N, L, E), (N, S, E) twice
     if o["bias_k"] is not None:
         k, v = (
             run(torch.cat, [t, _shared(recorder, b, t.size(0))], 1) for t, b in ((k, o["bias_k"]), (v, o["bias_v"]))
@@ -66,6 +67,13 @@ def _multi_head_attention(recorder: Recorder, func, args, kwargs):
         weights = weights.mean(1) if o["average_attn_weights"] else weights
         weights = weights if batched else weights.squeeze(0)
     return y, weights
+
+
+def _sample_first(recorder: Recorder, t: Tensor, batched: bool) -> Tensor | None:
+    """An input (L, N, E) or (L, E) as (N, L, E); one of parameters, if it repeats them for the samples."""
+    if not recorder.is_tracked(t):
+        return t.transpose(0, 1) if batched else t.unsqueeze(0)
+    return recorder.by_sample(recorder.run(Tensor.transpose, t, 0, 1)) if batched else None
 
 
 def _projections(recorder: Recorder, o: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

@@ -100,6 +100,9 @@ class Recorder(Protocol):
     def expand(self, tracked: Tensor, rows: int, dims: int) -> Tensor:
         """A tracked tensor, (*shape) or (1, *shape), for each of ``rows`` samples, as a tensor of ``dims`` dimensions."""
 
+    def by_sample(self, tracked: Tensor) -> Tensor | None:
+        """A tracked tensor that repeats rows for the samples, each sample's its own from here on; None where it does not."""
+
     def takes_statistics(self, operation: "Operation") -> bool:
         """Whether the operation's probe is read in the present backward pass."""
 
