@@ -394,7 +394,8 @@ class Recording(TorchFunctionMode):
                 if operation.output_rows % self.batch_size:
                     raise UnsupportedError(
                         f"{self._describe(operation)} puts out {operation.output_rows} rows in dimension 0 for "
-                        f"{self.batch_size} losses: samples must be dimension 0 of every operation on a parameter"
+                        f"{self.batch_size} losses: samples must be dimension 0 of every operation on a parameter, and what "
+                        "they share, as an index of positions that is kept from pass to pass, a buffer of the model"
                     )
             self._check_batch(losses, reach.operations)
         return reach

@@ -60,6 +60,17 @@ def learned_queries(m, x):
     return F.multi_head_attention_forward(q, k, k, 4, 2, *own)[0].transpose(0, 1)
 
 
+def attention_with(name):
+    """Attention over three places of a sample, with ``name`` of the model's own."""
+
+    def forward(m, x):
+        of_data = m.linear(x[:, None] * torch.arange(1, 4).double()[:, None]).unflatten(-1, (2, 2)).transpose(1, 2)
+        given = {"query": of_data, "key": of_data.sin(), "value": of_data.cos()} | {name: m.w.sin()}
+        return F.scaled_dot_product_attention(**given)
+
+    return forward
+
+
 RIGHT = {
     "bias of one": (lambda m, x: F.linear(x, m.w, m.b), dict(w=(3, 4), b=(1,))),
     "bias of a row": (lambda m, x: F.linear(m.linear(x), m.w, m.b), dict(w=(3, 4), b=(1, 3))),
@@ -106,6 +117,10 @@ RIGHT = {
         lambda m, x: torch.bmm(m.linear(x).view(8, 1, 2), m.w.expand(4, 2, 2, 3).reshape(8, 2, 3)).view(4, 2, 3),
         dict(w=(2, 2, 3)),
     ),
+    "learned keys": (attention_with("key"), dict(w=(2, 3, 2))),
+    "learned values": (attention_with("value"), dict(w=(1, 2, 3, 2))),
+    "learned mask": (attention_with("attn_mask"), dict(w=(1, 2, 3, 3))),
+    "learned mask of all heads": (attention_with("attn_mask"), dict(w=(3, 3))),
     "learned queries": (learned_queries, dict(w=(3, 1, 4), a=(12, 4), b=(12,), c=(4, 4))),
     "state of zeros": (lambda m, x: m.linear(x) + torch.zeros(4, 3).double() @ m.w + m.b, dict(w=(3, 4), b=(4,))),
     "class token, changed in place": (token_changed, dict(w=(1, 4))),

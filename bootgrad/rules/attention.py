@@ -2,11 +2,13 @@
 
 import inspect
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops.attention import FusedAttention
 from .base import Recorder, as_autocast, rule
@@ -23,11 +25,35 @@ def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, s
     query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
     if enable_gqa:
         key, value = (t.repeat_interleave(query.size(-3) // t.size(-3), -3) for t in (key, value))
-    y = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    # A gradient by the mask is none that the derivatives here have.
+    learned = attn_mask is not None and attn_mask.requires_grad
+    with sdpa_kernel(SDPBackend.MATH) if learned else nullcontext():
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     fused = y.grad_fn is not None and "ScaledDotProduct" in y.grad_fn.name()
     if not fused or dropout_p:  # what was dropped is the kernel's secret
         return y
     return FusedAttention.apply([y], query, key, value, attn_mask, is_causal, scale)
+
+
+@rule(F.scaled_dot_product_attention)
+def _attention_with_parameters(recorder: Recorder, func, args, kwargs):
+    """With a mask, as of relative positions, or other inputs of parameters alone: each sample is handed its own."""
+    bound = dict(zip(inspect.signature(_attend).parameters, args, strict=False)) | kwargs
+    inputs = [bound.get(name) for name in ("query", "key", "value", "attn_mask")]
+    data = [t for t in inputs[:3] if not recorder.is_tracked(t)]
+    if not data or data[0].dim() < 3:
+        return NotImplemented
+    rows = {id(t): _row_for_each(recorder, t, data[0]) for t in inputs if recorder.is_tracked(t)}
+    if any(t is None for t in rows.values()):
+        return NotImplemented
+    return _attend(**{name: rows.get(id(value), value) for name, value in bound.items()})
+
+
+def _row_for_each(recorder: Recorder, tracked: Tensor, like: Tensor) -> Tensor | None:
+    """A tracked tensor that is broadcast over the samples, or repeated for them, as data."""
+    if tracked.dim() == like.dim() and tracked.size(0) != 1:
+        return recorder.by_sample(tracked)
+    return recorder.expand(tracked, like.size(0), like.dim())
 
 
 @rule(F.multi_head_attention_forward)
