@@ -122,6 +122,20 @@ RIGHT = {
     "learned mask": (attention_with("attn_mask"), dict(w=(1, 2, 3, 3))),
     "learned mask of all heads": (attention_with("attn_mask"), dict(w=(3, 3))),
     "learned queries": (learned_queries, dict(w=(3, 1, 4), a=(12, 4), b=(12,), c=(4, 4))),
+    "weights by heads": (
+        lambda m, x: m.linear(x).view(4, 2, 1, 2) @ m.w.exp() + (m.b @ m.linear(x).view(4, 2, 2, 1)).mT,
+        dict(w=(2, 2, 3), b=(1, 2, 3, 2)),
+    ),
+    "weights by heads, one input": (lambda m, x: m.linear(x).view(4, 1, 1, 4) @ m.w[None], dict(w=(3, 4, 2))),
+    "one weight of three dimensions": (lambda m, x: m.linear(x).view(4, 2, 2) @ m.w, dict(w=(1, 2, 3))),
+    "heads by einsum": (
+        lambda m, x: torch.einsum("bnh,tnh->nbt", m.linear(x).view(4, 2, 2), m.w).transpose(0, 1),
+        dict(w=(3, 2, 2)),
+    ),
+    "heads by einsum, two letters": (
+        lambda m, x: torch.einsum("eif,bfpe->bepi", m.w, m.linear(x).view(4, 2, 1, 2).expand(4, 2, 3, 2)).sin(),
+        dict(w=(2, 3, 2)),
+    ),
     "state of zeros": (lambda m, x: m.linear(x) + torch.zeros(4, 3).double() @ m.w + m.b, dict(w=(3, 4), b=(4,))),
     "class token, changed in place": (token_changed, dict(w=(1, 4))),
     "class token, changed in place by an operator": (
