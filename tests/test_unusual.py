@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bootgrad
-from bootgrad import BootgradError
+from bootgrad import BootgradError, reference
 from bootgrad.rules.base import RULES, Operation
 from bootgrad.rules.stand_ins import StandIns
 
@@ -56,7 +57,7 @@ def learned_queries(m, x):
     """(3, 4, 4) of the model's own, looked up among (2, 4, 4), samples second."""
     q, k = m.w.expand(3, 4, 4), torch.stack([m.linear(x), x])
     own = m.a, m.b, None, None, False, 0.0, m.c, None
-    q, _ = F.multi_head_attention_forward(q, q, q, 4, 2, *own)
+    q, _ = F.multi_head_attention_forward(q, q, q, 4, 2, *own, need_weights=False)
     return F.multi_head_attention_forward(q, k, k, 4, 2, *own)[0].transpose(0, 1)
 
 
@@ -121,7 +122,6 @@ RIGHT = {
     "learned values": (attention_with("value"), dict(w=(1, 2, 3, 2))),
     "learned mask": (attention_with("attn_mask"), dict(w=(1, 2, 3, 3))),
     "learned mask of all heads": (attention_with("attn_mask"), dict(w=(3, 3))),
-    "learned queries": (learned_queries, dict(w=(3, 1, 4), a=(12, 4), b=(12,), c=(4, 4))),
     "weights by heads": (
         lambda m, x: m.linear(x).view(4, 2, 1, 2) @ m.w.exp() + (m.b @ m.linear(x).view(4, 2, 2, 1)).mT,
         dict(w=(2, 2, 3), b=(1, 2, 3, 2)),
@@ -219,6 +219,31 @@ def test_right(name):
     function, shapes = RIGHT[name]
     model = Model(function, **shapes)
     assert bootgrad.verify(model, model, data()).ok
+
+
+def fused_attention(m, x):
+    return m.linear(x) @ F.scaled_dot_product_attention(*3 * [m.w[None]])[0]
+
+
+@pytest.mark.parametrize(
+    "forward, shapes",
+    [
+        (fused_attention, dict(w=(4, 3))),
+        (learned_queries, dict(w=(3, 1, 4), a=(12, 4), b=(12,), c=(4, 4))),
+    ],
+)
+def test_attention_of_parameters_alone(forward, shapes):
+    """By torch's fused kernel, which has no second derivative: the expected one is the math kernel's."""
+    model, x = Model(forward, **shapes), data()
+    parameters = dict(model.named_parameters())
+    with sdpa_kernel(SDPBackend.MATH):
+        losses = model(x)
+        rows = reference.per_sample_gradients_of(losses, parameters, create_graph=True)
+    penalty = sum(r.square().sum() for r in rows.values()) / len(x)
+    expected = torch.autograd.grad(losses.mean() + penalty, list(parameters.values()))
+    bootgrad.GradientRegularizer(model, reg1=1.0, center="zero").backward(model, x)
+    for p, e in zip(parameters.values(), expected, strict=True):
+        torch.testing.assert_close(p.grad, e, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(

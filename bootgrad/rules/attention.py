@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops.attention import FusedAttention
 from .base import Recorder, as_autocast, rule
-from .stand_ins import plain_rule
+from .stand_ins import of_parameters, plain_rule
 
 
 @plain_rule(F.scaled_dot_product_attention)
@@ -33,6 +33,13 @@ def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, s
     if not fused or dropout_p:  # what was dropped is the kernel's secret
         return y
     return FusedAttention.apply([y], query, key, value, attn_mask, is_causal, scale)
+
+
+@of_parameters(F.scaled_dot_product_attention, F.multi_head_attention_forward)
+def _by_math(func, *args, **kwargs):
+    """Without the fused kernels, of which `vmap` knows no second derivative."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return func(*args, **kwargs)
 
 
 @rule(F.scaled_dot_product_attention)
