@@ -260,14 +260,18 @@ class Recording(TorchFunctionMode):
         return result
 
     def _rows_by_sample(self, tracked: Sequence[Tensor], others: Sequence[Tensor]) -> dict[int, Tensor]:
-        """The tracked tensors that repeat rows as often as there are samples, as a class token does, as data, by their ids."""
+        """The tracked tensors that have as many rows as the data, and repeat some, as data, by their ids."""
         sizes = {t.size(0) for t in others if t.dim()} - {1}
-        candidates = [(t, self._known[id(t)]) for t in tracked if t.dim() and t.size(0) in sizes]
-        return {id(t): self._repeated(t, d) for t, d in candidates if d is not None and d.period < t.size(0)}
+        rows = {id(t): self.by_sample(t) for t in tracked if t.dim() and t.size(0) in sizes}
+        return {key: t for key, t in rows.items() if t is not None}
 
-    def _repeated(self, tracked: Tensor, derived: Derived) -> Tensor:
-        """The rows of a tensor that repeats some, each sample's its own."""
-        n, k, dims, source = tracked.size(0), derived.period, tracked.dim(), derived.source
+    def by_sample(self, tracked: Tensor) -> Tensor | None:
+        """A tensor that repeats rows for the samples, as a class token is repeated, as data; None where it repeats none."""
+        n, dims, derived = tracked.size(0), tracked.dim(), self._known[id(tracked)]
+        k = n if derived is None else derived.period
+        if derived is None or k == n:
+            return None
+        source = derived.source
         if derived.func is Tensor.expand and (source.dim() < dims or source.size(0) == 1):
             return self.expand(source, (n,), dims).expand(tracked.shape)
         # In a memory of their own: what they are taken from may be changed in place.
@@ -440,8 +444,8 @@ class Recording(TorchFunctionMode):
                 return (None,)
             raise UnsupportedError(
                 f"{self._describe(operation)} puts out {operation.output_rows} rows in dimension 0 for "
-                f"{self.batch_size} losses: samples must be dimension 0 of every operation on a parameter"
-                + self._remedy()
+                f"{self.batch_size} losses: samples must be dimension 0 of every operation on a parameter, and what they share, "
+                "as an index of positions that is kept from pass to pass, a buffer of the model" + self._remedy()
             )
         readings = self.samples.readings(operation.output_shape[: operation.row_dims], self.batch_size)
         if not operation.reads_samples:

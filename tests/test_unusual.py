@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bootgrad
-from bootgrad import BootgradError
+from bootgrad import BootgradError, reference
 from bootgrad.rules.base import RULES, Operation
 from bootgrad.rules.stand_ins import StandIns
 
@@ -50,6 +51,25 @@ def token_changed(m, x):
     y = z = m.w.repeat(4, 1)
     z.mul_(m.linear(x)).add_(x)
     return m.linear(y)
+
+
+def learned_queries(m, x):
+    """(3, 4, 4) of the model's own, looked up among (2, 4, 4), samples second."""
+    q, k = m.w.expand(3, 4, 4), torch.stack([m.linear(x), x])
+    own = m.a, m.b, None, None, False, 0.0, m.c, None
+    q, _ = F.multi_head_attention_forward(q, q, q, 4, 2, *own, need_weights=False)
+    return F.multi_head_attention_forward(q, k, k, 4, 2, *own)[0].transpose(0, 1)
+
+
+def attention_with(name):
+    """Attention over three places of a sample, with ``name`` of the model's own."""
+
+    def forward(m, x):
+        of_data = m.linear(x[:, None] * torch.arange(1, 4).double()[:, None]).unflatten(-1, (2, 2)).transpose(1, 2)
+        given = {"query": of_data, "key": of_data.sin(), "value": of_data.cos()} | {name: m.w.sin()}
+        return F.scaled_dot_product_attention(**given)
+
+    return forward
 
 
 RIGHT = {
@@ -97,6 +117,24 @@ RIGHT = {
     "heads, expanded": (
         lambda m, x: torch.bmm(m.linear(x).view(8, 1, 2), m.w.expand(4, 2, 2, 3).reshape(8, 2, 3)).view(4, 2, 3),
         dict(w=(2, 2, 3)),
+    ),
+    "learned keys": (attention_with("key"), dict(w=(2, 3, 2))),
+    "learned values": (attention_with("value"), dict(w=(1, 2, 3, 2))),
+    "learned mask": (attention_with("attn_mask"), dict(w=(1, 2, 3, 3))),
+    "learned mask of all heads": (attention_with("attn_mask"), dict(w=(3, 3))),
+    "weights by heads": (
+        lambda m, x: m.linear(x).view(4, 2, 1, 2) @ m.w.exp() + (m.b @ m.linear(x).view(4, 2, 2, 1)).mT,
+        dict(w=(2, 2, 3), b=(1, 2, 3, 2)),
+    ),
+    "weights by heads, one input": (lambda m, x: m.linear(x).view(4, 1, 1, 4) @ m.w[None], dict(w=(3, 4, 2))),
+    "one weight of three dimensions": (lambda m, x: m.linear(x).view(4, 2, 2) @ m.w, dict(w=(1, 2, 3))),
+    "heads by einsum": (
+        lambda m, x: torch.einsum("bnh,tnh->nbt", m.linear(x).view(4, 2, 2), m.w).transpose(0, 1),
+        dict(w=(3, 2, 2)),
+    ),
+    "heads by einsum, two letters": (
+        lambda m, x: torch.einsum("eif,bfpe->bepi", m.w, m.linear(x).view(4, 2, 1, 2).expand(4, 2, 3, 2)).sin(),
+        dict(w=(2, 3, 2)),
     ),
     "state of zeros": (lambda m, x: m.linear(x) + torch.zeros(4, 3).double() @ m.w + m.b, dict(w=(3, 4), b=(4,))),
     "class token, changed in place": (token_changed, dict(w=(1, 4))),
@@ -181,6 +219,31 @@ def test_right(name):
     function, shapes = RIGHT[name]
     model = Model(function, **shapes)
     assert bootgrad.verify(model, model, data()).ok
+
+
+def fused_attention(m, x):
+    return m.linear(x) @ F.scaled_dot_product_attention(*3 * [m.w[None]])[0]
+
+
+@pytest.mark.parametrize(
+    "forward, shapes",
+    [
+        (fused_attention, dict(w=(4, 3))),
+        (learned_queries, dict(w=(3, 1, 4), a=(12, 4), b=(12,), c=(4, 4))),
+    ],
+)
+def test_attention_of_parameters_alone(forward, shapes):
+    """By torch's fused kernel, which has no second derivative: the expected one is the math kernel's."""
+    model, x = Model(forward, **shapes), data()
+    parameters = dict(model.named_parameters())
+    with sdpa_kernel(SDPBackend.MATH):
+        losses = model(x)
+        rows = reference.per_sample_gradients_of(losses, parameters, create_graph=True)
+    penalty = sum(r.square().sum() for r in rows.values()) / len(x)
+    expected = torch.autograd.grad(losses.mean() + penalty, list(parameters.values()))
+    bootgrad.GradientRegularizer(model, reg1=1.0, center="zero").backward(model, x)
+    for p, e in zip(parameters.values(), expected, strict=True):
+        torch.testing.assert_close(p.grad, e, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(

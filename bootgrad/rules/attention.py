@@ -2,15 +2,17 @@
 
 import inspect
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops.attention import FusedAttention
 from .base import Recorder, as_autocast, rule
-from .stand_ins import plain_rule
+from .stand_ins import of_parameters, plain_rule
 
 
 @plain_rule(F.scaled_dot_product_attention)
@@ -23,11 +25,42 @@ def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, s
     query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
     if enable_gqa:
         key, value = (t.repeat_interleave(query.size(-3) // t.size(-3), -3) for t in (key, value))
-    y = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    # A gradient by the mask is none that the derivatives here have.
+    learned = attn_mask is not None and attn_mask.requires_grad
+    with sdpa_kernel(SDPBackend.MATH) if learned else nullcontext():
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     fused = y.grad_fn is not None and "ScaledDotProduct" in y.grad_fn.name()
     if not fused or dropout_p:  # what was dropped is the kernel's secret
         return y
     return FusedAttention.apply([y], query, key, value, attn_mask, is_causal, scale)
+
+
+@of_parameters(F.scaled_dot_product_attention, F.multi_head_attention_forward)
+def _by_math(func, *args, **kwargs):
+    """Without the fused kernels, of which `vmap` knows no second derivative."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return func(*args, **kwargs)
+
+
+@rule(F.scaled_dot_product_attention)
+def _attention_with_parameters(recorder: Recorder, func, args, kwargs):
+    """With a mask, as of relative positions, or other inputs of parameters alone: each sample is handed its own."""
+    bound = dict(zip(inspect.signature(_attend).parameters, args, strict=False)) | kwargs
+    inputs = [bound.get(name) for name in ("query", "key", "value", "attn_mask")]
+    data = [t for t in inputs[:3] if not recorder.is_tracked(t)]
+    if not data or data[0].dim() < 3:
+        return NotImplemented
+    rows = {id(t): _row_for_each(recorder, t, data[0]) for t in inputs if recorder.is_tracked(t)}
+    if any(t is None for t in rows.values()):
+        return NotImplemented
+    return _attend(**{name: rows.get(id(value), value) for name, value in bound.items()})
+
+
+def _row_for_each(recorder: Recorder, tracked: Tensor, like: Tensor) -> Tensor | None:
+    """A tracked tensor that is broadcast over the samples, or repeated for them, as data."""
+    if tracked.dim() == like.dim() and tracked.size(0) != 1:
+        return recorder.by_sample(tracked)
+    return recorder.expand(tracked, like.shape[:1], like.dim())
 
 
 @rule(F.multi_head_attention_forward)
@@ -37,10 +70,11 @@ def _multi_head_attention(recorder: Recorder, func, args, kwargs):
     bound.apply_defaults()
     o: dict[str, Any] = bound.arguments
     run, inputs, batched = recorder.run, [o["query"], o["key"], o["value"]], o["query"].dim() == 3
-    if any(recorder.is_tracked(t) for t in inputs):
+    first = {id(t): _sample_first(recorder, t, batched) for t in inputs}
+    samples_first = [t for t in (first[id(t)] for t in inputs) if t is not None]
+    if len(samples_first) < len(inputs):
         return NotImplemented
-    first = {id(t): t.transpose(0, 1) if batched else t.unsqueeze(0) for t in inputs}
-    q, k, v = _projections(recorder, o, *(first[id(t)] for t in inputs))  # (N, L, E), (N, S, E) twice
+    q, k, v = _projections(recorder, o, *samples_first)  # (N, L, E), (N, S, E) twice
     if o["bias_k"] is not None:
         k, v = (
             run(torch.cat, [t, _shared(recorder, b, t.size(0))], 1) for t, b in ((k, o["bias_k"]), (v, o["bias_v"]))
@@ -66,6 +100,13 @@ def _multi_head_attention(recorder: Recorder, func, args, kwargs):
         weights = weights.mean(1) if o["average_attn_weights"] else weights
         weights = weights if batched else weights.squeeze(0)
     return y, weights
+
+
+def _sample_first(recorder: Recorder, t: Tensor, batched: bool) -> Tensor | None:
+    """An input (L, N, E) or (L, E) as (N, L, E); one of parameters, if it repeats them for the samples."""
+    if not recorder.is_tracked(t):
+        return t.transpose(0, 1) if batched else t.unsqueeze(0)
+    return recorder.by_sample(recorder.run(Tensor.transpose, t, 0, 1)) if batched else None
 
 
 def _projections(recorder: Recorder, o: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

@@ -104,6 +104,9 @@ class Recorder(Protocol):
     def expand(self, tracked: Tensor, rows: Sequence[int], dims: int) -> Tensor:
         """A tracked tensor, of one row or without, for each of ``rows``, leading dimensions, as a tensor of ``dims``."""
 
+    def by_sample(self, tracked: Tensor) -> Tensor | None:
+        """A tracked tensor that repeats rows for the samples, each sample's its own from here on; None where it does not."""
+
     def takes_statistics(self, operation: "Operation") -> bool:
         """Whether the operation's probe is read in the present backward pass."""
 

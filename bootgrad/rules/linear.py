@@ -1,5 +1,7 @@
 """Linear layers, however they are written: ``F.linear``, ``matmul``, ``@``, ``mm``, ``addmm`` and ``einsum``."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,6 +10,7 @@ from ..ops.linear import LinearProduct
 from .base import ProductOperation, Recorder, rule
 
 _Tensor = torch.Tensor
+_MOST_HEADS = 64  # weights that are taken apart; more take longer one by one than by vmap
 
 
 @rule(F.linear)
@@ -43,13 +46,31 @@ def _apply_matmul(recorder: Recorder, left: Tensor, right: Tensor):
     if recorder.is_tracked(left) == recorder.is_tracked(right):
         return NotImplemented
     if recorder.is_tracked(left):  # W x = (xᵀ Wᵀ)ᵀ
-        if left.dim() != 2 or right.dim() < 2:
+        if left.dim() < 2 or right.dim() < 2:
             return NotImplemented
-        return _apply_linear(recorder, right.mT, left).mT
+        if left.dim() == 2:
+            return _apply_linear(recorder, right.mT, left).mT
+        out = _apply_matmul(recorder, right.mT, recorder.run(_Tensor.transpose, left, -1, -2))
+        return out if out is NotImplemented else out.mT
     if right.dim() == 1:
         row = recorder.run(_Tensor.unsqueeze, right, 0)
         return _apply_linear(recorder, left, row).squeeze(-1)
-    return _apply_linear(recorder, left, right, transposed=True) if right.dim() == 2 else NotImplemented
+    while right.dim() > 2 and right.size(0) == 1 and left.dim() >= right.dim():
+        right = recorder.run(_Tensor.squeeze, right, 0)
+    if right.dim() == 2:
+        return _apply_linear(recorder, left, right, transposed=True)
+    if right.dim() > 3 or left.dim() < 4 or left.size(-3) not in (1, right.size(0)) or right.size(0) > _MOST_HEADS:
+        return NotImplemented
+    return _by_heads(recorder, left.transpose(-3, -2), right, transposed=True).transpose(-3, -2)
+
+
+def _by_heads(recorder: Recorder, x: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
+    """(…, S, O) from (…, S, I) by S weights (S, O, I), or (S, I, O) ``transposed``: a layer for each."""
+    each = x.expand(*x.shape[:-2], weight.size(0), x.size(-1)).unbind(-2)
+    weights = (recorder.run(_Tensor.__getitem__, weight, s) for s in range(weight.size(0)))
+    return torch.stack(
+        [_apply_linear(recorder, x, w, transposed=transposed) for x, w in zip(each, weights, strict=True)], -2
+    )
 
 
 @rule(torch.addmm, _Tensor.addmm)
@@ -66,7 +87,10 @@ def _addmm(recorder: Recorder, func, args, kwargs):
 
 @rule(torch.einsum)
 def _einsum(recorder: Recorder, func, args, kwargs):
-    """A two-operand equation that is a linear layer: every letter of W is either summed with x or in the output only."""
+    """A two-operand equation that is a linear layer, or one for each value of the letters that W, x and the output have.
+
+    All other letters of W are either summed with x or in the output only.
+    """
     operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
     if kwargs or len(operands) != 2 or not isinstance(args[0], str) or "->" not in args[0] or "." in args[0]:
         return NotImplemented
@@ -78,18 +102,25 @@ def _einsum(recorder: Recorder, func, args, kwargs):
     if recorder.is_tracked(x) or any(len(set(s)) != len(s) for s in (of_x, of_w, out)):
         return NotImplemented
     summed = [a for a in of_w if a in of_x and a not in out]
+    heads = [a for a in of_w if a in of_x and a in out]
     free = [a for a in of_w if a in out and a not in of_x]
-    kept = [a for a in of_x if a in out]
-    if len(summed) + len(free) != len(of_w) or len(summed) + len(kept) != len(of_x) or not kept or not summed:
+    kept = [a for a in of_x if a in out and a not in of_w]
+    has_all = len(summed + heads + free) == len(of_w) and len(summed + heads + kept) == len(of_x)
+    if not has_all or not kept or not summed:
         return NotImplemented
     size = dict(zip(of_x, x.shape, strict=True)) | dict(zip(of_w, weight.shape, strict=True))
     if [size[a] for a in of_x] != list(x.shape):  # a letter that is broadcast
         return NotImplemented
+    S, I = (math.prod(size[a] for a in group) for group in (heads, summed))  # noqa: E741
+    if S > _MOST_HEADS:
+        return NotImplemented
     batch = out[0] if out[0] in kept else kept[0]
     kept.sort(key=lambda a: a != batch)
-    x = x.permute([of_x.index(a) for a in kept + summed]).flatten(len(kept))
-    weight = recorder.run(_Tensor.permute, weight, [of_w.index(a) for a in free + summed])
-    weight = recorder.run(_Tensor.reshape, weight, (-1, x.size(-1)))
-    y = _apply_linear(recorder, x, weight)
-    y = y.reshape([size[a] for a in kept + free])
-    return y.permute([(kept + free).index(a) for a in out])
+    x = x.permute([of_x.index(a) for a in kept + heads + summed]).reshape(*(size[a] for a in kept), S, I)
+    weight = recorder.run(_Tensor.permute, weight, [of_w.index(a) for a in heads + free + summed])
+    if heads:
+        y = _by_heads(recorder, x, recorder.run(_Tensor.reshape, weight, (S, -1, I)))
+    else:
+        y = _apply_linear(recorder, x.squeeze(-2), recorder.run(_Tensor.reshape, weight, (-1, I)))
+    y = y.reshape([size[a] for a in kept + heads + free])
+    return y.permute([(kept + heads + free).index(a) for a in out])

@@ -42,7 +42,7 @@ def written_out(func: Callable):
 
 
 def of_parameters(*funcs: Callable):
-    """Register ``function(func, *args, **kwargs)`` for torch functions whose second derivative is wrong under ``vmap`` only.
+    """Register ``function(func, *args, **kwargs)`` for torch functions with a wrong second derivative, or none, under ``vmap``.
 
     It is called where all that they take is parameters, which is where `vmap` takes their first derivative.
     """
