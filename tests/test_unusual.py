@@ -43,6 +43,11 @@ def data(*shape):
     return torch.randn(*(shape or (4, 4)), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
+def _halved(y):
+    y[:, 1:] *= 0.5
+    return y
+
+
 def _real(z):
     return torch.view_as_real(z)
 
@@ -77,6 +82,8 @@ RIGHT = {
     "bias of a row": (lambda m, x: F.linear(m.linear(x), m.w, m.b), dict(w=(3, 4), b=(1, 3))),
     "scalar bias": (lambda m, x: F.linear(m.linear(x), m.w, m.b), dict(w=(3, 4), b=())),
     "names": (lambda m, x: torch.add(input=torch.mul(input=m.linear(x), other=m.b), other=m.w), dict(w=(4,), b=(4,))),
+    "in place, of positions": (lambda m, x: m.linear(x[:, None] * x[..., None]).mul_(m.b).tanh_(), dict(b=(4,))),
+    "in place, of some positions": (lambda m, x: _halved(m.linear(x[:, None] * x[..., None])), {}),
     "in place by name": (lambda m, x: m.linear(x).mul_(other=m.b), dict(b=(4,))),
     "instance norm": (
         lambda m, x: F.instance_norm(m.linear(x).view(4, 2, 2), weight=m.w, bias=m.b).pow(3),

@@ -380,7 +380,9 @@ class RecordedProduct(Function):
         """Compute y."""
         ctx.operation, ctx.x_shape = operation, x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight)
-        return operation.product.output(x, weight, bias)
+        y = operation.product.output(x, weight, bias)
+        # Torch lets nobody change a view in place that a Function puts out, and its linear layers with a bias view sequences.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx, gy):
