@@ -444,8 +444,8 @@ class Recording(TorchFunctionMode):
                 return (None,)
             raise UnsupportedError(
                 f"{self._describe(operation)} puts out {operation.output_rows} rows in dimension 0 for "
-                f"{self.batch_size} losses: samples must be dimension 0 of every operation on a parameter, and what they share, "
-                "as an index of positions that is kept from pass to pass, a buffer of the model" + self._remedy()
+                f"{self.batch_size} losses: samples must be dimension 0 of every operation on a parameter, and what they "
+                "share, as an index of positions that is kept from pass to pass, a buffer of the model" + self._remedy()
             )
         readings = self.samples.readings(operation.output_shape[: operation.row_dims], self.batch_size)
         if not operation.reads_samples:

@@ -226,6 +226,20 @@ LAYERS = {
         lambda: Uses(lambda m, x: m.inner(F.avg_pool2d(m.inner(x).tanh(), 2)), inner=nn.Conv2d(3, 3, 3, padding=1)),
         (normal(3, 6, 4),),
     ),
+    "Weights by heads": Layer(
+        lambda: Uses(
+            lambda m, x: torch.einsum("bted,edf->btef", x, m.w) + x @ m.v, w=parameter(2, 5, 3), v=parameter(5, 3)
+        ),
+        (normal(4, 2, 5),),
+    ),
+    "Attention, learned mask": Layer(
+        lambda: Uses(
+            lambda m, x: F.scaled_dot_product_attention(x, x, m.inner(x), attn_mask=m.mask),
+            inner=nn.Linear(6, 6),
+            mask=parameter(1, 2, 5, 5),
+        ),
+        (normal(2, 5, 6),),
+    ),
     "Mixture by einsum": Layer(
         lambda: Uses(lambda m, x: torch.einsum("btd,edf->btef", x, m.w).tanh(), w=parameter(2, 5, 3)), (normal(4, 5),)
     ),
