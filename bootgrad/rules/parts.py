@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.linear import LinearProduct
-from .terms import FactoredTerm, SumTerm, Term, sq_norms_of_rows, total, vmap
+from .terms import SumTerm, Term, sq_norms_of_rows, total, vmap
 
 
 @dataclass
@@ -44,21 +43,6 @@ class PartTerm(Term):
 
     def gram(self):  # noqa: D102
         return self.term.gram()
-
-    def inner_product(self, other):  # noqa: D102
-        turned = self._turned()
-        return None if turned is None else turned.inner_product(other) or other.inner_product(turned)
-
-    def _turned(self) -> FactoredTerm | None:
-        """The term of the parameter itself, where a linear layer's weight is its transpose: there x and gy change roles."""
-        term = self.term
-        if not isinstance(term, FactoredTerm) or not isinstance(term.product, LinearProduct) or len(self.shape) != 2:
-            return None
-        whole = torch.empty(self.shape, device="meta")
-        view = self.pick(whole)  # of which the strides tell
-        if (view.shape, view.stride(), view.storage_offset()) != (self.shape[::-1], whole.stride()[::-1], 0):
-            return None
-        return FactoredTerm(LinearProduct(not term.product.transposed), *term.pair(), self.shape, self.shape)
 
     def map(self, function):  # noqa: D102
         return PartTerm(self.term.map(function), self.shape, self.pick)
