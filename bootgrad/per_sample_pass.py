@@ -188,7 +188,7 @@ class PerSamplePass(Recording):
         rows = torch.where(call.look_ups.none, table.detach().index_select(0, call.index), rows)
         return call.pooled(torch.add(rows, moved, alpha=self.factor))
 
-    def expand(self, tracked: Tensor, rows: Sequence[int], dims: int) -> Tensor:
+    def expand(self, tracked: Tensor, rows: Sequence[int], dims: int, name: str = "expand") -> Tensor:
         """Each sample's own, as many times as it has rows."""
         (n,) = rows
         self._check_rows(f"repeating {self.name_of(tracked)}", n)

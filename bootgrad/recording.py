@@ -310,9 +310,9 @@ class Recording(TorchFunctionMode):
         """How many leading dimensions of ``shape`` hold rows that belong to samples."""
         return 1 if self.samples is None else self.samples.leading(shape)
 
-    def expand(self, tracked: Tensor, rows: Sequence[int], dims: int) -> Tensor:
+    def expand(self, tracked: Tensor, rows: Sequence[int], dims: int, name: str = "expand") -> Tensor:
         """A tracked tensor for each of ``rows``, leading dimensions, as an operation of its own."""
-        return ExpandOperation(self, tracked).expanded(rows, dims)
+        return ExpandOperation(self, name, tracked).expanded(rows, dims)
 
     def add(self, operation: Operation, edge: GradientEdge) -> None:
         """Take an operation into the record; the aliases made since the last one are its own."""

@@ -101,8 +101,11 @@ class Recorder(Protocol):
     def leading(self, shape: Sequence[int]) -> int:
         """How many leading dimensions of ``shape`` hold rows that belong to samples: one, unless the caller said more."""
 
-    def expand(self, tracked: Tensor, rows: Sequence[int], dims: int) -> Tensor:
-        """A tracked tensor, of one row or without, for each of ``rows``, leading dimensions, as a tensor of ``dims``."""
+    def expand(self, tracked: Tensor, rows: Sequence[int], dims: int, name: str = "expand") -> Tensor:
+        """A tracked tensor, of one row or without, for each of ``rows``, leading dimensions, as a tensor of ``dims``.
+
+        ``name`` is that of the operation which it is for.
+        """
 
     def by_sample(self, tracked: Tensor) -> Tensor | None:
         """A tracked tensor that repeats rows for the samples, each sample's its own from here on; None where it does not."""

@@ -32,14 +32,14 @@ def _functions() -> list[Callable]:
 
 @rule(*_functions())
 def _elementwise(recorder: Recorder, func, args, kwargs):
-    expanded = expand_operands(recorder, args, kwargs)
+    expanded = expand_operands(recorder, func.__name__.strip("_"), args, kwargs)
     if expanded is None or (is_in_place(func) and recorder.is_tracked(args[0])):
         return NotImplemented
     args, kwargs = expanded
     return func(*args, **kwargs)
 
 
-def expand_operands(recorder: Recorder, args: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]] | None:
+def expand_operands(recorder: Recorder, name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]] | None:
     """The arguments with a row for each sample in the place of each tracked tensor; None where one is not shared by all.
 
     Tensors that leave a tracked one's shape as it is, and that nothing is differentiated by, are masks and no data.
@@ -53,7 +53,7 @@ def expand_operands(recorder: Recorder, args: tuple, kwargs: dict) -> tuple[tupl
         return None
     if any(t.shape == shape for t in tracked.values()) and not any(t.requires_grad for t in data):
         return None
-    rows = {key: recorder.expand(t, shape[:dims], len(shape)) for key, t in tracked.items()}
+    rows = {key: recorder.expand(t, shape[:dims], len(shape), name) for key, t in tracked.items()}
     return pytree.tree_map(lambda t: rows.get(id(t), t), (args, kwargs))
 
 
@@ -68,7 +68,8 @@ def _apply_prelu(recorder: Recorder, input: Tensor, weight: Tensor):
         return NotImplemented
     channels = [weight.numel(), *[1] * (input.dim() - 2)][: input.dim() - 1]
     row = recorder.run(_T.reshape, weight, (1, *channels))
-    return torch.ops.aten._prelu_kernel(*as_autocast(input, recorder.expand(row, input.shape[:1], input.dim())))
+    slopes = recorder.expand(row, input.shape[:1], input.dim(), "prelu")
+    return torch.ops.aten._prelu_kernel(*as_autocast(input, slopes))
 
 
 @rule(_T.expand_as)

@@ -13,10 +13,10 @@ from .samples import Reading
 class ExpandOperation(RowsOperation):
     """A tracked tensor that each sample has for itself, from where on it is data: g_i = gy_i."""
 
-    def __init__(self, recorder, tracked: Tensor):
-        """Describe it."""
+    def __init__(self, recorder, name: str, tracked: Tensor):
+        """Describe it; ``name`` is what it is for."""
         shape, dtype = tracked.shape, tracked.dtype
-        super().__init__(recorder, "expand", [tracked], lambda gy, B: [per_sample_sum(gy, B, shape).to(dtype)])
+        super().__init__(recorder, name, [tracked], lambda gy, B: [per_sample_sum(gy, B, shape).to(dtype)])
 
     def expanded(self, rows: Sequence[int], dims: int) -> Tensor:
         """The rows, (*rows, 1, …, *shape), in the memory of one."""
