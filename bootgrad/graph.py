@@ -186,13 +186,17 @@ def is_capturing() -> bool:
 
 
 def powers_of_two(batch_size: int, seed: int) -> Tensor:
-    """Weights ½, 1 or 2, not all alike: scaling by them is exact, so that even rounding errors of independent samples scale."""
-    generator = torch.Generator().manual_seed(0x5EED + seed)
-    a = 2.0 ** torch.randint(-1, 2, (batch_size,), generator=generator)
-    first, second, *_ = torch.randperm(max(2, batch_size), generator=generator).tolist()
-    if batch_size > 1:
-        a[first], a[second] = 0.5, 2.0
-    return a
+    """Weights ½, 1 or 2, as many of each: scaling is exact, so that even rounding errors of independent samples scale."""
+    return 2.0 ** (_order(batch_size, seed) % 3 - 1)
+
+
+def unlike(batch_size: int, seed: int) -> Tensor:
+    """Weights from 1 to 2 of which no two are alike."""
+    return 1 + _order(batch_size, seed) / batch_size
+
+
+def _order(batch_size: int, seed: int) -> Tensor:
+    return torch.randperm(batch_size, generator=torch.Generator().manual_seed(0x5EED + seed))
 
 
 def gradients(losses: Tensor, inputs: Sequence, weights: Tensor, **options) -> Sequence[Tensor | None]:

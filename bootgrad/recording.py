@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from .derived import TRANSPOSITIONS, Call, Derived, is_batch_free, may_be_batch_free, pull_back
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
-from .graph import Uses, as_met, check_losses, filled, gradients, is_capturing, powers_of_two, walk
+from .graph import Uses, as_met, check_losses, filled, gradients, is_capturing, powers_of_two, unlike, walk
 from .ops.piecewise import is_seen
 from .ops.product import Product
 from .rules.base import RULES, Operation, Phase, ProductOperation, is_in_place
@@ -475,8 +475,8 @@ class Recording(TorchFunctionMode):
         """Raise unless the losses Σ a_i ℓ_i give every recorded output the rows of its plain gradient scaled by a.
 
         Norms of rows are compared, so that no gradient is kept; they scale exactly where samples are independent, but for what
-        is below float16's range, of which nothing can be told. Of several readings of an output's rows the first under which
-        they do is taken.
+        is below float16's range, of which nothing can be told. Of several readings of an output's rows one under which they do
+        is taken, by further weights, of which no two are alike, if need be.
         """
         operations = reach.operations
         modes = tuple(child.training for child in self._children)
@@ -544,7 +544,12 @@ class Recording(TorchFunctionMode):
                     "statistics, in-batch contrasts, or a batch in another dimension than 0 between it and the losses"
                     + ("" if self.samples is not None else self._remedy())
                 )
-            operation.reading = of_one[found[-1][0]]
+        if any(len(right) > 1 for right in found):
+            a = unlike(self.batch_size, count).to(losses)
+            scaled = self._row_norms(losses, ones * a, operations)
+            found = [_told_apart(*each, a, tolerance) for each in zip(readings, found, plain, scaled, strict=True)]
+        for operation, of_one, right in zip(operations, readings, found, strict=True):
+            operation.reading = of_one[right[0]]
         if all(len(right) == 1 for right in found):
             self._state.choices[signature] = [k for (k,) in found]
         self._state.counted(signature, count)
@@ -668,6 +673,18 @@ class _Active:
 
     def __exit__(self, *exc):
         TorchFunctionMode.__exit__(self.recording, *exc)
+
+
+def _told_apart(
+    readings: Sequence[Reading | None], right: list[int], norms: Tensor, norms_a: Tensor, a: Tensor, tolerance: float
+) -> list[int]:
+    """Those of the readings ``right`` by which rows scale with unlike weights, too, the nearest first; all if none does."""
+    if len(right) == 1:
+        return right
+    apart = [(norms_a - norms * r.weights(a).to(norms.dtype)).norm() for k in right if (r := readings[k]) is not None]
+    *errors, most = torch.stack([*apart, tolerance * norms_a.norm()]).tolist()
+    nearest = sorted(zip(errors, right, strict=True))
+    return [k for error, k in nearest if error <= most] or [k for _, k in nearest]
 
 
 def _tensors_in(value: Any) -> list[Tensor]:

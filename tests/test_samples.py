@@ -160,6 +160,7 @@ def cases():
         lambda: case(Attention(same_document(RAGGED)[0]), [x(11)], RAGGED[0], by_index(RAGGED[0])),
     )
     yield "packed, positions", lambda: case(Stack(1), [x(1, 11)], RAGGED, by_index(RAGGED))
+    yield "as many tokens as features", lambda: case(Flattened(), [x(1, D)], RAGGED[:, 2:8], by_index(RAGGED[:, 2:8]))
     yield "packed in two rows", lambda: case(Attention(same_document(ROWS)), [x(2, 5)], ROWS, by_index(ROWS))
     yield "flattened", lambda: case(Flattened(), [x(1, 11)], RAGGED, by_index(RAGGED))
     yield "a sample without positions", lambda: case(Stack(1), [x(1, 5)], EMPTY, by_index(EMPTY))
@@ -330,13 +331,20 @@ def test_where_shapes_are_ambiguous_the_reading_is_remembered_once_it_is_known(m
     def run():
         return over_steps(model(data)) * weights
 
-    assert passes_of(monkeypatch, model, run, index, 3) == [2, 2, 2]  # zeros tell nothing
+    assert passes_of(monkeypatch, model, run, index, 3) == [3, 3, 3]  # zeros tell nothing
     weights = loud
     assert passes_of(monkeypatch, model, run, index, 3) == [
         2,
         0,
         0,
     ]  # of which the fourth step in all is checked anyway
+
+
+@pytest.mark.parametrize("name", ["as many steps as samples", "encoder, T = B", "as many tokens as features"])
+def test_readings_are_told_apart_where_the_first_weights_do_not(name, monkeypatch):
+    monkeypatch.setattr("bootgrad.recording.powers_of_two", lambda batch_size, seed: torch.ones(batch_size))
+    torch.manual_seed(0)
+    norms(CASES[name]())
 
 
 def test_index_of_unlike_samples_is_checked_in_every_step(monkeypatch):
