@@ -39,7 +39,7 @@ def test_a_gradient_of_rounding_alone_is_no_difference(dtype):
 def test_rules_are_named():
     model, x, target = make(Tied)
     rows = {r.name: r.rule for r in bootgrad.verify(model, lambda x, t: loss_of(model(x), t), x, target).rows}
-    assert rows["conv.weight"] == "conv2d" and rows["conv.bias"] == "conv2d + expand" and rows["up.weight"] == "linear"
+    assert rows["conv.weight"] == "conv2d" and rows["conv.bias"] == "conv2d + add" and rows["up.weight"] == "linear"
 
 
 def test_a_wrong_number_is_seen(monkeypatch, capsys):
