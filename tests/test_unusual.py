@@ -64,6 +64,10 @@ RIGHT = {
     "names": (lambda m, x: torch.add(input=torch.mul(input=m.linear(x), other=m.b), other=m.w), dict(w=(4,), b=(4,))),
     "in place, of positions": (lambda m, x: m.linear(x[:, None] * x[..., None]).mul_(m.b).tanh_(), dict(b=(4,))),
     "in place, of some positions": (lambda m, x: _halved(m.linear(x[:, None] * x[..., None])), {}),
+    "made of each sample's numbers": (
+        lambda m, x: F.linear(torch.stack([torch.stack([row.mean(), row.std()]) for row in x]), m.w),
+        dict(w=(3, 2)),
+    ),
     "in place by name": (lambda m, x: m.linear(x).mul_(other=m.b), dict(b=(4,))),
     "instance norm": (
         lambda m, x: F.instance_norm(m.linear(x).view(4, 2, 2), weight=m.w, bias=m.b).pow(3),
