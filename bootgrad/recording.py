@@ -293,7 +293,7 @@ class Recording(TorchFunctionMode):
         """``tracked`` behind a node of its own, at which the walk stops."""
         derived = self._known[id(tracked)]
         if derived is not None:
-            derived.check_unchanged()
+            derived.check_unchanged(self.name_of)
             derived.used = True
         alias = tracked.view_as(tracked)
         return alias if self._runs_again else self._uses.begin(alias)
@@ -530,7 +530,7 @@ class Recording(TorchFunctionMode):
             for tracked, term in zip(operation.tracked, operation.terms(gy, self.batch_size), strict=True):
                 derived = self._known[id(tracked)]
                 for leaf in self.leaves(tracked):
-                    own = term if derived is None else pull_back(term, derived, leaf)
+                    own = term if derived is None else pull_back(term, derived, leaf, self.name_of)
                     parts.setdefault(self._names[id(leaf)], []).append(own)
         return {name: merged(p) for name, p in parts.items()}
 

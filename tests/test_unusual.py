@@ -664,11 +664,20 @@ def test_a_derived_weight_changed_in_place_after_it_was_used():
 
     with bootgrad.record(model := Model(forward, w=(4,))) as rec:
         losses = model(data())
-    with pytest.raises(BootgradError, match="sin was changed in place"):
+    with pytest.raises(BootgradError, match="made of w by sin was changed in place"):
         rec.backward(losses)
     model = Model(lambda m, x: (x + (v := m.w.clone())) * v.mul_(2), w=(4,))
     with pytest.raises(BootgradError, match="changed in place"), bootgrad.record(model):
         model(data())
+
+
+def test_a_derived_weight_that_draws_random_numbers():
+    model = Model(lambda m, x: F.linear(x, F.dropout(m.w, 0.5)), w=(3, 4))
+    with bootgrad.record(model) as rec:
+        losses = model(data())
+    with pytest.raises(BootgradError, match="a weight made of w by dropout comes out differently"):
+        rec.backward(losses)
+    assert model.w.grad is None
 
 
 def test_a_mask_changed_in_place_after_the_rows_were_described():
