@@ -64,12 +64,12 @@ class Derived:
         """Itself if the tensor was not in this ``version`` when it was made, or what was changed so on the way to it."""
         return self if version != self.version else self.stale
 
-    def check_unchanged(self) -> None:
-        """Raise if a tensor on the way from the parameters was changed in place by what was not seen."""
+    def check_unchanged(self, names_of: Callable[[Tensor], str]) -> None:
+        """Raise if a tensor on the way from the parameters, whose names are told, was changed in place by what was not seen."""
         changed = self.changed(self.tensor._version)
         if changed is not None:
             raise UnsupportedError(
-                f"a weight made by {name_of(changed.func)} was changed in place afterwards: "
+                f"a weight made of {names_of(self.tensor)} by {name_of(changed.func)} was changed in place afterwards: "
                 "write the change as a call that returns a new tensor"
             )
 
@@ -237,13 +237,13 @@ def name_of(func: Callable) -> str:
     return getattr(func, "__name__", str(func))
 
 
-def pull_back(term: Term, derived: Derived, leaf: Tensor) -> Term:
-    """The term of the parameter ``leaf`` when ``term`` is that of the derived tensor."""
+def pull_back(term: Term, derived: Derived, leaf: Tensor, names_of: Callable[[Tensor], str]) -> Term:
+    """The term of the parameter ``leaf`` when ``term`` is that of the derived tensor; ``names_of`` is for errors."""
     with torch.no_grad():
         if not torch.equal(derived.replay({}), derived.tensor):
-            derived.check_unchanged()
+            derived.check_unchanged(names_of)
             raise UnsupportedError(
-                f"a weight made by {name_of(derived.func)} comes out differently when it is made "
+                f"a weight made of {names_of(derived.tensor)} by {name_of(derived.func)} comes out differently when it is made "
                 "again: functions of parameters that draw random numbers have no per-sample gradients here"
             )
     if derived.picks:

@@ -89,7 +89,7 @@ class PerSamplePass(Recording):
         """``tracked`` itself: nothing is looked for in the graph afterwards."""
         derived = self._known[id(tracked)]
         if derived is not None:
-            derived.check_unchanged()
+            derived.check_unchanged(self.name_of)
         return tracked
 
     def add(self, operation: Operation, edge: GradientEdge) -> None:

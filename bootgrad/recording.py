@@ -116,6 +116,7 @@ class Recording(TorchFunctionMode):
             for t in (*child._buffers.values(), *child._parameters.values())
             if t is not None and id(t) not in self._names
         }
+        self._numbers: dict[int, Tensor] = {}  # () without grad, made of data
         self._edges: dict[int, GradientEdge] = {}
         self._uses = Uses()
         self._by_products: dict[int, tuple[Tensor, Any]] = {}
@@ -160,6 +161,8 @@ class Recording(TorchFunctionMode):
             result = run_plain(self, func, args, kwargs)
             if func is torch.arange or (tensors and not has_data):
                 self._add_constants(result)
+            elif has_data:
+                self._add_numbers(result)
             return result
         # To replay a call that writes to a constant would write again.
         if not has_data and not (is_in_place(func) and any(id(t) not in known for t in _tensors_in(args[:1]))):
@@ -219,6 +222,11 @@ class Recording(TorchFunctionMode):
         for t in pytree.tree_leaves(result):
             if isinstance(t, Tensor) and id(t) not in self._known:
                 self._constants[id(t)] = t
+
+    def _add_numbers(self, result: Any) -> None:
+        for t in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(t, Tensor) and not t.dim() and not t.requires_grad:
+                self._numbers[id(t)] = t
 
     def _run_without_rule(self, func, args, kwargs):
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -284,8 +292,10 @@ class Recording(TorchFunctionMode):
         return derived is not None and not derived.used and not tracked._is_view()
 
     def _is_data(self, t: Tensor) -> bool:
-        """Whether a tensor is neither made of parameters nor a constant of the model; a number () has no samples."""
-        return id(t) not in self._known and (t.requires_grad or (t.dim() > 0 and id(t) not in self._constants))
+        """Whether a tensor is neither made of parameters nor a constant of the model; other numbers () than data's are."""
+        if id(t) in self._known:
+            return False
+        return t.requires_grad or id(t) in self._numbers or (t.dim() > 0 and id(t) not in self._constants)
 
     # What rules ask of a recorder
 
@@ -297,7 +307,7 @@ class Recording(TorchFunctionMode):
         """``tracked`` behind a node of its own, at which the walk stops."""
         derived = self._known[id(tracked)]
         if derived is not None:
-            derived.check_unchanged()
+            derived.check_unchanged(self.name_of)
             derived.used = True
         alias = tracked.view_as(tracked)
         return alias if self._runs_again else self._uses.begin(alias)
@@ -596,7 +606,7 @@ class Recording(TorchFunctionMode):
             for tracked, term in zip(operation.tracked, operation.terms(gy, self.batch_size), strict=True):
                 derived = self._known[id(tracked)]
                 for leaf in self.leaves(tracked):
-                    own = term if derived is None else pull_back(term, derived, leaf)
+                    own = term if derived is None else pull_back(term, derived, leaf, self.name_of)
                     parts.setdefault(self._names[id(leaf)], []).append(own)
         return {name: merged(p) for name, p in parts.items()}
 
@@ -640,6 +650,7 @@ class Recording(TorchFunctionMode):
         self._saved.clear()
         self._known = dict.fromkeys(self._names)
         self._constants.clear()
+        self._numbers.clear()
 
     def in_phase(
         self, phase: Phase, chosen: Sequence[Operation | Tensor] = (), centers: dict[str, Tensor] | None = None

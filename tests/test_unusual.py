@@ -84,6 +84,12 @@ RIGHT = {
     "names": (lambda m, x: torch.add(input=torch.mul(input=m.linear(x), other=m.b), other=m.w), dict(w=(4,), b=(4,))),
     "in place, of positions": (lambda m, x: m.linear(x[:, None] * x[..., None]).mul_(m.b).tanh_(), dict(b=(4,))),
     "in place, of some positions": (lambda m, x: _halved(m.linear(x[:, None] * x[..., None])), {}),
+    "a target": (lambda m, x: F.mse_loss(m.linear(x), m.w.expand(4, 4), reduction="none"), dict(w=(4,))),
+    "broadcast": (lambda m, x: torch.mul(*torch.broadcast_tensors(m.linear(x)[..., None], m.w)), dict(w=(3,))),
+    "made of each sample's numbers": (
+        lambda m, x: F.linear(torch.stack([torch.stack([row.mean(), row.std()]) for row in x]), m.w),
+        dict(w=(3, 2)),
+    ),
     "in place by name": (lambda m, x: m.linear(x).mul_(other=m.b), dict(b=(4,))),
     "instance norm": (
         lambda m, x: F.instance_norm(m.linear(x).view(4, 2, 2), weight=m.w, bias=m.b).pow(3),
@@ -315,7 +321,11 @@ REFUSED = {
     "number written in place": (lambda m, x: x * torch.tensor(2.0).double().mul_(m.w), dict(w=()), "in place"),
     "losses of gradients": (gradient_penalty, {}, "derivative of a recorded operation"),
     "assignment": (set_item, dict(w=(4,)), "__setitem__ hides how it uses w"),
-    "several outputs": (lambda m, x: torch.broadcast_tensors(m.linear(x), m.w)[1], dict(w=(4,)), "broadcast_tensors"),
+    "several outputs": (
+        lambda m, x: torch.native_layer_norm(m.linear(x), (4,), m.w, None, 1e-5)[0],
+        dict(w=(4,)),
+        "native_layer_norm on w puts out several tensors",
+    ),
     "a table that looks like samples": (
         lambda m, x: torch.einsum("bi,ij,j->bj", m.linear(x), torch.ones(4, 4).tril().double(), m.w),
         dict(w=(4,)),
@@ -723,11 +733,20 @@ def test_a_derived_weight_changed_in_place_after_it_was_used():
 
     with bootgrad.record(model := Model(forward, w=(4,))) as rec:
         losses = model(data())
-    with pytest.raises(BootgradError, match="sin was changed in place"):
+    with pytest.raises(BootgradError, match="made of w by sin was changed in place"):
         rec.backward(losses)
     model = Model(lambda m, x: (x + (v := m.w.clone())) * v.mul_(2), w=(4,))
     with pytest.raises(BootgradError, match="changed in place"), bootgrad.record(model):
         model(data())
+
+
+def test_a_derived_weight_that_draws_random_numbers():
+    model = Model(lambda m, x: F.linear(x, F.dropout(m.w, 0.5)), w=(3, 4))
+    with bootgrad.record(model) as rec:
+        losses = model(data())
+    with pytest.raises(BootgradError, match="a weight made of w by dropout comes out differently"):
+        rec.backward(losses)
+    assert model.w.grad is None
 
 
 def test_a_mask_changed_in_place_after_the_rows_were_described():

@@ -75,23 +75,31 @@ class FiniteDifference(Method):
     def penalized(self, forward: Forward, penalties: Penalties, whole: Whole) -> Gradients:
         """A first pass with its statistics, and one at displaced parameters."""
         check_parameters(forward.parameters)
-        first, G = _with_rows(forward) if "reg1" in penalties.strengths else (first_order(forward), None)
+        has_rows = "reg1" in penalties.strengths and forward.losses.numel() > 1
+        first, G = _with_rows(forward) if has_rows else (first_order(forward), None)
         second, quotients = self._second(forward, penalties, first, G, whole.mean(lambda: first.mean))
         losses, finite = after_second(first.losses, first.finite, second)
         leaves, grads = combined((whole.share, first.leaves, first.grads), (2.0, first.leaves, quotients))
         return Gradients(losses, leaves, grads, first.mean, first.covariance, finite)
 
     def _second(self, forward: Forward, penalties: Penalties, first: FirstOrder, G: PerSampleGradients | None, mean):
-        """Whether the losses at θ + ε δ_i are finite, and (∇L_S there − ∇L_S)/ε; δ_i is λ₁ g_i and what all samples share."""
+        """Whether the losses at θ + ε δ_i are finite, and (∇L_S there − ∇L_S)/ε.
+
+        With rows G, δ_i is λ₁ g_i and what all samples share, else they share it all.
+        """
         strength1, strength2 = penalties.strength("reg1"), penalties.strength("reg2")
         c1, c2 = penalties.centers["reg1"] or mean, penalties.centers["reg2"] or mean
 
         def shared(name: str) -> Tensor:
-            return strength2 * (mean[name] - c2[name]) - strength1 * c1[name]
+            own = -c1[name] if G is not None else first.mean[name] - c1[name]
+            return strength2 * (mean[name] - c2[name]) + strength1 * own
 
-        of_mean = total(total_sq_norm([strength1 * g + shared(name)]) for name, g in first.mean.items())
-        assert first.covariance is not None
-        spread = (strength1**2 * first.covariance + of_mean).sqrt()
+        if G is None:
+            spread = total(total_sq_norm([shared(name)]) for name in first.mean).sqrt()
+        else:
+            of_mean = total(total_sq_norm([strength1 * g + shared(name)]) for name, g in first.mean.items())
+            assert first.covariance is not None
+            spread = (strength1**2 * first.covariance + of_mean).sqrt()
         step = finite_step(spread, list(forward.parameters.values()), self.epsilon)
         assert forward.replay is not None and forward.recording is not None
         scale, context = forward.scale, None

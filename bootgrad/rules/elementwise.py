@@ -16,7 +16,7 @@ from .base import Recorder, as_autocast, is_in_place, rule
 _T = torch.Tensor
 _NAMES = (
     "add sub subtract mul multiply div divide true_divide pow float_power maximum minimum fmax fmin clamp clip where lerp "
-    "addcmul addcdiv atan2 arctan2 hypot logaddexp logaddexp2 xlogy fmod remainder copysign rsub"
+    "addcmul addcdiv atan2 arctan2 hypot logaddexp logaddexp2 xlogy fmod remainder copysign rsub broadcast_tensors"
 )
 _OPERATORS = "add sub mul truediv pow mod"
 

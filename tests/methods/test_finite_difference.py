@@ -6,9 +6,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import bootgrad
 
+from ..layers import Uses, normal, parameter
 from ..models import Convolutions, Dropout, Frozen, Norms, Residual, Tied, Unknown, Unused, loss_of, make
 from .steps import CENTERS, SIGN_OPTIONS, after_one_step, data, gradient_of, losses_of, regularizer, relative, rewound
 
@@ -56,6 +58,26 @@ def test_differences_on_the_models_of_the_other_tests(kind):
             assert grads[1][name] is None or not grads[1][name].any()
         else:
             assert float((grads[1][name] - expected).norm()) < 1e-3 * float(expected.norm()) + 1e-9
+
+
+@pytest.mark.parametrize("center", ["batch_mean", "zero"])
+def test_differences_of_one_sample(center):
+    """Whose shape alone does not tell positions from the data that they are added to."""
+    model, x = (
+        Uses(lambda m, x: m.head(x + m.positions), positions=parameter(1, 3, 4), head=nn.Linear(4, 2)),
+        normal(3, 4),
+    )
+    model, x = model.double(), x()[:1]
+
+    def losses():
+        return model(x).sin().sum((1, 2))
+
+    grads = []
+    for options in ({}, {"method": "finite_difference", "epsilon": 1e-6}):
+        model.zero_grad()
+        bootgrad.GradientRegularizer(model, reg1=0.3, center=center, **options).backward(losses)
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert relative(grads[1], grads[0]) < 1e-4
 
 
 def test_differences_see_kinks_that_derivatives_do_not():
