@@ -171,7 +171,8 @@ class PerSamplePass(Recording):
             return (affine.expand(B, -1) if rows is None else affine + self.factor * rows.to(affine.dtype)).reshape(-1)
 
         image = input.reshape(1, -1, *shape[2:])
-        return F.group_norm(image, B * num_groups, of_samples(weight), of_samples(bias), eps).reshape(shape)
+        # F.group_norm refuses one value a group, in an image though not in a batch.
+        return torch.group_norm(image, B * num_groups, of_samples(weight), of_samples(bias), eps).reshape(shape)
 
     def _look_up(self, call: Any) -> Tensor:
         """A look-up whose rows are moved by those of the sample's own gradient."""

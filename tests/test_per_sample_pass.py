@@ -104,6 +104,15 @@ def test_group_norm_has_weights_of_its_own_for_each_sample(frozen):
     check(ours, oracle(model, x, target, FACTOR))
 
 
+def test_group_norm_of_one_value_a_group():
+    """As in place of a batch norm behind a mean over all positions: what torch takes from a batch, it may not from an image."""
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 4), nn.Unflatten(1, (4, 1, 1)), nn.GroupNorm(4, 4), nn.Flatten(), nn.Tanh(), nn.Linear(4, 2)
+    model, x, target = nn.Sequential(*layers).double(), torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    ours = second_pass(PerSamplePass(first_pass(model, x, target), FACTOR), model, x, target)
+    check(ours, oracle(model, x, target, FACTOR))
+
+
 @KINDS
 def test_factor_zero_is_the_plain_pass(kind):
     model, x, target = make(kind)
