@@ -6,7 +6,7 @@ Letters: ``B`` samples, ``P`` parameters; g_i is sample i's gradient, ḡ their 
 import re
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from .architecture import B, Setting
 
 # Rounding errors of float64 in some hundred operations, differentiated twice, and room for what cancels in a penalty.
 TOLERANCE = 1e-9
+# O(ε) of the penalty's third derivative, and rounding errors of float64 over ε.
+DIFFERENCES = 1e-2
 # Of a parameter whose gradient is zero, a key's bias for one, what is left are rounding errors of the others.
 NEGLIGIBLE = 1e-3
 
@@ -42,6 +44,8 @@ def compare(setting: Setting) -> Record:
         operations = check_statistics(setting, oracle)
         for penalty in oracle.penalties:
             check_penalty(setting, oracle, penalty)
+        for penalty in (("reg1", "batch_mean"), ("reg2", "center")):
+            check_differences(setting, oracle, penalty)
     found = [re.match(r"(\S+) on .* has no rule", str(w.message)) for w in caught]
     return Record(operations, tuple(sorted({match[1] for match in found if match})))
 
@@ -125,16 +129,30 @@ def check_statistics(setting: Setting, oracle: Oracle) -> int:
     return operations
 
 
-def check_penalty(setting: Setting, oracle: Oracle, penalty: tuple[str, str]) -> None:
-    """The gradient that a step with one penalty leaves, and its value."""
+def step(setting: Setting, oracle: Oracle, penalty: tuple[str, str], **options: Any) -> bootgrad.Report:
+    """A step with one penalty."""
     kind, about = penalty
     setting.model.zero_grad()
     center = oracle.center if about == "center" else about
-    reg = bootgrad.GradientRegularizer(setting.model, **{kind: 1.0}, center=center)
-    report = reg.backward(lambda: losses_of(setting))
+    reg = bootgrad.GradientRegularizer(setting.model, **{kind: 1.0}, center=center, **options)
+    return reg.backward(lambda: losses_of(setting))
+
+
+def check_penalty(setting: Setting, oracle: Oracle, penalty: tuple[str, str]) -> None:
+    """The gradient that a step leaves, and the penalty's value."""
+    report = step(setting, oracle, penalty)
     total = [g + p for g, p in zip(oracle.plain, oracle.penalties[penalty], strict=True)]
     check_gradients(setting, total, oracle.penalties[penalty])
-    check(getattr(report, kind), oracle.values[penalty], kind)
+    check(getattr(report, penalty[0]), oracle.values[penalty], penalty[0])
+
+
+def check_differences(setting: Setting, oracle: Oracle, penalty: tuple[str, str]) -> None:
+    """The same by finite differences, so small ones that kinks do not show."""
+    step(setting, oracle, penalty, method="finite_difference", epsilon=1e-7)
+    pairs = zip(parameters_of(setting).values(), oracle.plain, strict=True)
+    ours = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad - g).flatten() for p, g in pairs])
+    exact = torch.cat([g.flatten() for g in oracle.penalties[penalty]])
+    assert float((ours - exact).norm()) <= DIFFERENCES * float(exact.norm())
 
 
 def check_gradients(setting: Setting, expected: Sequence[Tensor], part: Sequence[Tensor]) -> None:

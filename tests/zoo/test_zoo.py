@@ -25,9 +25,9 @@ HEADER = f"""# Zoo
 Made by `BOOTGRAD_WRITE_DOCS=1 pytest tests/zoo`; do not edit. Small architectures with random weights, of transformers
 {transformers.__version__} or written out in tests/zoo, on {B} samples: their plain gradient, per-sample norms, distances
 from a center, Γ, and the gradients of Reg1 (about the batch mean and zero) and Reg2 (about a random center) are those of plain
-autograd in float64, to nine digits. A row tells how many numbers the parameters hold, how many operations use them, and which
-of these have no rule of their own, so that they run one sample at a time, with a warning; or what the error says where
-per-sample gradients do not exist or cannot be had.
+autograd in float64, to nine digits, and by finite differences to two. A row tells how many numbers the parameters hold, how
+many operations use them, and which of these have no rule of their own, so that they run one sample at a time, with a warning;
+or what the error says where per-sample gradients do not exist or cannot be had.
 
 | architecture | parameters | operations | without a rule, or refused |
 | --- | --- | --- | --- |
