@@ -485,7 +485,7 @@ class Recording(TorchFunctionMode):
         """Raise unless the losses Σ a_i ℓ_i give every recorded output the rows of its plain gradient scaled by a.
 
         Norms of rows are compared, so that no gradient is kept; they scale exactly where samples are independent, but for what
-        is below float16's range, of which nothing can be told. Of several readings of an output's rows one under which they do
+        is below float16's range, or has a square below float32's, of which nothing can be told. Of several readings of an output's rows one under which they do
         is taken, by further weights, of which no two are alike, if need be.
         """
         operations = reach.operations
@@ -524,10 +524,13 @@ class Recording(TorchFunctionMode):
         scaled = self._row_norms(losses, ones * a, operations)
         checks = []
         for operation, of_one, norms, norms_a in zip(operations, readings, plain, scaled, strict=True):
-            # The smallest number of float16 for each entry, by which rounding may be off on the way through a few operations.
-            lost = 2.0**-24 * operation.output_shape.numel() ** 0.5 if reach.narrow is torch.float16 else 0.0
+            # The smallest number of float16 for each entry, by which rounding may be off on the way through a few operations;
+            # else the smallest entry whose square is in the norm's range.
+            half = reach.narrow is torch.float16
+            least = 2.0**-24 if half else torch.finfo(norms.dtype).tiny ** 0.5
+            lost = least * operation.output_shape.numel() ** 0.5
             size = norms_a.norm()
-            checks += [~torch.isfinite(size), (size > 0) & (tolerance * size < lost)]
+            checks += [~torch.isfinite(size), (size > 0) & (tolerance * size < lost) & half]
             for reading in of_one:
                 of_rows = a.repeat_interleave(norms.numel() // a.numel()) if reading is None else reading.weights(a)
                 checks.append((norms_a - norms * of_rows.to(norms.dtype)).norm() > tolerance * size + 4 * lost)

@@ -113,6 +113,18 @@ def test_the_check_runs_on_the_first_second_fourth_step_of_each_signature(monkey
         bootgrad.record(model, check="sometimes")
 
 
+@pytest.mark.parametrize("scale", [1e-10, 1e-19, 1e-22, 3e-23, 1e-23, 1e-35])
+def test_gradients_that_vanish_are_not_taken_for_coupled(scale):
+    """The squares of entries below 1e-19 are not in float32's range, and norms of them do not scale."""
+    torch.manual_seed(0)
+    first, second = nn.Linear(4, 64), nn.Linear(4, 2)
+    model, x = nn.ModuleList([first, second]), torch.randn(6, 4)
+    for _ in range(4):
+        with bootgrad.record(model, check="always") as rec:
+            losses = second(x).square().sum(1) + scale * first(x).square().sum(1)
+        rec.backward(losses)
+
+
 def test_samples_that_couple_later_are_found():
     model, x = nn.Linear(4, 4).double(), torch.randn(4, 4, dtype=torch.float64)
 
