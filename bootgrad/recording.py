@@ -485,8 +485,8 @@ class Recording(TorchFunctionMode):
         """Raise unless the losses Σ a_i ℓ_i give every recorded output the rows of its plain gradient scaled by a.
 
         Norms of rows are compared, so that no gradient is kept; they scale exactly where samples are independent, but for what
-        is below float16's range, or has a square below float32's, of which nothing can be told. Of several readings of an output's rows one under which they do
-        is taken, by further weights, of which no two are alike, if need be.
+        is below float16's range, or has a square below float32's, of which nothing can be told. Of several readings of an
+        output's rows one under which they do is taken, by further weights, of which no two are alike, if need be.
         """
         operations = reach.operations
         modes = tuple(child.training for child in self._children)

@@ -234,19 +234,33 @@ def test_right(name):
     assert bootgrad.verify(model, model, data()).ok
 
 
-def fused_attention(m, x):
-    return m.linear(x) @ F.scaled_dot_product_attention(*3 * [m.w[None]])[0]
+def attended(mask=None, **options):
+    """Attention of (1, 2, 4, 3) parameters; a causal mask comes in the dtype ``mask``."""
+
+    def forward(m, x):
+        causal = None if mask is None else (torch.arange(4)[:, None] >= torch.arange(4)).to(mask)
+        y = F.scaled_dot_product_attention(m.w, m.w.sin(), m.w.cos(), causal, **options)
+        return m.linear(x) @ y[0].sum(0)
+
+    return forward
 
 
-@pytest.mark.parametrize(
-    "forward, shapes",
-    [
-        (fused_attention, dict(w=(4, 3))),
-        (learned_queries, dict(w=(3, 1, 4), a=(12, 4), b=(12,), c=(4, 4))),
-    ],
-)
+OWN_ATTENTION = [
+    (attended(), dict(w=(1, 2, 4, 3))),
+    (attended(is_causal=True, scale=0.3), dict(w=(1, 2, 4, 3))),
+    (attended(torch.bool), dict(w=(1, 2, 4, 3))),
+    (attended(torch.float64), dict(w=(1, 2, 4, 3))),
+    (
+        lambda m, x: m.linear(x) @ F.scaled_dot_product_attention(m.w, m.b, m.b.sin(), enable_gqa=True)[0].sum(0),
+        dict(w=(1, 4, 4, 3), b=(1, 2, 4, 3)),
+    ),
+    (learned_queries, dict(w=(3, 1, 4), a=(12, 4), b=(12,), c=(4, 4))),
+]
+
+
+@pytest.mark.parametrize("forward, shapes", OWN_ATTENTION)
 def test_attention_of_parameters_alone(forward, shapes):
-    """By torch's fused kernel, which has no second derivative: the expected one is the math kernel's."""
+    """By torch's fused kernel, which has no second derivative: the expected one is the math kernel's. In bfloat16, too."""
     model, x = Model(forward, **shapes), data()
     parameters = dict(model.named_parameters())
     with sdpa_kernel(SDPBackend.MATH):
@@ -257,6 +271,18 @@ def test_attention_of_parameters_alone(forward, shapes):
     bootgrad.GradientRegularizer(model, reg1=1.0, center="zero").backward(model, x)
     for p, e in zip(parameters.values(), expected, strict=True):
         torch.testing.assert_close(p.grad, e, rtol=1e-9, atol=1e-10)
+        p.grad = None
+    if forward is OWN_ATTENTION[3][0]:  # a mask in float64
+        return
+
+    def halved(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).float()
+
+    model.float()
+    bootgrad.GradientRegularizer(model, reg1=1.0, center="zero").backward(halved, x.float())
+    for p, e in zip(parameters.values(), expected, strict=True):  # of eight bits
+        assert (p.grad - e).norm() < 0.1 * e.norm()
 
 
 @pytest.mark.parametrize(

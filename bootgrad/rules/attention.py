@@ -35,11 +35,25 @@ def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, s
     return FusedAttention.apply([y], query, key, value, attn_mask, is_causal, scale)
 
 
-@of_parameters(F.scaled_dot_product_attention, F.multi_head_attention_forward)
-def _by_math(func, *args, **kwargs):
-    """Without the fused kernels, of which `vmap` knows no second derivative."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return func(*args, **kwargs)
+@of_parameters(F.scaled_dot_product_attention)
+def _written_out(func, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """In plain operations: `vmap` knows no second derivative of the fused kernels, and under autocast no first of the other."""
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.size(-3) // t.size(-3), -3) for t in (key, value))
+    scores = (query * (query.size(-1) ** -0.5 if scale is None else scale)) @ key.mT
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return F.dropout(scores.softmax(-1), dropout_p) @ value
+
+
+@of_parameters(F.multi_head_attention_forward)
+def _with_weights(func, *args, **kwargs):
+    """By the way that has the weights, which is plain operations."""
+    o = inspect.signature(func).bind(*args, **kwargs).arguments
+    y, weights = func(**o | {"need_weights": True})
+    return y, weights if o.get("need_weights", True) else None
 
 
 @rule(F.scaled_dot_product_attention)
