@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .errors import ArgumentError, ArgumentTypeError, RecordingError, UnsupportedError
-from .rules.base import Operation
+from .rules.base import CHANGED, Operation
 
 
 class Uses:
@@ -212,6 +212,11 @@ def gradients(losses: Tensor, inputs: Sequence, weights: Tensor, **options) -> S
         if "second time" in str(error):
             raise RecordingError(
                 "the graph of this recording was freed by an earlier backward: record again, or pass retain_graph=True to it"
+            ) from error
+        if CHANGED in str(error):
+            raise RecordingError(
+                "what an operation of the model needs for its backward pass was changed in place after the call: clone it "
+                f"first. Operations on parameters keep their inputs here, as most of torch's do ({error})"
             ) from error
         if "is not implemented" in str(error) and options.get("create_graph"):
             raise UnsupportedError(

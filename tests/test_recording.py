@@ -360,11 +360,22 @@ def test_grad_memory_is_not_shared():
 
 def test_changes_in_place_after_the_call_are_noticed():
     model, x, target = make(Sequence)
-    with bootgrad.record(model) as rec:
-        losses = loss_of(model(x), target)
-    x.add_(1)
-    with pytest.raises((BootgradError, RuntimeError), match="modified by an inplace operation"):
+
+    def recorded(check):
+        with bootgrad.record(model, check=check) as rec:
+            losses = loss_of(model(x), target)
+        x.add_(1)
+        return rec, losses
+
+    torch_says = ".*modified by an inplace operation"
+    rec, losses = recorded("first")
+    with pytest.raises(BootgradError, match=f"an operation of the model needs .* was changed in place{torch_says}"):
         rec.backward(losses)
+    rec, losses = recorded("never")  # no backward pass by the layer's inputs
+    with pytest.raises(
+        BootgradError, match=f"an input of linear on inner.weight and inner.bias was changed{torch_says}"
+    ):
+        rec.per_sample_gradients(losses)
     assert all(p.grad is None for p in model.parameters())
 
 

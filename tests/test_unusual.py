@@ -285,6 +285,17 @@ def test_attention_of_parameters_alone(forward, shapes):
         assert (p.grad - e).norm() < 0.1 * e.norm()
 
 
+@pytest.mark.parametrize("needs_weights", [True, False])
+def test_frozen_attention(needs_weights):
+    def forward(m, x):
+        x = m.linear(x[:, None] * x[..., None])
+        return m.attention(x, x, x, need_weights=needs_weights)[0]
+
+    model = Model(forward)
+    model.attention = nn.MultiheadAttention(4, 2, batch_first=True, dtype=torch.float64).requires_grad_(False)
+    assert bootgrad.verify(model, model, data()).ok
+
+
 @pytest.mark.parametrize(
     "parametrize",
     [

@@ -12,12 +12,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops.attention import FusedAttention
 from .base import Recorder, as_autocast, rule
-from .stand_ins import of_parameters, plain_rule
+from .opened import opened
+from .stand_ins import StandIns, of_parameters, plain_rule
 
 
 @plain_rule(F.scaled_dot_product_attention)
 def _scaled_dot_product_attention(func, args, kwargs):
     return _attend(*args, **kwargs)
+
+
+@plain_rule(F.multi_head_attention_forward)
+def _frozen_multi_head_attention(func, args, kwargs):
+    """Torch's own, in which the scaled dot products have their stand-in, too."""
+    body = opened(func)
+    assert body is not None
+    with StandIns():
+        return body(*args, **kwargs)
 
 
 def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Tensor:

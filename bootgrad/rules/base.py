@@ -32,6 +32,8 @@ from .checkpointed import is_in_checkpoint
 from .samples import Reading
 from .terms import DenseTerm, FactoredTerm, Term, VisitedBias, VisitedTerm
 
+CHANGED = "modified by an inplace operation"  # what torch says when saved tensors are not what they were
+
 
 class Phase(Enum):
     """What a backward pass through recorded operations is for."""
@@ -272,6 +274,11 @@ class Operation(ABC):
         try:
             return self.edge.node.saved_tensors  # type: ignore[attr-defined]  # a Function's node; the stub is any node's
         except RuntimeError as error:
+            if CHANGED in str(error):
+                names = " and ".join(map(self.recorder.name_of, self.tracked))
+                raise RecordingError(
+                    f"an input of {self.name} on {names} was changed in place after the call: clone it first ({error})"
+                ) from None
             raise RecordingError(
                 f"the graph of the recording was freed (at {self.name}): "
                 f"record again, or pass retain_graph=True to the earlier backward ({error})"

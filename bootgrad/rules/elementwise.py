@@ -16,7 +16,7 @@ from .base import Recorder, as_autocast, is_in_place, rule
 _T = torch.Tensor
 _NAMES = (
     "add sub subtract mul multiply div divide true_divide pow float_power maximum minimum fmax fmin clamp clip where lerp "
-    "addcmul addcdiv atan2 arctan2 hypot logaddexp logaddexp2 xlogy fmod remainder copysign rsub broadcast_tensors"
+    "addcmul addcdiv atan2 arctan2 hypot logaddexp logaddexp2 xlogy fmod remainder copysign rsub"
 )
 _OPERATORS = "add sub mul truediv pow mod"
 
@@ -76,3 +76,9 @@ def _apply_prelu(recorder: Recorder, input: Tensor, weight: Tensor):
 def _expand_as(recorder: Recorder, func, args, kwargs):
     tracked, other = args
     return recorder.run(_T.expand, tracked, other.shape) if recorder.is_tracked(tracked) else NotImplemented
+
+
+@rule(torch.broadcast_tensors)
+def _broadcast_tensors(recorder: Recorder, func, args, kwargs):
+    shape = torch.broadcast_shapes(*(t.shape for t in args))
+    return tuple(recorder.run(_T.expand, t, shape) for t in args)
