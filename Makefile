@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEVICE ?= cuda
+MINUTES ?= 30
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -17,12 +18,13 @@ INSTALL := $(PIP) install --no-build-isolation --constraint $(VENV)/constraints.
 CXX_FILES = $(shell find csrc tests benchmarks \( -name '*.c' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 BUILD_INPUTS = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo test test-all lint format bench bench-peers gpu-report wheel clean
+.PHONY: help demo test test-all fuzz lint format bench bench-peers gpu-report wheel clean
 
 help:
 	@echo 'make demo      train on digits, plain and regularized side by side; writes demo/comparison.png'
 	@echo 'make test      lint and tests in an environment of its own'
 	@echo 'make test-all  second tier: sanitizers, long fuzzing, every kernel configuration, the wheel'
+	@echo 'make fuzz      random architectures against plain autograd, other ones in every run; MINUTES=30'
 	@echo 'make lint      ruff, clang-format, mypy          make format  rewrite the sources in form'
 	@echo 'make bench     benchmarks/ into benchmarks/results/'
 	@echo 'make bench-peers  other libraries beside this one, in an environment of their own; 20 minutes'
@@ -43,6 +45,9 @@ test-all: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.kernel_resources build/kernel_resources
 	$(MAKE) gpu-report DEVICE=cpu
 	$(MAKE) wheel
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -155,7 +155,8 @@ class PerSamplePass(Recording):
                 return self._look_up(embedding.call_of(self, func, args, kwargs))
         except _NoFactors:
             pass
-        return self._run_without_rule(func, args, kwargs)
+        # A rule takes a weight for what all samples share, also one whose rows are alike and as many as the samples.
+        return self._run_without_rule(func, args, kwargs, may_repeat=func not in RULES)
 
     def _group_norm(self, input, num_groups, weight=None, bias=None, eps=1e-5) -> Tensor:
         """Group norm of one image of B·C channels, each sample's with its own weight and bias: nothing else is kept."""

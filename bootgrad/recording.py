@@ -228,11 +228,12 @@ class Recording(TorchFunctionMode):
             if isinstance(t, Tensor) and not t.dim() and not t.requires_grad:
                 self._numbers[id(t)] = t
 
-    def _run_without_rule(self, func, args, kwargs):
+    def _run_without_rule(self, func, args, kwargs, may_repeat: bool = True):
+        """Run a call that no rule knows; ``may_repeat``: rows that are alike may be there for the samples."""
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         tracked = list({id(t): t for t in tensors if id(t) in self._known}.values())
         others = [t for t in tensors if id(t) not in self._known]
-        rows = self._rows_by_sample(tracked, others)
+        rows = self._rows_by_sample(tracked, others) if may_repeat else {}
         target = args[0] if is_in_place(func) and id(args[0]) in rows else None
         if rows and target is None:
             args, kwargs = pytree.tree_map(lambda t: rows.get(id(t), t), (args, kwargs))

@@ -11,6 +11,7 @@ import bootgrad
 from bootgrad.errors import ArgumentError, RecordingError, UnsupportedError
 from bootgrad.per_sample_pass import PerSamplePass
 
+from .layers import Uses, parameter
 from .models import SHAPES, B, Convolutions, DerivedWeights, Norms, Residual, Sequence, loss_of, make
 
 pytestmark = pytest.mark.filterwarnings("ignore::bootgrad.BootgradWarning", "ignore:Using padding='same' with even")
@@ -219,6 +220,20 @@ class Gated(nn.Module):
         y *= self.gate
         y -= self.gate
         return torch.lerp(y, x.sin(), self.gate)
+
+
+def test_weights_of_as_many_rows_as_samples_that_are_alike():
+    """All samples share them, as the rules have it, although a class token that is repeated for the samples looks so, too."""
+    torch.manual_seed(0)
+
+    def forward(m, x):
+        x = F.layer_norm(F.linear(x, m.w.expand(B, -1)) * x.sin(), (B,), m.scale.expand(B))
+        return x.tanh() @ m.v.expand(B, -1)
+
+    model = Uses(forward, w=parameter(1, B), scale=parameter(1), v=parameter(1, 2)).double()
+    x, target = torch.randn(B, B, dtype=torch.float64), torch.randn(B, 2, dtype=torch.float64)
+    ours = second_pass(PerSamplePass(first_pass(model, x, target), FACTOR), model, x, target)
+    check(ours, oracle(model, x, target, FACTOR))
 
 
 def test_tokens_and_changes_in_place():

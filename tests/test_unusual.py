@@ -285,6 +285,15 @@ def test_attention_of_parameters_alone(forward, shapes):
         assert (p.grad - e).norm() < 0.1 * e.norm()
 
 
+def test_one_sample_changed_in_place_by_a_parameter_of_its_shape():
+    model, x = Model(lambda m, x: m.linear(x.clone().add_(m.w)), w=(1, 4)), data(1, 4)
+    with bootgrad.record(model) as rec:
+        losses = model(x)
+    grads = torch.autograd.grad(model(x)[0], list(model.parameters()))
+    torch.testing.assert_close(rec.backward(losses).sq_norms[0], sum(g.square().sum() for g in grads))
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(grads))
+
+
 @pytest.mark.parametrize("needs_weights", [True, False])
 def test_frozen_attention(needs_weights):
     def forward(m, x):

@@ -32,17 +32,23 @@ def _functions() -> list[Callable]:
 
 @rule(*_functions())
 def _elementwise(recorder: Recorder, func, args, kwargs):
-    expanded = expand_operands(recorder, func.__name__.strip("_"), args, kwargs)
-    if expanded is None or (is_in_place(func) and recorder.is_tracked(args[0])):
+    in_place = is_in_place(func)
+    if in_place and recorder.is_tracked(args[0]):
+        return NotImplemented
+    expanded = expand_operands(recorder, func.__name__.strip("_"), args, kwargs, may_be_mask=not in_place)
+    if expanded is None:
         return NotImplemented
     args, kwargs = expanded
     return func(*args, **kwargs)
 
 
-def expand_operands(recorder: Recorder, name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]] | None:
+def expand_operands(
+    recorder: Recorder, name: str, args: tuple, kwargs: dict, may_be_mask: bool = True
+) -> tuple[tuple, dict[str, Any]] | None:
     """The arguments with a row for each sample in the place of each tracked tensor; None where one is not shared by all.
 
-    Tensors that leave a tracked one's shape as it is, and that nothing is differentiated by, are masks and no data.
+    Tensors that leave a tracked one's shape as it is, and that nothing is differentiated by, are masks and no data, unless they
+    are what the result is written to.
     """
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     tracked = {id(t): t for t in tensors if recorder.is_tracked(t)}
@@ -51,7 +57,7 @@ def expand_operands(recorder: Recorder, name: str, args: tuple, kwargs: dict) ->
     dims = recorder.leading(shape)
     if not shape or (dims == 1 and any(t.dim() == len(shape) and t.size(0) != 1 for t in tracked.values())):
         return None
-    if any(t.shape == shape for t in tracked.values()) and not any(t.requires_grad for t in data):
+    if may_be_mask and any(t.shape == shape for t in tracked.values()) and not any(t.requires_grad for t in data):
         return None
     rows = {key: recorder.expand(t, shape[:dims], len(shape), name) for key, t in tracked.items()}
     return pytree.tree_map(lambda t: rows.get(id(t), t), (args, kwargs))
