@@ -227,7 +227,7 @@ def _deepseek():
     return mixture("DeepseekV3", "batched_mm", **ranks, **experts, **sizes)
 
 
-@case("Mixtral, tokens by experts", refusal="puts out .* rows in dimension 0 for 3 losses")
+@case("Mixtral, tokens by experts", refusal="rows in dimension 0 for 3 losses")
 def _mixtral_by_experts():
     return mixture("Mixtral", "eager", **_EXPERTS)
 
