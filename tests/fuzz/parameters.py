@@ -196,7 +196,9 @@ def unused(network, x, w):
     return uses(run, w=make(network, w, x[-1:]))
 
 
-HIDDEN = "outside of the recorded operations|coupled after|has no rule|in dimension 0|hides how|in place|several tensors"
+HIDDEN = (
+    "outside of the recorded operations|coupled after|has no rule|in dimension 0|hides how|in place|several tensors"
+)
 HIDING = {
     "assigned": lambda x, w: _changed(x.clone(), lambda y: y.__setitem__((slice(None), 0), w)),
     "parameter first, in place": lambda x, w: w.expand_as(x).clone().mul_(x),
