@@ -983,3 +983,18 @@ def test_a_step_asks_nothing_of_the_device(slow_answers):
             monkey.setattr("bootgrad.recording.is_capturing", lambda: True)
     monkey.undo()
     assert not asked
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 4, 3), (2, 0, 3)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_and_positions_that_are_none(shape):
+    """An output of no features has a weight of no entries; a sequence of no positions has the gradient zero."""
+    model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 0)]).double()
+    with bootgrad.record(model) as rec:
+        y = model[0](torch.randn(shape, dtype=torch.float64)).tanh()
+        losses = y.flatten(1).sum(1) + model[1](y).flatten(1).sum(1)
+    rows = reference.per_sample_gradients_of(losses, dict(model.named_parameters()))
+    stats = rec.backward(losses)
+    torch.testing.assert_close(stats.sq_norms, reference.sq_norms(reference.matrix(rows)))
+    for p, of_p in zip(model.parameters(), rows.values(), strict=True):
+        torch.testing.assert_close(p.grad, of_p.mean(0))

@@ -102,10 +102,10 @@ class LinearProduct(Product):
         if x.dtype != accumulation_dtype(x.dtype):
             return _raw.linear_weighted_sum(*self.canonical(x, gy), w)
         gy = gy if w is None else gy * per_sample(w, gy)
-        return gy.reshape(-1, gy.size(-1)).t() @ x.reshape(-1, x.size(-1))
+        return gy.flatten(0, -2).t() @ x.flatten(0, -2)
 
     def bias_grad(self, gy):  # noqa: D102
-        return gy.reshape(-1, gy.size(-1)).sum(0)
+        return gy.flatten(0, -2).sum(0)
 
     def bias_rows(self, gy):  # noqa: D102
         return gy if gy.dim() == 2 else gy.flatten(1, -2).sum(1)
