@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class _ModelState:
     """What is remembered of a model from one recording to the next."""
 
     uses: dict = field(default_factory=dict)  # how often each signature was seen
+    sorts: bool = False  # whether rows were met that are not in the samples' order
     choices: dict = field(default_factory=dict)  # of each operation's readings the only one that was right
     warned: set = field(default_factory=set)
 
@@ -164,6 +165,8 @@ class Recording(TorchFunctionMode):
             elif has_data:
                 self._add_numbers(result)
             return result
+        if func is _getitem and id(args[0]) in known:  # a number chooses a part for all, as of an expert
+            has_data = any(t.dim() for t in tensors if self._is_data(t))
         # To replay a call that writes to a constant would write again.
         if not has_data and not (is_in_place(func) and any(id(t) not in known for t in _tensors_in(args[:1]))):
             call = Call(OF_PARAMETERS.get(func, func), args, kwargs, known)
@@ -450,14 +453,8 @@ class Recording(TorchFunctionMode):
 
     def _readings(self, operation: Operation) -> Sequence[Reading | None]:
         """The ways in which an output's rows may belong to the samples, by its shape."""
-        if self.samples is None:
-            if operation.output_rows % self.batch_size == 0:
-                return (None,)
-            raise UnsupportedError(
-                f"{self._describe(operation)} puts out {operation.output_rows} rows in dimension 0 for "
-                f"{self.batch_size} losses: samples must be dimension 0 of every operation on a parameter, and what they "
-                "share, as an index of positions that is kept from pass to pass, a buffer of the model" + self._remedy()
-            )
+        if self.samples is None:  # if not as in the batch, gradients may tell
+            return (None,) if operation.output_rows % self.batch_size == 0 else ()
         readings = self.samples.readings(operation.output_shape[: operation.row_dims], self.batch_size)
         if not operation.reads_samples:
             readings = [r for r in readings if r.dimension == 0 and r.owner.dim() == 1]
@@ -482,12 +479,30 @@ class Recording(TorchFunctionMode):
         T, B = lengths[0], self.batch_size
         return f". If samples are dimension 1, tell the recording: record(model, samples=torch.arange({B}).expand({T}, {B}))"
 
+    def _refuse_rows(self, operation: Operation) -> NoReturn:
+        """Raise for an output whose rows are those of no sample, or of none that can be told."""
+        if self.samples is None and operation.output_rows % self.batch_size:
+            raise UnsupportedError(
+                f"{self._describe(operation)} puts out {operation.output_rows} rows in dimension 0 for "
+                f"{self.batch_size} losses: samples must be dimension 0 of every operation on a parameter, or each row one "
+                "sample's; and what they share, as an index of positions that is kept from pass to pass, a buffer of the model"
+                + self._remedy()
+            )
+        where = "in dimension 0" if self.samples is None else "where `samples` says"
+        raise UnsupportedError(
+            f"samples are coupled after {self._describe(operation)}, or not {where} there: scaling one "
+            "sample's loss changes other samples' gradients, so per-sample gradients do not exist. Look for batch "
+            "statistics, in-batch contrasts, or a batch in another dimension than 0 between it and the losses"
+            + ("" if self.samples is not None else self._remedy())
+        )
+
     def _check_batch(self, losses: Tensor, reach: Reach, readings: Sequence[Sequence[Reading | None]]) -> None:
         """Raise unless the losses Σ a_i ℓ_i give every recorded output the rows of its plain gradient scaled by a.
 
         Norms of rows are compared, so that no gradient is kept; they scale exactly where samples are independent, but for what
         is below float16's range, or has a square below float32's, of which nothing can be told. Of several readings of an
-        output's rows one under which they do is taken, by further weights, of which no two are alike, if need be.
+        output's rows one under which they do is taken, by further weights, of which no two are alike, if need be; and where
+        there is none, these say which sample each row is of, as of tokens that are sorted by their experts.
         """
         operations = reach.operations
         modes = tuple(child.training for child in self._children)
@@ -502,9 +517,9 @@ class Recording(TorchFunctionMode):
         is_open = settled is None and any(len(of_one) > 1 for of_one in readings)
         choices = settled or [0] * len(readings)
         for operation, of_one, choice in zip(operations, readings, choices, strict=True):
-            operation.reading = of_one[choice]
+            operation.reading = of_one[choice] if of_one else None
         # Which rows are whose may change with the data.
-        varies = any(
+        varies = self._state.sorts or any(
             o.output_rows != self.batch_size if o.reading is None else not o.reading.is_fixed for o in operations
         )
         if is_open and is_capturing():
@@ -513,6 +528,9 @@ class Recording(TorchFunctionMode):
                 "before that"
             )
         if self.check == "never" or is_capturing():
+            for operation, of_one in zip(operations, readings, strict=True):
+                if not of_one:
+                    self._refuse_rows(operation)
             return
         count = self._state.uses.get(signature, 0) + 1
         is_due = not count & (count - 1)  # what was zero at first may grow
@@ -523,7 +541,7 @@ class Recording(TorchFunctionMode):
         ones = torch.ones_like(losses) if reach.narrow is None else seeds(losses, self._scale(reach).sample)
         plain = self._row_norms(losses, ones, operations)
         scaled = self._row_norms(losses, ones * a, operations)
-        checks = []
+        checks, allowed = [], []
         for operation, of_one, norms, norms_a in zip(operations, readings, plain, scaled, strict=True):
             # The smallest number of float16 for each entry, by which rounding may be off on the way through a few operations;
             # else the smallest entry whose square is in the norm's range.
@@ -532,12 +550,16 @@ class Recording(TorchFunctionMode):
             lost = least * operation.output_shape.numel() ** 0.5
             size = norms_a.norm()
             checks += [~torch.isfinite(size), (size > 0) & (tolerance * size < lost) & half]
+            allowed.append(tolerance * size + 4 * lost)
             for reading in of_one:
                 of_rows = a.repeat_interleave(norms.numel() // a.numel()) if reading is None else reading.weights(a)
-                checks.append((norms_a - norms * of_rows.to(norms.dtype)).norm() > tolerance * size + 4 * lost)
+                checks.append((norms_a - norms * of_rows.to(norms.dtype)).norm() > allowed[-1])
         answers = iter(torch.stack(checks).tolist())
         verdicts = [(next(answers), next(answers), [next(answers) for _ in of_one]) for of_one in readings]
         if any(unknown for unknown, _, _ in verdicts):  # losses that are not finite: the next ones will be asked
+            for operation, of_one in zip(operations, readings, strict=True):
+                if not of_one:
+                    self._refuse_rows(operation)
             return
         found = []
         for operation, of_one, (_, vague, coupled) in zip(operations, readings, verdicts, strict=True):
@@ -550,20 +572,24 @@ class Recording(TorchFunctionMode):
                     stacklevel=5,
                 )
             found.append([k for k, _ in enumerate(of_one) if not coupled[k]])
-            if not found[-1]:
-                where = "in dimension 0" if self.samples is None else "where `samples` says"
-                raise UnsupportedError(
-                    f"samples are coupled after {self._describe(operation)}, or not {where} there: scaling one "
-                    "sample's loss changes other samples' gradients, so per-sample gradients do not exist. Look for batch "
-                    "statistics, in-batch contrasts, or a batch in another dimension than 0 between it and the losses"
-                    + ("" if self.samples is not None else self._remedy())
-                )
-        if any(len(right) > 1 for right in found):
-            a = unlike(self.batch_size, count).to(losses)
-            scaled = self._row_norms(losses, ones * a, operations)
-            found = [_told_apart(*each, a, tolerance) for each in zip(readings, found, plain, scaled, strict=True)]
+            can_be_told = self.samples is None and operation.reads_samples and operation.row_dims == 1
+            if not found[-1] and not (can_be_told and 2 * self.batch_size * tolerance < 1):
+                self._refuse_rows(operation)
+        if any(len(right) != 1 for right in found):
+            b = unlike(self.batch_size, count).to(losses)
+            scaled_b = self._row_norms(losses, ones * b, operations)
+            for k, (operation, right) in enumerate(zip(operations, found, strict=True)):
+                if right:
+                    found[k] = _told_apart(readings[k], right, plain[k], scaled_b[k], b, tolerance)
+                    continue
+                operation.reading = reading = Reading.told(plain[k], scaled_b[k], b)
+                for weights, norms in ((a, scaled[k]), (b, scaled_b[k])):
+                    if (norms - plain[k] * reading.weights(weights).to(norms.dtype)).norm() > allowed[k]:
+                        self._refuse_rows(operation)
+                self._state.sorts = True
         for operation, of_one, right in zip(operations, readings, found, strict=True):
-            operation.reading = of_one[right[0]]
+            if right:
+                operation.reading = of_one[right[0]]
         if all(len(right) == 1 for right in found):
             self._state.choices[signature] = [k for (k,) in found]
         self._state.counted(signature, count)

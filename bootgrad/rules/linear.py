@@ -1,5 +1,6 @@
 """Linear layers, however they are written: ``F.linear``, ``matmul``, ``@``, ``mm``, ``addmm`` and ``einsum``."""
 
+import itertools
 import math
 
 import torch
@@ -71,6 +72,26 @@ def _by_heads(recorder: Recorder, x: Tensor, weight: Tensor, transposed: bool = 
     return torch.stack(
         [_apply_linear(recorder, x, w, transposed=transposed) for x, w in zip(each, weights, strict=True)], -2
     )
+
+
+@rule(torch._grouped_mm)  # what F.grouped_mm calls
+def _grouped_mm(recorder: Recorder, func, args, kwargs):
+    return _apply_groups(recorder, *args, **kwargs)
+
+
+def _apply_groups(recorder: Recorder, mat_a: Tensor, mat_b: Tensor, offs=None, bias=None, out_dtype=None):
+    """Rows (N, I) that come in S groups, which end at ``offs``, times their groups' weights (S, I, O): a layer for each."""
+    plain = bias is None and out_dtype in (None, mat_a.dtype)
+    if recorder.is_tracked(mat_a) or mat_a.dim() != 2 or mat_b.dim() != 3 or offs is None or not plain:
+        return NotImplemented
+    ends, out = offs.tolist(), []
+    with torch.autocast(mat_a.device.type, enabled=False):  # as torch's own, which autocast does not know
+        for s, (begin, end) in enumerate(itertools.pairwise([0, *ends])):
+            if end > begin:
+                weight = recorder.run(_Tensor.__getitem__, mat_b, s)
+                out.append(_apply_linear(recorder, mat_a[begin:end], weight, transposed=True))
+    behind = mat_a.new_zeros(mat_a.size(0) - ends[-1], mat_b.size(2))
+    return torch.cat([*out, behind])
 
 
 @rule(torch.addmm, _Tensor.addmm)

@@ -28,6 +28,17 @@ class Reading:
         self.owner, self.batch_size = owner, batch_size
         self._moved: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
 
+    @classmethod
+    def told(cls, norms: Tensor, norms_a: Tensor, a: Tensor) -> "Reading":
+        """The samples of rows (N,), from the norms of their gradients, plain and with the samples' losses times ``a``, (B,).
+
+        A row of sample i has a_i times the norm; of the weights no two may be alike. Rows without a gradient are sample 0's.
+        """
+        ordered, numbers = a.sort()
+        ratios = torch.where(norms > 0, norms_a / norms, ordered[0])
+        nearest = torch.bucketize(ratios.to(a.dtype), (ordered[1:] + ordered[:-1]) / 2)
+        return cls(numbers[nearest].cpu(), a.numel())
+
     def data(self, t: Tensor) -> Tensor:
         """Each sample's rows of an input; where it has fewer than M, some of the others' again."""
         return self._by_sample(t, masked=False)

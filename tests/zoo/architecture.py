@@ -17,11 +17,12 @@ B, CLASSES = 3, 5
 
 
 class Setting(NamedTuple):
-    """One model, one batch, and ``losses(*inputs)``, (B,)."""
+    """One model, one batch, and ``losses(*inputs)``, (B,); ``samples`` as for `bootgrad.record`."""
 
     model: nn.Module
     losses: Callable[..., Tensor]
     inputs: tuple
+    samples: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class Case:
     Attributes:
         build: makes the setting.
         refusal: what the error says, where per-sample gradients do not exist or cannot be had.
+        differences: whether finite differences can be had, too, for which rows must be in the order of the samples.
         quick: whether the test is in the fast tier.
     """
 
     build: Callable[[], Setting]
     refusal: str | None = None
+    differences: bool = True
     quick: bool = False
 
 

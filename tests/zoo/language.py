@@ -143,9 +143,14 @@ def _perceiver():
     return masked_words(model_of("Perceiver", "ForMaskedLM", **sizes, **heads, **channels))
 
 
-@case("Longformer, time first inside", refusal="puts out 8 rows in dimension 0 for 3 losses")
-def _longformer():
+def _longformer() -> Setting:
     return masked_words(model_of("Longformer", "ForMaskedLM", attention_window=[4, 4], **BERT | dict(pad_token_id=1)))
+
+
+case("Longformer, time first inside", refusal="puts out 8 rows .* tell the recording: record")(_longformer)
+case("Longformer, time first inside, told so", differences=False)(
+    lambda: _longformer()._replace(samples=torch.arange(B).expand(T, B))
+)
 
 
 GPT2: dict[str, Any] = dict(
@@ -209,9 +214,13 @@ def mixture(kind: str, experts: str, **options: Any) -> Setting:
     return next_words(model)
 
 
-@case("Mixtral, each token with its experts' weights")
-def _mixtral():
-    return mixture("Mixtral", "batched_mm", **_EXPERTS)
+for _way, _experts in {
+    "each token with its experts' weights": "batched_mm",
+    "tokens by experts": "eager",
+    "tokens sorted by experts": "grouped_mm",
+}.items():
+    _in_order = _experts == "batched_mm"
+    case(f"Mixtral, {_way}", differences=_in_order)(lambda e=_experts: mixture("Mixtral", e, **_EXPERTS))
 
 
 @case("GPT-OSS, each token with its experts' weights")
@@ -227,16 +236,16 @@ def _deepseek():
     return mixture("DeepseekV3", "batched_mm", **ranks, **experts, **sizes)
 
 
-@case("Mixtral, tokens by experts", refusal="rows in dimension 0 for 3 losses")
-def _mixtral_by_experts():
-    return mixture("Mixtral", "eager", **_EXPERTS)
+_T5 = dict(
+    vocab_size=V, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0
+)
 
 
-@case("Mixtral, tokens sorted by experts", refusal="coupled after _grouped_mm")
-def _mixtral_sorted():
-    setting = mixture("Mixtral", "grouped_mm", **_EXPERTS)
-    setting.model.float()
-    return setting
+@case("Switch Transformers", differences=False)
+def _switch():
+    sparse = dict(num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_decoder_layers=2)
+    options = dict(router_jitter_noise=0.0, expert_capacity=20, **sparse)
+    return translations(model_of("SwitchTransformers", "ForConditionalGeneration", **_T5, **options))
 
 
 _BART = dict(
@@ -244,9 +253,6 @@ _BART = dict(
     encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=16, dropout=0.0, decoder_start_token_id=2,
     forced_eos_token_id=2, **ENDS,
 )  # fmt: skip
-_T5 = dict(
-    vocab_size=V, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0
-)
 for _a in ("eager", "sdpa"):
     case(f"T5, {_a} attention")(lambda a=_a: translations(model_of("T5", "ForConditionalGeneration", a, **_T5)))
 case("LongT5")(lambda: translations(model_of("LongT5", "ForConditionalGeneration", local_radius=3, **_T5)))

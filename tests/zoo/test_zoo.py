@@ -56,7 +56,7 @@ def test_agrees_with_autograd_or_is_refused(name, page):
     setting = case.build()
     parameters = sum(p.numel() for p in setting.model.parameters() if p.requires_grad)
     if case.refusal is None:
-        record = compare(setting)
+        record = compare(setting, case.differences)
         operations, told = str(record.operations), ", ".join(record.without_rule) or "–"
     else:
         operations, told = "–", f"refused: … {refuse(case, setting)} …"

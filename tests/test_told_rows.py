@@ -1,0 +1,152 @@
+"""Rows that are in no order of the samples, of which gradients tell whose they are, against the oracle."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bootgrad
+from bootgrad.errors import UnsupportedError
+
+from .oracle import Oracle, record
+from .quantities import Case, deviation, norms, products, second_order, transposed_products
+from .test_samples import Stack, by_index, smooth
+
+B, D = 4, 6  # samples, features
+SHUFFLED = torch.tensor([3, 0, 1, 2, 2, 0, 1, 3])
+UNLIKE = torch.tensor([2, 0, 0, 1, 2, 3, 0, 2, 2])
+
+
+class Images(nn.Module):
+    """A convolution, a group norm and a head, on images of which several are one sample's."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(F.gelu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+class Words(nn.Module):
+    """Embeddings of words in one row, and a scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.scale = nn.Embedding(7, D), nn.Parameter(torch.rand(D) + 0.5)
+
+    def forward(self, x):
+        return self.words(x).sin() * self.scale
+
+
+class Experts(nn.Module):
+    """A mixture of experts: each of a sample's tokens goes to the two that its own features choose."""
+
+    def __init__(self, experts=3):
+        super().__init__()
+        self.router, self.inside = nn.Linear(D, experts), nn.Linear(D, D)
+        self.up, self.bias = nn.Parameter(torch.randn(experts, 5, D) / 2), nn.Parameter(torch.randn(experts, 5))
+        self.down = nn.ParameterList([nn.Parameter(torch.randn(D, 5) / 2) for _ in range(experts)])
+
+    def forward(self, x):  # (B, T, D)
+        tokens = self.inside(x).flatten(0, 1)
+        weights, chosen = self.router(tokens).softmax(1).topk(2)
+        out = torch.zeros_like(tokens)
+        for number in chosen.unique():
+            place, slot = torch.where(chosen == number)
+            y = F.gelu(F.linear(tokens[place], self.up[number], self.bias[number])) @ self.down[number].t()
+            out = out.index_add(0, place, y * weights[place, slot, None])
+        return out.view(x.shape)
+
+
+class SortedExperts(nn.Module):
+    """A mixture of experts, each of which is handed its tokens in one piece; one has none, and the last tokens have none."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.up = nn.Linear(D, D), nn.Parameter(torch.randn(4, D, 5) / 2)
+
+    def forward(self, x):
+        return self.run(x, F.grouped_mm)
+
+    def plain(self, x):
+        return self.run(
+            x, lambda a, w, offs: torch.cat([y @ w for y, w in zip(a.tensor_split(offs.long()), w, strict=False)])
+        )
+
+    def run(self, x, multiply):
+        tokens = self.inside(x).flatten(0, 1)
+        order = tokens.detach()[:, 0].argsort()
+        ends = torch.tensor([3, 3, 8, 10], dtype=torch.int32)
+        y = multiply(tokens[order], self.up, offs=ends)[:10]
+        return y.new_zeros(len(tokens), 5).index_add(0, order[:10], y.sin()).view(*x.shape[:2], 5)
+
+
+CASES = {
+    "shuffled": (lambda: Stack(), lambda: torch.randn(8, D), by_index(SHUFFLED)),
+    "of unlike numbers": (lambda: Stack(), lambda: torch.randn(9, D), by_index(UNLIKE)),
+    "images": (Images, lambda: torch.randn(9, 2, 4, 4), by_index(UNLIKE)),
+    "words": (Words, lambda: torch.randint(0, 7, (9,)), by_index(UNLIKE)),
+    "experts": (Experts, lambda: torch.randn(B, 3, D), lambda y: smooth(y).sum((1, 2))),
+    "sorted experts": (SortedExperts, lambda: torch.randn(B, 3, D), lambda y: smooth(y).sum((1, 2))),
+    "more rows than samples": (lambda: Stack(), lambda: torch.randn(7, D), lambda y: smooth(y[:B]).sum(1)),
+    "pairs": (lambda: Stack(), lambda: torch.randn(2 * B, D), lambda y: smooth(y[:B] * y[B:]).sum(1)),
+}
+
+
+@pytest.mark.parametrize("quantity", [norms, deviation, products, transposed_products, second_order])
+@pytest.mark.parametrize("name", CASES)
+def test_every_quantity(name, quantity):
+    make, inputs, losses_of = CASES[name]
+    torch.manual_seed(0)
+    model, x = make().double(), inputs()
+    x = x.double() if x.is_floating_point() else x
+    quantity(Case(model, [x], plain=getattr(model, "plain", None), losses_of=losses_of))
+
+
+def test_another_order_in_every_step():
+    """Also where an order came before that is the samples' own."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    for _ in range(7):
+        x, order = torch.randn(B, 3).double(), torch.randperm(B)
+        with bootgrad.record(model) as rec:
+            losses = smooth(model(x))[order].sum(1)
+        stats = rec.backward(losses)
+        oracle = Oracle(model, lambda x=x, order=order: smooth(model(x))[order].sum(1))
+        torch.testing.assert_close(stats.sq_norms, oracle.matrix.square().sum(1))
+
+
+def shared(y):
+    """Each loss of two rows, and each row in two losses."""
+    return smooth(y).sum(1) + smooth(y.roll(1, 0)).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "losses_of", "message"),
+    [
+        (B, shared, "samples are coupled after linear"),
+        (B + 1, lambda y: shared(y)[:B], "puts out 5 rows in dimension 0 for 4 losses"),
+        (2, lambda y: torch.cat([smooth(y).sum(1), y.sum(1).cos()]), "puts out 2 rows in dimension 0 for 4 losses"),
+    ],
+)
+def test_rows_of_several_samples_are_refused(rows, losses_of, message):
+    model = nn.Linear(3, 2).double()
+    rec, losses = record(model, lambda: losses_of(model(torch.randn(rows, 3).double())))
+    with pytest.raises(UnsupportedError, match=message):
+        rec.backward(losses)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_cannot_be_told_is_refused():
+    """Without a check, and where more samples are to be told apart than half precision can."""
+    model, x = nn.Linear(3, 2), torch.randn(41, 3)
+    with bootgrad.record(model, check="never") as rec:
+        losses = smooth(model(x)).sum(1)[:40]
+    with pytest.raises(UnsupportedError, match="puts out 41 rows"):
+        rec.backward(losses)
+    model.bfloat16()
+    with bootgrad.record(model) as rec:
+        losses = smooth(model(x.bfloat16())).float().sum(1)[:40]
+    with pytest.raises(UnsupportedError, match="puts out 41 rows"):
+        rec.backward(losses)
