@@ -7,6 +7,7 @@ Norms are put one after the other, and gradients averaged with the sizes of the 
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -138,7 +139,7 @@ class accumulate(Block):  # noqa: N801 — used as a verb, like record
         n: the number of micro-batches, or None for as many as there are.
         center: as of `record.backward`, for all micro-batches.
         scaler: as of `record.backward`.
-        check: as of `record`.
+        check, batchnorm: as of `record`; statistics of the batch are those of each micro-batch.
 
     Raises:
         RecordingError: another number of micro-batches than ``n``, or parameters that changed between them. ``.grad`` is
@@ -152,11 +153,13 @@ class accumulate(Block):  # noqa: N801 — used as a verb, like record
         center: Direction | None = None,
         scaler: Any = None,
         check: str = "first",
+        batchnorm: str = "refuse",
     ):
         """Check the arguments; nothing is computed yet."""
-        Record(*modules, check=check)  # raises what it would raise
+        self._record = partial(Record, *modules, check=check, batchnorm=batchnorm)
+        self._record()  # raises what it would raise
         super().__init__(n, modules)
-        self._modules, self._check, self._scaler = modules, check, scaler
+        self._scaler = scaler
         self._centers = None if center is None else as_parameter_dict(center, self._parameters, "center")
         self._statistics: Statistics | None = None
         self._recording: Record | None = None
@@ -172,7 +175,7 @@ class accumulate(Block):  # noqa: N801 — used as a verb, like record
     def record(self) -> Record:
         """The context for the forward pass of the next micro-batch."""
         self._before_call()
-        self._recording = Record(*self._modules, check=self._check)
+        self._recording = self._record()
         return self._recording
 
     def backward(self, losses: Tensor) -> None:

@@ -54,6 +54,7 @@ class PerSamplePass(Recording):
         G: per-sample gradients of the first pass, for the samples that this pass is run on.
         factor: f, in units of parameter/gradient.
         modules: the modules that were recorded. Without them, those are taken that were recorded with these parameters.
+        batchnorm: as they were recorded with.
 
     Made before the parameters are changed in place: what G would make from them anew is then lost.
 
@@ -63,14 +64,14 @@ class PerSamplePass(Recording):
         RecordingError: as `Recording`; or a tensor that G is made from was changed in place.
     """
 
-    def __init__(self, G: PerSampleGradients, factor: float, *modules: nn.Module):
+    def __init__(self, G: PerSampleGradients, factor: float, *modules: nn.Module, batchnorm: str = "refuse"):
         """Take the terms of G, without their graph."""
         if G.samples is not None:
             raise UnsupportedError(
                 "a pass at per-sample parameters has samples in dimension 0; got gradients that were recorded with "
                 "samples=index: lay out the data samples first, and record without"
             )
-        super().__init__(*(modules or _modules_with(G)), check="never")
+        super().__init__(*(modules or _modules_with(G)), check="never", batchnorm=batchnorm)
         missing = [name for name, p in G.parameters.items() if id(p) not in self._known]
         if missing:
             raise ArgumentError(f"the modules must have every parameter of G; got none that has {', '.join(missing)}")

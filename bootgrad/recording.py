@@ -30,7 +30,7 @@ from .rules.checkpointed import comes_back
 from .rules.expanded import ExpandOperation
 from .rules.fallback import FallbackOperation
 from .rules.merging import merged
-from .rules.normalization import refuse_batch_statistics
+from .rules.normalization import apart, is_apart, is_over_batch, refuse_batch_statistics
 from .rules.opened import opened
 from .rules.samples import Reading, Samples
 from .rules.stand_ins import OF_PARAMETERS, is_in_transform, run_plain
@@ -38,6 +38,7 @@ from .rules.terms import Term
 from .scaling import Scale, Scaling, narrowest, seeds
 
 CHECKS = ("first", "always", "never")
+BATCHNORM = ("refuse", "contribution")
 _getitem = Tensor.__getitem__
 _DIFFERENTIATION = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
@@ -76,13 +77,16 @@ class Reach:
 class Recording(TorchFunctionMode):
     """The record of one forward pass of one or more modules."""
 
-    def __init__(self, *modules: nn.Module, check: str = "first", samples: Tensor | None = None):
+    def __init__(
+        self, *modules: nn.Module, check: str = "first", samples: Tensor | None = None, batchnorm: str = "refuse"
+    ):
         """Prepare to record ``modules``.
 
         Args:
             modules: what to record.
             check: when the batch dimension is checked: first, always or never.
             samples: the number of its sample at each position of the leading dimensions, where that is not dimension 0.
+            batchnorm: whether batch norm in training mode is refused, or the samples' contributions are taken.
         """
         super().__init__()
         self.samples = None if samples is None else Samples(samples)
@@ -101,7 +105,9 @@ class Recording(TorchFunctionMode):
                     )
         if check not in CHECKS:
             raise ArgumentError(f"check must be one of {', '.join(CHECKS)}; got {check!r}")
-        self.check = check
+        if batchnorm not in BATCHNORM:
+            raise ArgumentError(f"batchnorm must be one of {', '.join(BATCHNORM)}; got {batchnorm!r}")
+        self.check, self.batchnorm = check, batchnorm
         self.modules = modules
         self.parameters = named_parameters(*modules)
         self.scaling = Scaling()
@@ -125,7 +131,7 @@ class Recording(TorchFunctionMode):
         self._centers: dict[str, Tensor] | None = None
         self._eager = ExitStack()
         self._saved: dict[int, tuple[Tensor, ...]] = {}
-        self._used = self.freed = self._runs_again = False
+        self._used = self.freed = self._runs_again = self._has_contributions = False
 
     # Recording
 
@@ -156,9 +162,17 @@ class Recording(TorchFunctionMode):
             return func(*args, **kwargs)
         known, tensors = self._known, _tensors_in((args, kwargs))
         has_data = any(map(self._is_data, tensors))
-        if has_data:
-            refuse_batch_statistics(func, args, kwargs)
-        if not any(id(t) in known for t in tensors):
+        is_tracked = any(id(t) in known for t in tensors)
+        if has_data and is_over_batch(func, args, kwargs):
+            if self.batchnorm == "refuse":
+                refuse_batch_statistics()
+            self._has_contributions = True
+        if (
+            has_data and is_tracked and is_apart(func, args, kwargs)
+        ):  # then scale and shift have a rule, and it has none
+            with _Active(self):
+                return apart(func, *args, **kwargs)
+        if not is_tracked:
             result = run_plain(self, func, args, kwargs)
             if func is torch.arange or (tensors and not has_data):
                 self._add_constants(result)
@@ -201,8 +215,8 @@ class Recording(TorchFunctionMode):
 
     def finder(self) -> "Callable[[], Recording]":
         """What finds this recording as long as it is there: it may hold the graph."""
-        reference, modules = weakref.ref(self), self.modules
-        return lambda: reference() or Recording(*modules, check="never")
+        reference, modules, batchnorm = weakref.ref(self), self.modules, self.batchnorm
+        return lambda: reference() or Recording(*modules, check="never", batchnorm=batchnorm)
 
     def _operate(self, func, args, kwargs):
         """Run a call of tracked tensors and data: an operation."""
@@ -527,7 +541,7 @@ class Recording(TorchFunctionMode):
                 "which rows are whose is not known, and cannot be found out while a graph of kernels is captured: take a step "
                 "before that"
             )
-        if self.check == "never" or is_capturing():
+        if self.check == "never" or is_capturing() or self._has_contributions:
             for operation, of_one in zip(operations, readings, strict=True):
                 if not of_one:
                     self._refuse_rows(operation)

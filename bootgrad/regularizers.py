@@ -21,7 +21,7 @@ from .methods.choice import choose, is_number
 from .methods.random_signs import RandomSigns
 from .micro_batches import Block
 from .penalties import Distances, Report, reg1, reg2, total_sq_norm
-from .recording import named_parameters
+from .recording import BATCHNORM, named_parameters
 from .rules.stand_ins import StandIns
 from .scaling import Scaling
 from .statistics import record as Record
@@ -83,6 +83,8 @@ class GradientRegularizer:
             samples it was taken on, and nan where Reg2 was taken, too.
         epsilon: length of a finite step relative to ‖θ‖; 0.0001. Parameters must be float32 or wider; under autocast to half
             precision, steps that are shorter than its rounding are lost in it.
+        batchnorm: as of `bootgrad.record`, for batch norm in training mode: with ``"contribution"`` penalties are of the
+            samples' contributions; running statistics move as in one plain pass.
 
     Raises:
         ArgumentError: an option out of range; Reg2 about the batch mean, which is identically zero.
@@ -103,6 +105,7 @@ class GradientRegularizer:
         derivative: str = "exact",
         epsilon: float | None = None,
         statistics: bool = True,
+        batchnorm: str = "refuse",
     ):
         """Check the options; nothing is computed yet."""
         if not isinstance(model, nn.Module):
@@ -116,7 +119,14 @@ class GradientRegularizer:
             raise ArgumentError(
                 f"every must be a whole number of at least 1, steps from one penalty to the next; got {every!r}"
             )
-        self.model = model
+        if batchnorm not in BATCHNORM:
+            raise ArgumentError(f"batchnorm must be one of {', '.join(BATCHNORM)}; got {batchnorm!r}")
+        if batchnorm == "contribution" and (not self._method.records or fraction < 1):
+            raise ArgumentError(
+                'batchnorm="contribution" is of all samples of a batch, in a recorded pass: take method="exact" or '
+                f'"finite_difference" and fraction=1; got method="{self._method.name}" and fraction={fraction}'
+            )
+        self.model, self.batchnorm = model, batchnorm
         self.strengths = {"reg1": reg1, "reg2": reg2}
         self.fraction, self.every, self.statistics = fraction, every, bool(statistics)
         self.step = 0
@@ -144,7 +154,8 @@ class GradientRegularizer:
 
     def record(self, samples: Tensor | None = None) -> AbstractContextManager:
         """The context for the forward pass, where `backward` is given losses; ``samples`` as for `bootgrad.record`."""
-        self._recording = Record(self.model, samples=samples) if self._method.records else None
+        recorded = self._method.records
+        self._recording = Record(self.model, samples=samples, batchnorm=self.batchnorm) if recorded else None
         self._awaits_losses = True
         return self._recording or StandIns()
 
@@ -250,7 +261,8 @@ class GradientRegularizer:
             self.statistics or "reg2" in taken or centers["reg1"] is None or center_pairs.ask_for_mean(self.centers)
         )
         penalties = Penalties(taken, centers, generator, self.statistics, wants_mean)
-        step = Step(self.model, parameters, self._method, self.fraction, penalties, scaling, notes, alone)
+        method, fraction = self._method, self.fraction
+        step = Step(self.model, parameters, method, fraction, penalties, scaling, notes, alone, self.batchnorm)
         runs_again = step.takes_two_sweeps or self._method.repeats
         if taken and (self._seed is not None or runs_again) and graph.is_capturing():
             raise UnsupportedError(

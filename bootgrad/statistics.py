@@ -146,15 +146,26 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             for if it is on the CPU. Operations whose output has a row per sample in dimension 0, behind a pooling or inside of
             attention, are recorded as they are; where sizes allow several readings, the check finds the right one, and without
             a check the index is believed first.
+        batchnorm: what to do with batch norm in training mode, under which every loss depends on every sample, and a sample
+            has no gradient of its own. ``"refuse"``: an error. ``"contribution"``: in the place of g_i comes what sample i
+            contributes to the gradient of all losses, the gradient by a copy of the parameters that this sample alone is
+            computed with,
+
+                c_i = ∂ Σ_j ℓ_j(θ_1, …, θ_B) / ∂θ_i  at  θ_1 = … = θ_B = θ,        (1/B) Σ_i c_i = ∇L.
+
+            That is g_i where no statistics are shared. Means and products are as ever; the samples are not checked to be
+            independent of each other, for they are not.
 
     Raises:
-        ArgumentError, ArgumentTypeError: ``samples`` is not a long tensor, or has negative entries.
+        ArgumentError, ArgumentTypeError: ``samples`` is not a long tensor, or has negative entries; an unknown ``batchnorm``.
         UnsupportedError: a ScriptModule among the modules, a complex parameter; in the forward pass, batch statistics.
     """
 
-    def __init__(self, *modules: nn.Module, check: str = "first", samples: Tensor | None = None):
+    def __init__(
+        self, *modules: nn.Module, check: str = "first", samples: Tensor | None = None, batchnorm: str = "refuse"
+    ):
         """Prepare to record ``modules``."""
-        super().__init__(*modules, check=check, samples=samples)
+        super().__init__(*modules, check=check, samples=samples, batchnorm=batchnorm)
         self.last_reach: Reach | None = None
         for name, p in self.parameters.items():
             if p.is_complex():

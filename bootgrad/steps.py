@@ -55,6 +55,7 @@ class Step:
         scaling: how losses are scaled.
         notes: for the report.
         alone: whether one call brings all samples.
+        batchnorm: as of `record`.
     """
 
     def __init__(
@@ -67,10 +68,11 @@ class Step:
         scaling: Scaling,
         notes: list[str],
         alone: bool,
+        batchnorm: str,
     ):
         """Begin; nothing is run yet."""
         self.model, self.parameters, self.method, self.fraction = model, parameters, method, fraction
-        self.penalties, self.scaling, self.notes = penalties, scaling, notes
+        self.penalties, self.scaling, self.notes, self.batchnorm = penalties, scaling, notes, batchnorm
         self.takes_two_sweeps = not alone and penalties.needs_mean
         self._total = Total(parameters, penalties.statistics)
         self._kept: list[_Kept] = []
@@ -147,6 +149,10 @@ class Step:
                 )
             self._take(forward, whole, batch)
 
+    def _recording(self) -> Record | None:
+        """A recording for one pass, where the method takes one."""
+        return Record(self.model, batchnorm=self.batchnorm) if self.method.records else None
+
     def _run(self, function: Callable[..., Tensor], batch: tuple, index: Tensor | None, penalized: bool) -> Forward:
         """One pass of the user's function, over the samples ``index`` if they are not the whole batch."""
 
@@ -156,7 +162,7 @@ class Step:
         replay = None
         if penalized and (self.method.repeats or self.takes_two_sweeps):
             replay = Replay(self.model, call)
-        recording = Record(self.model) if self.method.records and (penalized or self.penalties.statistics) else None
+        recording = self._recording() if penalized or self.penalties.statistics else None
         with recording or StandIns():
             losses = call()
         m = None if index is None else index.numel()
@@ -193,7 +199,7 @@ class Step:
                 "pass each micro-batch in memory of its own"
             )
         penalties = replace(self.penalties, statistics=False, mean=False)
-        recording = Record(self.model) if self.method.records else None
+        recording = self._recording()
         with kept.replay.again(recording) as losses:
             check_second(losses, kept.losses.numel(), self.scaling)
             distance, size = (losses.detach() - kept.losses).norm(), kept.losses.norm()

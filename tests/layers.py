@@ -93,6 +93,12 @@ LAYERS = {
     "ConvTranspose3d": Layer(lambda: nn.ConvTranspose3d(2, 3, 2, bias=False), (normal(2, 3, 3, 2),)),
     "GroupNorm": Layer(lambda: nn.GroupNorm(2, 4), (normal(4, 5, 5),), (normal(4, 7),)),
     "InstanceNorm": Layer(lambda: nn.InstanceNorm2d(4, affine=True), (normal(4, 5, 5),)),
+    "InstanceNorm, running statistics": Layer(
+        lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True), (normal(4, 5, 5),)
+    ),
+    "InstanceNorm with running statistics, eval": Layer(
+        lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True).eval(), (normal(4, 5, 5),)
+    ),
     "LayerNorm": Layer(lambda: nn.LayerNorm(6), (normal(6),), (normal(5, 6),)),
     "RMSNorm": Layer(lambda: nn.RMSNorm(6), (normal(6),), (normal(5, 6),)),
     "BatchNorm, eval": Layer(lambda: nn.BatchNorm2d(4).eval(), (normal(4, 5, 5),)),

@@ -42,7 +42,7 @@ def test_the_python_blocks_run_one_after_the_other(capsys):
 
 
 def test_units_are_as_they_are_said_to_be():
-    names = run((ROOT / "docs/units.md").read_text(encoding="utf-8"), 4)
+    names = run((ROOT / "docs/units.md").read_text(encoding="utf-8"), 5)
     model, x, y, lengths, w = (names[name] for name in ("model", "x", "y", "lengths", "w"))
     parameters = list(model.parameters())
 

@@ -104,7 +104,8 @@ class FiniteDifference(Method):
         assert forward.replay is not None and forward.recording is not None
         scale, context = forward.scale, None
         if G is not None:  # its rows are scaled
-            context = PerSamplePass(G, strength1 * float(step / scale.first), *forward.recording.modules)
+            factor, recording = strength1 * float(step / scale.first), forward.recording
+            context = PerSamplePass(G, factor, *recording.modules, batchnorm=recording.batchnorm)
         with displaced(forward.parameters, shared, step), forward.replay.again(context) as losses:
             second = check_second(losses, first.losses.numel(), forward.scaling)
             moved = gradients(losses, first.leaves, seeds(losses, scale.sample), allow_unused=True)

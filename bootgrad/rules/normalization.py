@@ -8,6 +8,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from .stand_ins import of_parameters
 from .terms import DenseTerm
 
 _CHANNELS = {F.group_norm, torch.group_norm, F.batch_norm, torch.batch_norm}
+_OVER_POSITIONS = {F.instance_norm, torch.instance_norm}
+_WITH_RUNNING = {F.batch_norm, torch.batch_norm, *_OVER_POSITIONS}
 _SIGNATURES = {
     torch.group_norm: "input num_groups weight bias eps cudnn_enabled",
     torch.layer_norm: "input normalized_shape weight bias eps cudnn_enable",
@@ -81,7 +84,7 @@ def _normalization(recorder: Recorder, func, args, kwargs):
 
 
 @of_parameters(F.layer_norm, torch.layer_norm, F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)
-def _apart(func, *args, **kwargs) -> Tensor:
+def apart(func, *args, **kwargs) -> Tensor:
     """The norm first, scale and shift behind it: the scale's gradient of all in one has no derivative by x under ``vmap``."""
     options = _arguments(func, args, kwargs)
     affine = [options.get(name) for name in ("weight", "bias")]
@@ -98,8 +101,7 @@ def _instance_norm(recorder: Recorder, func, args, kwargs):
     """Group norm with a group for each channel, where nothing runs along."""
     options = _arguments(func, args, kwargs)
     x: Tensor = options["input"]
-    own_statistics = options.get("use_input_stats", True) and options.get("running_mean") is None
-    if recorder.is_tracked(x) or not own_statistics or x.dim() < 3 or not x.numel():
+    if recorder.is_tracked(x) or not options.get("use_input_stats", True) or x.dim() < 3 or not x.numel():
         return NotImplemented
     return _group_norm(recorder, options | {"num_groups": x.size(1)})
 
@@ -246,13 +248,28 @@ def _call(func, options: dict) -> Tensor:
     return func(*[options[n] for n in _names(func) if n in options]) if func in _SIGNATURES else func(**options)
 
 
-def refuse_batch_statistics(func, args, kwargs) -> None:
-    """Raise when the call normalizes with the statistics of the batch, under which a sample has no gradient of its own."""
-    if func is F.batch_norm or func is torch.batch_norm:
-        options = _arguments(func, args, kwargs)
-        if options.get("training") or options.get("running_mean") is None:
-            raise UnsupportedError(
-                "batch_norm in training mode makes every output depend on every sample, so per-sample gradients do not "
-                "exist: put the BatchNorm modules into eval() to use their running statistics, or replace them by "
-                "GroupNorm with bootgrad.replace_batchnorm(model)"
-            )
+def is_over_batch(func, args, kwargs) -> bool:
+    """Whether the call normalizes with the statistics of the batch, under which a sample has no gradient of its own."""
+    if func not in _WITH_RUNNING or func in _OVER_POSITIONS:
+        return False
+    options = _arguments(func, args, kwargs)
+    return bool(options.get("training")) or options.get("running_mean") is None
+
+
+def is_apart(func, args, kwargs) -> bool:
+    """Whether the call is to be run by `apart`: it uses statistics of all samples, or moves some."""
+    if func not in _WITH_RUNNING:
+        return False
+    options = _arguments(func, args, kwargs)
+    if options.get("weight") is None and options.get("bias") is None:
+        return False
+    return is_over_batch(func, args, kwargs) or (func in _OVER_POSITIONS and options.get("running_mean") is not None)
+
+
+def refuse_batch_statistics() -> NoReturn:
+    """Raise for a call that is `is_over_batch`."""
+    raise UnsupportedError(
+        "batch_norm in training mode makes every output depend on every sample, so per-sample gradients do not "
+        "exist: put the BatchNorm modules into eval() to use their running statistics, replace them by GroupNorm with "
+        'bootgrad.replace_batchnorm(model), or take what each sample contributes to the gradient, by batchnorm="contribution"'
+    )

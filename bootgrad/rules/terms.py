@@ -226,7 +226,8 @@ class FactoredTerm(Term):
         return torch.is_grad_enabled() and (self.x.requires_grad or self.gy.requires_grad)
 
     def rows(self, start, stop):  # noqa: D102
-        return self.product.rows(*(t[start:stop] for t in self.pair())).reshape(-1, *self.shape)
+        x, gy = (t[start:stop] for t in self.pair())
+        return self.product.rows(x, gy).reshape(x.size(0), *self.shape)
 
     def sq_norms_alone(self):  # noqa: D102
         if self.differentiable or "statistics" in self.__dict__:  # the cached property

@@ -247,11 +247,13 @@ def weights(depth: int = 2) -> st.SearchStrategy[W]:
     plain = st.just(W("new"))
     if not depth:
         return plain
+    names = st.sampled_from([name for name in KINDS if name not in ("new", "shared")])
+    others = names.flatmap(lambda name: weights_of(name, depth))
+    return st.one_of(plain, weights_of("shared", depth), plain, others)
 
-    def of(name: str) -> st.SearchStrategy[W]:
-        inner = [weights(depth - 1)] * TAKES[name]
-        options = st.fixed_dictionaries(OPTIONS[name])
-        return st.tuples(options, *inner).map(lambda drawn: W(name, *drawn[1:], **drawn[0]))
 
-    others = st.sampled_from([name for name in KINDS if name not in ("new", "shared")]).flatmap(of)
-    return st.one_of(plain, of("shared"), plain, others)
+def weights_of(kind: str, depth: int) -> st.SearchStrategy[W]:
+    """A weight of a kind."""
+    inner = [weights(depth - 1)] * TAKES[kind]
+    options = st.fixed_dictionaries(OPTIONS[kind])
+    return st.tuples(options, *inner).map(lambda drawn: W(kind, *drawn[1:], **drawn[0]))
