@@ -138,11 +138,14 @@ class LinearProduct(Product):
             return self._rank1(x, gy, centers, mask, 2 * scale)
         center, bias_center = centers
         path = self._path(x, gy, "grad", center, mask.total)
-        masks = [*self._roles(*mask[:2]), mask.total]
+        # Beside Gram matrices Σ G_i is a product of its own, and torch's are the quickest.
+        apart = mask.total and path == "gram" and x.dtype == accumulation_dtype(x.dtype)
+        masks = [*self._roles(*mask[:2]), mask.total and not apart]
         s, *grads, total = _raw.linear_sq_norms_with_grad(*self._roles(x, gy), center, path, masks)
         if scale != 1:
             for d in grads:
                 d.mul_(scale)
+        total = self.weight_grad(x, gy) if apart else total
         dx, dgy, total = (t if wanted else None for t, wanted in zip((*self._roles(*grads), total), mask, strict=False))
         if not mask.bias:
             return VisitResult(s, dx, dgy, total, None)
