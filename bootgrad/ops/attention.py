@@ -25,7 +25,9 @@ from torch.autograd import Function
 
 from .schema import accumulation_dtype
 
+# T×T numbers that are held at a time: on a CPU they stay in its caches, which takes two thirds of the time.
 CHUNK_BYTES = 32 * 2**20
+CPU_CHUNK_BYTES = 4 * 2**20
 
 
 class FusedAttention(Function):
@@ -96,7 +98,7 @@ def attention_double_backward(
     for at in _chunks(q, k):
         qc, kc, vc, gc, uqc, ukc, uvc = (t[at].to(dtype) for t in (q, k, v, g, uq, uk, uv))
         P = _weights(qc, kc, _part(mask, at, q, k), is_causal, s)
-        T = torch.cat([uqc, qc], -1) @ torch.cat([kc, ukc], -1).mT * s
+        T = (torch.cat([uqc, qc], -1) * s) @ torch.cat([kc, ukc], -1).mT
         A = gc @ vc.mT
         for t in (T, A):
             t.sub_((P * t).sum(-1, keepdim=True))
@@ -114,8 +116,9 @@ def _chunks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
     """Samples and heads whose T×T numbers, eight of a pair, fit into the budget."""
     N, H, L, _ = q.shape
     head = 8 * accumulation_dtype(q.dtype).itemsize * L * k.size(2)
-    heads = max(1, min(H, CHUNK_BYTES // max(1, head)))
-    samples = max(1, CHUNK_BYTES // max(1, head * H)) if heads == H else 1
+    budget = CPU_CHUNK_BYTES if q.device.type == "cpu" else CHUNK_BYTES
+    heads = max(1, min(H, budget // max(1, head)))
+    samples = max(1, budget // max(1, head * H)) if heads == H else 1
     for n in range(0, N, samples):
         for h in range(0, H, heads):
             yield slice(n, n + samples), slice(h, h + heads)
@@ -127,7 +130,7 @@ def _part(mask: Tensor | None, at: tuple[slice, slice], q: Tensor, k: Tensor) ->
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, s: float) -> Tensor:
     """P, (…, L, S); zeros where no key counts."""
-    scores = q @ k.mT * s
+    scores = (q * s) @ k.mT
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is None:

@@ -41,9 +41,9 @@ def derivatives(function, tensors, further=False):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("chunk", [attention.CHUNK_BYTES, 1, 8 * 8 * L * S * H * 2])
+@pytest.mark.parametrize("chunk", [attention.CPU_CHUNK_BYTES, 1, 8 * 8 * L * S * H * 2])
 def test_derivatives(case, chunk, monkeypatch):
-    monkeypatch.setattr(attention, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(attention, "CPU_CHUNK_BYTES", chunk)
     options = dict(CASES[case])
     tensors = inputs(options.pop("keys", S))
     with sdpa_kernel(SDPBackend.MATH):
