@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
 from .ops.schema import accumulation_dtype
-from .rules.samples import Samples
 from .rules.terms import Term, sq_norms_of_rows, total
 
 Direction = Mapping[str, Tensor] | Tensor
@@ -87,14 +86,17 @@ class PerSampleGradients:
         parameters: Mapping[str, Tensor],
         batch_size: int,
         differentiable: bool,
-        samples: Samples | None = None,
+        in_order: bool = True,
     ):
-        """Hold one `Term` per parameter; parameters without one have zero gradients. ``samples`` is how they were recorded."""
+        """Hold one `Term` per parameter; parameters without one have zero gradients.
+
+        ``in_order`` says whether the rows of all outputs were the samples' in their order.
+        """
         self._terms = dict(terms)
         self._parameters = dict(parameters)
         self.batch_size = batch_size
         self.differentiable = differentiable
-        self.samples = samples
+        self.in_order = in_order
         self._means: dict[bool, dict[str, Tensor]] = {}
 
     @property
@@ -135,7 +137,7 @@ class PerSampleGradients:
         if chosen.numel() == 0:
             raise ArgumentError("the index chooses no rows: a gradient matrix needs at least one")
         terms = {name: term.select(chosen) for name, term in self._terms.items()}
-        return PerSampleGradients(terms, self._parameters, chosen.numel(), self.differentiable, self.samples)
+        return PerSampleGradients(terms, self._parameters, chosen.numel(), self.differentiable, self.in_order)
 
     def sq_norms(self) -> Tensor:
         """Squared norms of the rows, ‖g_i‖², (B,), units of loss²/parameter²."""

@@ -11,6 +11,7 @@ one. A look-up in a table finds the rows of p + f E_i, of which no others are ma
 ``vmap`` with θ + f g_i, in chunks of samples that are made again in the backward pass.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -66,10 +67,10 @@ class PerSamplePass(Recording):
 
     def __init__(self, G: PerSampleGradients, factor: float, *modules: nn.Module, batchnorm: str = "refuse"):
         """Take the terms of G, without their graph."""
-        if G.samples is not None:
+        if not G.in_order:
             raise UnsupportedError(
-                "a pass at per-sample parameters has samples in dimension 0; got gradients that were recorded with "
-                "samples=index: lay out the data samples first, and record without"
+                "a pass at per-sample parameters has samples in dimension 0, in their order; got gradients that were recorded "
+                "with samples=index, or of rows in another order: lay out the data samples first, and record without"
             )
         super().__init__(*(modules or _modules_with(G)), check="never", batchnorm=batchnorm)
         missing = [name for name, p in G.parameters.items() if id(p) not in self._known]
@@ -205,6 +206,9 @@ class PerSamplePass(Recording):
 
         return self._by_sample("expand", run, leaves, [], [])
 
+    def _opened(self, func: Callable) -> Callable | None:
+        return None if func in _REWRITTEN else super()._opened(func)
+
     def _fall_back(self, func, args, kwargs, tracked: Sequence[Tensor]) -> Any:
         leaves = self._displaced(tracked)
         if not leaves:
@@ -259,7 +263,7 @@ class PerSamplePass(Recording):
 
             return vmap(one, *displaced, *(t for t, c in zip(data, cut, strict=True) if c))
 
-        data = [t.reshape(B, -1, *t.shape[1:]) if c else t for t, c in zip(data, cut, strict=True)]
+        data = [t.unflatten(0, (B, t.size(0) // B)) if c else t for t, c in zip(data, cut, strict=True)]
         rows, out = {t.size(1) for t, c in zip(data, cut, strict=True) if c}, []
         try:
             for start in range(0, B, step):
@@ -343,7 +347,37 @@ def _look_up_rows(weight: Tensor, indices: Tensor, padding_idx=-1, scale_grad_by
     return _look_up(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
 
 
-_REWRITTEN: dict[Callable, Callable] = {F.embedding: _look_up, torch.embedding: _look_up_rows}
+def _bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets=None,
+    max_norm=None,
+    norm_type=2.0,
+    scale_grad_by_freq=False,
+    mode="mean",
+    sparse=False,
+    per_sample_weights=None,
+    include_last_offset=False,
+    padding_idx=None,
+) -> Tensor:
+    """`F.embedding_bag` of bags of one length, whose offsets would count the tokens of all samples."""
+    if input.dim() != 2:
+        raise RuntimeError("bags are told by offsets: give them as rows of one length, filled up by padding_idx")
+    y = _look_up(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)  # (N, T, D)
+    padding = -1 if padding_idx is None else padding_idx % weight.size(0)
+    none = (input == padding).unsqueeze(-1)
+    if mode == "max":
+        return y.masked_fill(none, -math.inf).amax(1).masked_fill(none.all(1), 0)
+    y = y if per_sample_weights is None else y * per_sample_weights.unsqueeze(-1)
+    y = y.masked_fill(none, 0).sum(1)
+    return y if mode == "sum" else y / (~none).sum(1).clamp(min=1)
+
+
+_REWRITTEN: dict[Callable, Callable] = {
+    F.embedding: _look_up,
+    torch.embedding: _look_up_rows,
+    F.embedding_bag: _bag,
+}
 
 
 def _refuse_graph(_) -> None:

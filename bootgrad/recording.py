@@ -259,7 +259,7 @@ class Recording(TorchFunctionMode):
             result = self.run(func, rows[id(target)].clone(), *args[1:], **kwargs)
             del self._known[id(target)]
             return target.detach_().copy_(result)
-        body = opened(func)
+        body = self._opened(func)
         if body is not None:
             with _Active(self):
                 return body(*args, **kwargs)
@@ -270,6 +270,10 @@ class Recording(TorchFunctionMode):
             if not any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(result)):
                 return result
         return self._fall_back(func, args, kwargs, tracked)
+
+    def _opened(self, func: Callable) -> Callable | None:
+        """The operations that a function is made of, if they are to be recorded in its place."""
+        return opened(func)
 
     def _fall_back(self, func, args, kwargs, tracked: Sequence[Tensor]) -> Any:
         """Run an operation that no rule knows."""
@@ -287,8 +291,8 @@ class Recording(TorchFunctionMode):
 
     def _rows_by_sample(self, tracked: Sequence[Tensor], others: Sequence[Tensor]) -> dict[int, Tensor]:
         """The tracked tensors that have as many rows as the data, and repeat some, as data, by their ids."""
-        sizes = {t.size(0) for t in others if t.dim()} - {1}
-        rows = {id(t): self.by_sample(t) for t in tracked if t.dim() and t.size(0) in sizes}
+        shapes = {(t.dim(), t.size(0)) for t in others if t.dim() and t.size(0) > 1}
+        rows = {id(t): self.by_sample(t) for t in tracked if t.dim() and (t.dim(), t.size(0)) in shapes}
         return {key: t for key, t in rows.items() if t is not None}
 
     def by_sample(self, tracked: Tensor) -> Tensor | None:

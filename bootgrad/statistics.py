@@ -313,7 +313,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                 terms = self.terms(reach.operations, gys)
         if not create_graph:
             terms = {name: term.map(Tensor.detach) for name, term in terms.items()}
-        return PerSampleGradients(terms, self.parameters, self.batch_size, create_graph, self.samples)
+        in_order = self.samples is None and all(o.reading is None for o in reach.operations)
+        return PerSampleGradients(terms, self.parameters, self.batch_size, create_graph, in_order)
 
 
 @torch.no_grad()

@@ -150,3 +150,12 @@ def test_what_cannot_be_told_is_refused():
         losses = smooth(model(x.bfloat16())).float().sum(1)[:40]
     with pytest.raises(UnsupportedError, match="puts out 41 rows"):
         rec.backward(losses)
+
+
+def test_a_pass_at_parameters_of_each_sample_is_refused():
+    """For there rows have to be in the order of the samples."""
+    model, x = Stack().double(), torch.randn(8, D).double()
+    reg = bootgrad.GradientRegularizer(model, reg1=0.1, method="finite_difference")
+    with pytest.raises(UnsupportedError, match="or of rows in another order"):
+        reg.backward(lambda: CASES["shuffled"][2](model(x)))
+    assert all(p.grad is None for p in model.parameters())

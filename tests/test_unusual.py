@@ -387,11 +387,6 @@ REFUSED = {
         dict(w=(4, 3)),
         "cat has no rule",
     ),
-    "running statistics": (
-        lambda m, x: F.instance_norm(m.linear(x).view(4, 2, 2), torch.zeros(2).double(), torch.ones(2).double(), m.w),
-        dict(w=(2,)),
-        "instance_norm hides",
-    ),
 }
 
 

@@ -62,4 +62,28 @@ REGRESSIONS = {
         ),
         Loss("smooth", 2),
     ),
+    "finite differences behind rows in another order": Program(
+        ((2, 3),),
+        (Node("linear", 0, out=3, bias=False), Node("merged_by_position", 1)),
+        Loss("smooth", 2, 1),
+    ),
+    "finite differences of a bag in a sum": Program(
+        (("tokens", 3),),
+        (Node("embedding_bag", 0, size=3, mode="mean"), Node("looked_up", 0, size=3, how="[]")),
+        Loss("smooth", 2, 1, penalty=True),
+    ),
+    "an output of no features": Program(
+        ((3,),),
+        (
+            Node("product", 0, w=W("new"), how="F.linear", out=1),
+            Node("product", 1, w=W("new"), how="halves of x", out=3),
+        ),
+        Loss("smooth", 2, 1),
+    ),
+    "a weight of as many rows as there are samples, all alike": Program(
+        ((3,), (3,)),
+        (Node("distances", 1, w=W("repeated", W("new"), how="expand"), how="cosine_similarity", out=2),),
+        Loss("smooth", 2, 2),
+        batch=2,
+    ),
 }
