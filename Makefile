@@ -65,6 +65,8 @@ bench: $(VENV)/.dev
 	for model in reference mixed; do $(BIN)/python -m benchmarks.training_step --model $$model; done
 	$(BIN)/python -m benchmarks.training_step --parts 8
 	$(BIN)/python -m benchmarks.training_step --model resnet18 --batch 64 --rounds 7 --processes 1
+	$(BIN)/python -m benchmarks.training_step --model encoder --batch 16 --rounds 7 --processes 1
+	$(BIN)/python -m benchmarks.training_step --model words
 	$(BIN)/python -m benchmarks.cost_model
 	$(BIN)/python -m benchmarks.ceilings
 	$(BIN)/python -m benchmarks.growth

@@ -63,7 +63,25 @@ def encoder() -> tuple[nn.Module, tuple[int, ...]]:
     return nn.Sequential(stack, Mean(), nn.Linear(256, 10)), (128, 256)
 
 
-MODELS = {"reference": reference, "mixed": mixed, "resnet18": resnet18, "encoder": encoder}
+class Words(nn.Module):
+    """Numbers in [0, 1) as words of a vocabulary, so that batches are made as for images."""
+
+    def __init__(self, vocabulary: int):
+        """Keep the number of words."""
+        super().__init__()
+        self.vocabulary = vocabulary
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Word numbers, int64."""
+        return (x * self.vocabulary).long()
+
+
+def words() -> tuple[nn.Module, tuple[int, ...]]:
+    """A table of 50,000 words of 128 features, and a classifier of their mean over 64 words."""
+    return nn.Sequential(Words(50_000), nn.Embedding(50_000, 128), Mean(), nn.Linear(128, 10)), (64,)
+
+
+MODELS = {"reference": reference, "mixed": mixed, "resnet18": resnet18, "encoder": encoder, "words": words}
 
 
 def batch(shape: tuple[int, ...], size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -240,6 +240,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         scaled = None if centers is None else {name: c * a for name, c in centers.items()}
         grads, norms = self._first_order(losses, reach, seeds(losses, a), scaled, retain_graph or uniform is None)
         by_name = dict(zip(reach.parameters, grads, strict=False))
+        if centers is None and graph.answers_at_once(losses):  # zeros have no part in a norm
+            by_name |= {name: by_name[name][rows] for name, rows in self._few_rows(reach).items()}
         ratio = 1 / losses.numel()
         statistics = summarized(self.parameters, by_name, norms, losses, a, ratio, scaled, self.scaling, reach.finite)
         leaves = [*reach.parameters.values(), *reach.other_leaves]
@@ -250,6 +252,21 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             self.release()
         call_hooks(leaves, grads)
         return statistics
+
+    def _few_rows(self, reach: Reach) -> dict[str, Tensor]:
+        """The rows that gradients can be other than zero in, of parameters in which they are few: tables of embeddings."""
+        found: dict[str, list[Tensor]] = {}
+        whole: set[str] = set()
+        for operation in reach.operations:
+            for t in operation.tracked:
+                rows = operation.rows_reached if self._known[id(t)] is None else None
+                for name in (self._names[id(leaf)] for leaf in self.leaves(t)):
+                    if rows is None:
+                        whole.add(name)
+                    else:
+                        found.setdefault(name, []).append(rows)
+        known = {name: torch.cat(rows) for name, rows in found.items() if name not in whole}
+        return {name: rows.unique() for name, rows in known.items() if rows.numel() < self.parameters[name].size(0)}
 
     def _first_order(self, losses, reach: Reach, seed, scaled, retain_graph):
         """Gradients of all leaves under Σ a ℓ_i, and ‖a g_i‖² and ‖a g_i − a c‖² by parameter that is reached.

@@ -204,6 +204,11 @@ class Operation(ABC):
     def terms(self, gy: Tensor, batch_size: int) -> list[Term]:
         """One term per tracked tensor, from the gradient of the output; attached to the graph that made it."""
 
+    @property
+    def rows_reached(self) -> Tensor | None:
+        """The rows (n,) of the tracked tensors that gradients can be other than zero in; None for all."""
+        return None
+
     def held_bytes(self, batch_size: int) -> int:
         """Of all samples' gradients by the tracked tensors, as the terms hold them."""
         return batch_size * sum(t.numel() * t.element_size() for t in self.tracked)

@@ -134,6 +134,12 @@ class LookUpOperation(Operation):
     def terms(self, gy, batch_size):  # noqa: D102
         return [self.term(gy, self.saved()[1], batch_size)]
 
+    @property
+    def rows_reached(self) -> Tensor | None:
+        """Of a table of rows: those of its tokens."""
+        tokens = self.look_ups.tokens
+        return tokens[tokens >= 0] if self.inner[0] == self.table_shape[0] else None
+
     def held_bytes(self, batch_size):  # noqa: D102
         number = self.tracked[0].element_size()
         return self.look_ups.tokens.numel() * (self.inner[1] * number + self.look_ups.tokens.element_size())
