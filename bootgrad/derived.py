@@ -76,14 +76,7 @@ class Derived:
     def chain(self) -> "list[Derived]":
         """This tensor and those that it is derived from, each once, parents first."""
         found: dict[int, Derived] = {}
-
-        def visit(derived: Derived) -> None:
-            for parent in derived.parents.values():
-                if parent is not None and id(parent) not in found:
-                    visit(parent)
-            found[id(derived)] = derived
-
-        visit(self)
+        _add_chain(self, found)
         return list(found.values())
 
     @property
@@ -152,6 +145,14 @@ class Derived:
 
     def _tensors(self) -> list[Tensor]:
         return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+
+
+def _add_chain(derived: Derived, found: dict[int, Derived]) -> None:
+    """Add a tensor to those that were ``found``, behind its parents; no closure, which would hold itself, and them."""
+    for parent in derived.parents.values():
+        if parent is not None and id(parent) not in found:
+            _add_chain(parent, found)
+    found[id(derived)] = derived
 
 
 def _periods(t: Tensor) -> list[int]:

@@ -1,11 +1,14 @@
 """Writing gradients to ``.grad`` as a backward pass does: all at once, in memory of their own, and hooks last."""
 
+import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import graph
+
+_adding = threading.Lock()  # one model in two threads: a sum that the other has begun would be lost
 
 
 @torch.no_grad()
@@ -26,22 +29,23 @@ def add_to_grads(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> No
 
     All memory is made before the first ``.grad`` is written, so that one that cannot be added to leaves all as they were.
     """
-    taken: set[int] = set()
-    sums: list[tuple[Tensor, Tensor, bool]] = []  # leaf, gradient, whether it is added in place
-    for leaf, grad in zip(leaves, grads, strict=True):
-        if grad is None:
-            continue
-        if leaf.grad is None:
-            sums.append((leaf, _owned(grad, leaf, taken), False))
-        elif _is_writable(leaf.grad):
-            sums.append((leaf, grad, True))
-        else:
-            sums.append((leaf, leaf.grad + grad if grad.is_sparse else grad + leaf.grad, False))
-    for leaf, grad, in_place in sums:
-        if in_place:
-            leaf.grad.add_(grad)  # type: ignore[union-attr]  # it was there above
-        else:
-            leaf.grad = grad
+    with _adding:
+        taken: set[int] = set()
+        sums: list[tuple[Tensor, Tensor, bool]] = []  # leaf, gradient, whether it is added in place
+        for leaf, grad in zip(leaves, grads, strict=True):
+            if grad is None:
+                continue
+            if leaf.grad is None:
+                sums.append((leaf, _owned(grad, leaf, taken), False))
+            elif _is_writable(leaf.grad):
+                sums.append((leaf, grad, True))
+            else:
+                sums.append((leaf, leaf.grad + grad if grad.is_sparse else grad + leaf.grad, False))
+        for leaf, grad, in_place in sums:
+            if in_place:
+                leaf.grad.add_(grad)  # type: ignore[union-attr]  # it was there above
+            else:
+                leaf.grad = grad
 
 
 @torch.no_grad()

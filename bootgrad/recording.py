@@ -6,11 +6,10 @@ knows, for losses (B,), which operations and parameters they reach (`graph`), an
 whether samples are dimension 0 of every operation.
 """
 
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -32,6 +31,7 @@ from .rules.fallback import FallbackOperation
 from .rules.merging import merged
 from .rules.normalization import apart, is_apart, is_over_batch, refuse_batch_statistics
 from .rules.opened import opened
+from .rules.process_wide import eager
 from .rules.samples import Reading, Samples
 from .rules.stand_ins import OF_PARAMETERS, is_in_transform, run_plain
 from .rules.terms import Term
@@ -129,7 +129,6 @@ class Recording(TorchFunctionMode):
         self._by_products: dict[int, tuple[Tensor, Any]] = {}
         self._chosen: set[int] = set()
         self._centers: dict[str, Tensor] | None = None
-        self._eager = ExitStack()
         self._saved: dict[int, tuple[Tensor, ...]] = {}
         self._used = self.freed = self._runs_again = self._has_contributions = False
 
@@ -142,13 +141,12 @@ class Recording(TorchFunctionMode):
                 "this recording was used already: make a new one with record(model) for every forward pass"
             )
         self._used = True
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled; compiled code would run what the rules did once
-            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+        eager.__enter__()
         return super().__enter__()
 
     def __exit__(self, *exc):
         """Stop recording."""
-        self._eager.close()
+        eager.__exit__(*exc)
         return super().__exit__(*exc)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -208,7 +206,7 @@ class Recording(TorchFunctionMode):
         before = self._known.copy(), self._constants.copy(), self._runs_again
         self._runs_again = True
         try:
-            with nullcontext() if self in _get_current_function_mode_stack() else _Active(self):
+            with eager, nullcontext() if self in _get_current_function_mode_stack() else _Active(self):
                 yield
         finally:
             self._known, self._constants, self._runs_again = before
@@ -524,12 +522,15 @@ class Recording(TorchFunctionMode):
         """
         operations = reach.operations
         modes = tuple(child.training for child in self._children)
-        signature = (
-            self.batch_size,
-            modes,
-            self._graph,
-            None if self.samples is None else (self.samples.index.shape, self.samples.changing.shape),
-            tuple((o.name, tuple(map(self.name_of, o.tracked)), o.output_shape[: o.row_dims]) for o in operations),
+        # A number, for what is kept of it: shapes may change with every batch.
+        signature = hash(
+            (
+                self.batch_size,
+                modes,
+                self._graph,
+                None if self.samples is None else (self.samples.index.shape, self.samples.changing.shape),
+                tuple((o.name, tuple(map(self.name_of, o.tracked)), o.output_shape[: o.row_dims]) for o in operations),
+            )
         )
         settled = self._state.choices.get(signature)
         is_open = settled is None and any(len(of_one) > 1 for of_one in readings)
@@ -608,7 +609,7 @@ class Recording(TorchFunctionMode):
         for operation, of_one, right in zip(operations, readings, found, strict=True):
             if right:
                 operation.reading = of_one[right[0]]
-        if all(len(right) == 1 for right in found):
+        if is_open and all(len(right) == 1 for right in found):
             self._state.choices[signature] = [k for (k,) in found]
         self._state.counted(signature, count)
 
