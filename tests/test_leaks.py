@@ -325,7 +325,7 @@ for k in range(1000):
     step(model, losses_of(model), x, y)
     if k == 19:
         _, objects = state()
-    if k == 199:
+    if k == 499:
         resident, _ = state()
 after = state()
 print(after[0] - resident, after[1] - objects)
