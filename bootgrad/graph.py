@@ -96,8 +96,8 @@ def walk(
         node = stack.pop()
         if nodes[node] == "CheckpointFunctionBackward":
             raise UnsupportedError(
-                "torch.utils.checkpoint with use_reentrant=True runs its function with gradients in the backward pass alone, "
-                "where nothing is recorded: take use_reentrant=False"
+                "a reentrant CheckpointFunction runs its part with gradients in the backward pass alone, where nothing is "
+                "recorded: call torch.utils.checkpoint.checkpoint, of either kind, within the recording"
             )
         for successor, _ in node.next_functions:
             if successor is None:

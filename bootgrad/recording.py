@@ -25,13 +25,14 @@ from .graph import Uses, as_met, check_losses, filled, gradients, is_capturing, 
 from .ops.piecewise import is_seen
 from .ops.product import Product
 from .rules.base import RULES, Operation, Phase, ProductOperation, is_in_place
-from .rules.checkpointed import comes_back
+from .rules.checkpointed import Returning, comes_back
 from .rules.expanded import ExpandOperation
 from .rules.fallback import FallbackOperation
 from .rules.merging import merged
 from .rules.normalization import apart, is_apart, is_over_batch, refuse_batch_statistics
 from .rules.opened import opened
 from .rules.process_wide import eager
+from .rules.reentrant import not_reentrant
 from .rules.samples import Reading, Samples
 from .rules.stand_ins import OF_PARAMETERS, is_in_transform, run_plain
 from .rules.terms import Term
@@ -74,7 +75,7 @@ class Reach:
     narrow: torch.dtype | None = None  # the narrowest half precision between the losses and the parameters
 
 
-class Recording(TorchFunctionMode):
+class Recording(Returning):
     """The record of one forward pass of one or more modules."""
 
     def __init__(
@@ -206,7 +207,7 @@ class Recording(TorchFunctionMode):
         before = self._known.copy(), self._constants.copy(), self._runs_again
         self._runs_again = True
         try:
-            with eager, nullcontext() if self in _get_current_function_mode_stack() else _Active(self):
+            with eager, not_reentrant, nullcontext() if self in _get_current_function_mode_stack() else _Active(self):
                 yield
         finally:
             self._known, self._constants, self._runs_again = before

@@ -635,12 +635,6 @@ def test_compiled_models_are_run_as_written():
     torch._dynamo.reset()
 
 
-def test_reentrant_checkpointing_is_refused():
-    model = Model(lambda m, x: torch.utils.checkpoint.checkpoint(m.linear, m.linear(x), use_reentrant=True))
-    with pytest.raises(BootgradError, match="use_reentrant=False"), bootgrad.record(model) as rec:
-        rec.backward(model(data()))
-
-
 class PartlyCheckpointed(nn.Module):
     """What torch computes otherwise than bootgrad: weight normalization, if asked for, ReLU and max pooling."""
 

@@ -1,7 +1,7 @@
 """Gradients of weighted sums of losses, Σ w_i ℓ_i, of a forward pass of which nothing was recorded.
 
 First-order passes of this kind run whatever torch differentiates once: fused recurrent and attention kernels, compiled models,
-whose graph is good for one backward pass, and parts under reentrant checkpointing, which differentiate into ``.grad`` only.
+whose graph is good for one backward pass, and libraries' own reentrant checkpoints, which differentiate into ``.grad`` only.
 """
 
 from collections.abc import Iterator, Sequence

@@ -5,23 +5,28 @@ place of what the first one would have saved, one by one.
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
+
+from .reentrant import NotReentrant
 
 # What ends a second run as soon as all is there that was saved in the first.
 StopRecomputation = torch.utils.checkpoint._StopRecomputationError
 
 
-class Returning(Protocol):
+class Returning(NotReentrant, ABC):
     """A mode that can come back."""
 
+    @abstractmethod
     def again(self) -> AbstractContextManager:
         """The context in which a part is run for the second time."""
 
+    @abstractmethod
     def finder(self) -> "Callable[[], Returning]":
         """What finds the mode, or another like it, later; a graph will hold it."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import _get_current_function_mode_stack
 
 from .checkpointed import Returning, comes_back
 
@@ -73,7 +73,7 @@ def run_plain(mode: Returning, func: Callable, args: tuple, kwargs: dict) -> Any
     return func(*args, **kwargs)
 
 
-class StandIns(TorchFunctionMode):
+class StandIns(Returning):
     """Nothing is recorded, but all that has a stand-in runs by it: what torch gets wrong, and what is quicker here."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

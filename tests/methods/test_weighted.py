@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 import bootgrad
 
@@ -54,7 +54,10 @@ class Checkpointed(nn.Module):
 
     def forward(self, x):
         x = self.first(x)
-        x = self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
+        if self.reentrant == "own":  # of a library
+            x = CheckpointFunction.apply(self.block, True, x)
+        else:
+            x = self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
         return self.head(x)
 
 
@@ -110,7 +113,7 @@ def test_operations_without_a_second_derivative_by_first_order_passes(signs):
     assert all(p.grad.norm() > 0 for name, p in model.named_parameters() if name != "points.bias")
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False, "own"])
 def test_checkpointed_parts(signs, reentrant):
     torch.manual_seed(0)
     model, plain = Checkpointed(reentrant).double(), Checkpointed(None).double()
@@ -140,7 +143,7 @@ def test_checkpointed_parts(signs, reentrant):
     assert float(x.grad.norm()) > 0
     signs[:] = copy.deepcopy(vectors)
     exact = regularizer(model, "zero", method="random_signs", probes=2)
-    if reentrant:
+    if reentrant == "own":
         before = flat(model)
         with pytest.raises(bootgrad.BootgradError, match="reentrant checkpointing has no second derivative"):
             exact.backward(losses_of(model), x, y)
