@@ -45,7 +45,9 @@ class GradientRegularizer:
         optimizer.step()
 
     The model's class, forward, hooks and ``state_dict`` stay as they are. Where a method runs the model a second time, dropout
-    draws the same numbers again, and random number generators and buffers are left as one pass leaves them.
+    draws the same numbers again, and random number generators and buffers are left as one pass leaves them. (Torch's default
+    generator is that of all threads, and finite differences move the parameters for the length of a pass: let no other thread
+    draw from the one or read the others then.)
 
     ==========================  ======================================  ================================================
     method                      price, 3 being a plain step             bias and variance
