@@ -86,4 +86,12 @@ REGRESSIONS = {
         Loss("smooth", 2, 2),
         batch=2,
     ),
+    "finite differences of a weight for each of as many positions, all alike": Program(
+        (("tokens", 3),),
+        (
+            Node("embedding", 0, size=3, w=None, padding=None),
+            Node("weight_per_position", 1, w=W("repeated", W("new"), how="expand"), out=3),
+        ),
+        Loss("smooth", 2),
+    ),
 }
