@@ -24,7 +24,7 @@ LAYERS = (
     ("ops.backends", "ops.library"),
     ("kernels",),
     ("planning", "costs", "plan_tables"),
-    ("ops.schema", "errors", "reference", "heap", "noise_scale"),
+    ("ops.schema", "errors", "reference", "heap", "noise_scale", "modes"),
 )
 ABOVE_ALL = {"bootgrad", "bootgrad.__main__"}
 USERS = set(LAYERS[0])  # of the public names: only they, too, import from bootgrad itself

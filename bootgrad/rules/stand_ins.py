@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import _get_current_function_mode_stack
 
+from ..modes import Mode
 from .checkpointed import Returning, comes_back
 
 PLAIN_RULES: dict[Callable, Callable] = {}
@@ -73,15 +74,18 @@ def run_plain(mode: Returning, func: Callable, args: tuple, kwargs: dict) -> Any
     return func(*args, **kwargs)
 
 
-class StandIns(TorchFunctionMode):
-    """Nothing is recorded, but all that has a stand-in runs by it: what torch gets wrong, and what is quicker here."""
+class StandIns(Mode):
+    """Nothing is recorded, but all that has a stand-in runs by it: what torch gets wrong, and what is quicker here.
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    Compiled functions do without: they have first derivatives only.
+    """
+
+    def run(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         """Run one torch function, or what stands for it."""
         written = WRITTEN_OUT.get(func)
         if written is not None and comes_back(self):
             func = written
-        return run_plain(self, func, args, kwargs or {})
+        return run_plain(self, func, args, kwargs)
 
     def again(self) -> AbstractContextManager:
         """The same for a part that is run for the second time."""
