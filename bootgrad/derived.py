@@ -237,8 +237,8 @@ def name_of(func: Callable) -> str:
     return getattr(func, "__name__", str(func))
 
 
-def pull_back(term: Term, derived: Derived, leaf: Tensor, names_of: Callable[[Tensor], str]) -> Term:
-    """The term of the parameter ``leaf`` when ``term`` is that of the derived tensor; ``names_of`` is for errors."""
+def check_repeats(derived: Derived, names_of: Callable[[Tensor], str]) -> None:
+    """Raise where the calls that made a tensor do not make it again; ``names_of`` is for the error."""
     with torch.no_grad():
         if not torch.equal(derived.replay({}), derived.tensor):
             derived.check_unchanged(names_of)
@@ -246,6 +246,10 @@ def pull_back(term: Term, derived: Derived, leaf: Tensor, names_of: Callable[[Te
                 f"a weight made of {names_of(derived.tensor)} by {name_of(derived.func)} comes out differently when it is made "
                 "again: functions of parameters that draw random numbers have no per-sample gradients here"
             )
+
+
+def pull_back(term: Term, derived: Derived, leaf: Tensor) -> Term:
+    """The term of the parameter ``leaf`` when ``term`` is that of the derived tensor."""
     if derived.picks:
         return PartTerm(term, leaf.shape, lambda value: derived.replay({id(leaf): value}))
     leaves = derived.leaves()

@@ -18,6 +18,8 @@ LAYERS = (
     ("penalties", "micro_batches"),
     ("statistics",),
     ("per_sample", "centers", "per_sample_pass"),
+    ("compiled",),
+    ("traced",),
     ("recording", "derived", "graph", "grads", "scaling", "running_mean"),
     ("rules",),
     ("ops",),

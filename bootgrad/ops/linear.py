@@ -195,7 +195,7 @@ class LinearProduct(Product):
 
     def layer(self, x: Tensor, gy: Tensor) -> planning.LinearLayer:
         """The shape of the layer, for the cost model; x and gy canonical."""
-        return planning.LinearLayer(x.size(0), x.size(1), x.size(2), gy.size(2))
+        return planning.LinearLayer(*map(planning.as_number, (*x.shape, gy.size(2))))
 
     def _roles(self, x, gy):
         return (gy, x) if self.transposed else (x, gy)
