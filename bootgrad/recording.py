@@ -325,8 +325,9 @@ class Recording(Mode):
         source = derived.source
         if derived.func is Tensor.expand and (source.dim() < dims or source.size(0) == 1):
             return self.expand(source, (n,), dims).expand(tracked.shape)
-        # In a memory of their own: what they are taken from may be changed in place.
-        rows = self.run(Tensor.clone, self.run(_getitem, tracked, slice(0, k)))
+        rows = derived.one_period(self.run)
+        if rows is None:  # in a memory of their own: what they are taken from may be changed in place
+            rows = self.run(Tensor.clone, self.run(_getitem, tracked, slice(0, k)))
         return self.expand(rows, (n,), dims) if k == 1 else self.expand(rows, (n // k,), dims + 1).flatten(0, 1)
 
     def _may_become_data(self, tracked: Tensor) -> bool:
