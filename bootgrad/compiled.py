@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .errors import UnsupportedError
@@ -83,11 +84,18 @@ def backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..
     try:
         written = Written(graph, lay_out(graph, names, constants))
     except Exception as error:  # whatever it is, the graph itself will show it where it matters
-        return CompiledGraph(Written(graph, Layout(names, constants)), None, str(error))
+        return CompiledGraph(Written(graph, Layout(names, constants)), None, _reason(error))
     with keeping_buffers():
         function = inner(*_with_probe(written, example_inputs))
     written.traced = None
     return CompiledGraph(written, function)
+
+
+def _reason(error: Exception) -> str:
+    """Why a graph cannot be laid out."""
+    if isinstance(error, DataDependentOutputException):
+        return f"what is done with its parameters cannot be told before their values are there ({error})"
+    return str(error).partition("\n")[0]
 
 
 def _users_backend() -> Callable[..., Any]:

@@ -35,6 +35,8 @@ class Mode(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Run one torch function, or what the mode does in its place."""
         if torch.compiler.is_dynamo_compiling():
+            if func is torch.Tensor.unflatten:  # its own call of the superclass's is not captured, that by a tensor is
+                return args[0].unflatten(*args[1:], **(kwargs or {}))
             return func(*args, **(kwargs or {}))
         return self._run(self, func, *args, **(kwargs or {}))
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
 from .derived import TRANSPOSITIONS, Call, Derived, check_repeats, is_batch_free, may_be_batch_free, pull_back
@@ -49,6 +49,10 @@ from .rules.stand_ins import OF_PARAMETERS, is_in_transform, run_plain
 from .rules.terms import Term
 from .scaling import Scale, Scaling, narrowest, seeds
 
+_IN_COMPILED = (
+    "a forward pass is recorded inside of a compiled function: compile what is recorded, the model or a function that computes "
+    "the losses, and not the step around it"
+)
 CHECKS = ("first", "always", "never")
 BATCHNORM = ("refuse", "contribution")
 _getitem = Tensor.__getitem__
@@ -100,6 +104,8 @@ class Recording(Mode):
             samples: the number of its sample at each position of the leading dimensions, where that is not dimension 0.
             batchnorm: whether batch norm in training mode is refused, or the samples' contributions are taken.
         """
+        if torch.compiler.is_dynamo_compiling():
+            raise RecordingError(_IN_COMPILED)
         super().__init__()
         if not modules:
             raise ArgumentTypeError("record needs at least one module; got none")
@@ -156,7 +162,10 @@ class Recording(Mode):
             )
         self._used = True
         self._stance = self._compiler_stance()
-        self._stance.__enter__()
+        try:
+            self._stance.__enter__()
+        except RuntimeError as error:  # torch refuses it nowhere else
+            raise RecordingError(_IN_COMPILED) from error
         return super().__enter__()
 
     def __exit__(self, *exc):
@@ -783,10 +792,10 @@ class _Active:
         self.recording = recording
 
     def __enter__(self):
-        TorchFunctionMode.__enter__(self.recording)
+        Mode.__enter__(self.recording)
 
     def __exit__(self, *exc):
-        TorchFunctionMode.__exit__(self.recording, *exc)
+        Mode.__exit__(self.recording, *exc)
 
 
 def _apart(reading: Reading | None, norms: Tensor, norms_a: Tensor, a: Tensor) -> Tensor:

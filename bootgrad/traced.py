@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.autograd import Function
 from torch.autograd.graph import GradientEdge
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .derived import Derived
+from .derived import Call, Derived, look_up
 from .errors import UnsupportedError
 from .modes import Mode
 from .planning import as_number
@@ -75,9 +76,8 @@ class Written:
     def __init__(self, graph: fx.GraphModule, layout: Layout):
         """Keep both."""
         self.graph, self.layout = graph, layout
-        self.traced: Traced | None = (
-            None  # the recording of the last call; the nodes that were made in it refer to it weakly
-        )
+        # The recording of the last call, to which the nodes that were made in it refer weakly.
+        self.traced: Traced | None = None
 
     def examples(self) -> list[Any]:
         """The inputs, as tensors without values."""
@@ -115,8 +115,8 @@ class Traced(Recording):
             return graph(*inputs)
 
     def sq_norms(self, name: str) -> Tensor | None:
-        """‖g_i‖², (B,), of a parameter whose terms were gathered; None where there is none."""
-        parts = self._parts.get(name)
+        """‖g_i‖², (B,), of a parameter whose terms were gathered in this pass; None where there is none."""
+        parts = self._parts.pop(name, None)
         if parts is None:
             return None
         term = merged(parts)
@@ -128,11 +128,27 @@ class Traced(Recording):
     def _compiler_stance(self) -> AbstractContextManager:
         return nullcontext()
 
+    def finder(self) -> "Callable[[], Traced]":
+        """What finds it in the same trace, as long as which it is kept."""
+        reference = weakref.ref(self)
+
+        def find() -> Traced:
+            recording = reference()
+            assert recording is not None
+            return recording
+
+        return find
+
     # What rules ask of a recorder
 
     def new_probe(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The next operation's share of the graph's probe; zeros of its own where it has none."""
+        """The next operation's share of the graph's probe; zeros of its own where it has none.
+
+        A checkpointed part's second run takes any, whose gradient nobody asks for: it must call no more than the first.
+        """
         share = self._probes.get(len(self.operations))
+        if self._runs_again:
+            share = next((s for s in self._probes.values() if s.shape == shape), None)
         return super().new_probe(shape, dtype, device) if share is None else share.to(device, dtype)
 
     def takes_statistics(self, operation: Operation) -> bool:
@@ -142,8 +158,16 @@ class Traced(Recording):
     def add(self, operation: Operation, edge: GradientEdge) -> None:
         """Take an operation into the record, and see what arrives at it where its terms are gathered."""
         super().add(operation, edge)
-        if any(self._names[id(leaf)] in self._gathered for t in operation.tracked for leaf in self.leaves(t)):
-            edge.node.register_prehook(_gatherer(weakref.ref(self), weakref.ref(operation), edge.output_nr))
+        if not self._runs_again and self._gathers(operation):
+            edge.node.register_hook(_gatherer(weakref.ref(self), weakref.ref(operation), edge.output_nr))
+
+    def keep_saved(self, operation: Operation, saved: tuple[Tensor, ...]) -> None:
+        """Keep what a checkpointed operation's node has for its terms, which are made next."""
+        if self._gathers(operation):
+            self._saved[id(operation)] = saved
+
+    def _gathers(self, operation: Operation) -> bool:
+        return any(self._names[id(leaf)] in self._gathered for t in operation.tracked for leaf in self.leaves(t))
 
     def gather(self, operation: Operation, gy: Tensor) -> None:
         """Keep the terms of an operation until all of a parameter's are there."""
@@ -153,6 +177,11 @@ class Traced(Recording):
     def _run_plain(self, func, args, kwargs):
         # Activations the compiler joins with what is before and behind, and others may look at that, too.
         return run_plain(self, func, args, kwargs) if func in _POOLING else func(*args, **kwargs)
+
+    def _derive(self, call: Call, result: Any) -> Any:
+        if call.func is F.embedding:
+            call.func = look_up
+        return super()._derive(call, result)
 
     def _check_repeats(self, derived: Derived) -> None:
         with _WithoutDraws():
@@ -164,7 +193,7 @@ class Traced(Recording):
 
 
 def _gatherer(traced: "weakref.ref[Traced]", operation: "weakref.ref[Operation]", slot: int) -> Callable:
-    def hook(grads: Sequence[Tensor | None]) -> None:
+    def hook(_: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
         recording, gathered, gy = traced(), operation(), grads[slot]
         if recording is not None and gathered is not None and gy is not None:
             recording.gather(gathered, gy)
@@ -178,13 +207,13 @@ class _Gathered(Function):
     @staticmethod
     def forward(ctx, recording, name, share, parameter):
         """The parameter."""
-        ctx.recording, ctx.name, ctx.dtype = weakref.ref(recording), name, share.dtype
+        ctx.recording, ctx.of, ctx.dtype = weakref.ref(recording), name, share.dtype
         return parameter.view_as(parameter)
 
     @staticmethod
     def backward(ctx, grad):
         """Hand the gradient on, and tell the norms."""
-        s = ctx.recording().sq_norms(ctx.name)
+        s = ctx.recording().sq_norms(ctx.of)
         return None, None, None if s is None else torch.stack([s, s]).to(ctx.dtype), grad
 
 
@@ -210,7 +239,7 @@ def lay_out(graph: fx.GraphModule, names: dict[int, str], constants: list[int]) 
         return layout
     written = Written(graph, layout)
     inputs = [_renewed(value) for value in written.examples()]
-    with inputs[next(iter(names))].fake_mode:
+    with inputs[next(iter(names))].fake_mode, enable_python_dispatcher():  # as compilers trace, with sizes left open
         traced = Traced({})
         objective = _objective(traced.run_graph(graph, inputs, layout))
         if objective is None:

@@ -11,59 +11,12 @@ from torch._dynamo.utils import counters
 
 import bootgrad
 from bootgrad import BootgradError, BootgradWarning, reference
-from bootgrad.compiled import CompiledOperation, is_compiled
+from bootgrad.compiled import is_compiled
 
 from . import models
+from .compiling import IGNORED, check_step, compiled_calls, cross_entropy, fresh_compiler, oracle  # noqa: F401
 
-# What torch warns of by itself: torch.jit where its compiler is imported, inputs' gradients, "same" padding that it copies for.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def compiled_calls(rec):
-    """Of the recorded operations, how many are compiled functions."""
-    return [isinstance(o, CompiledOperation) for o in rec.operations]
-
-
-def oracle(losses, model):
-    """(B, P), one backward pass per sample."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    rows = reference.per_sample_gradients_of(losses, parameters)
-    return torch.cat([g.reshape(len(losses), -1) for g in rows.values()], 1)
-
-
-def check_step(model, losses_of, compiled, *batch, tolerance=1e-10):
-    """Statistics and gradients of a compiled step against the oracle on the model as it was written."""
-    torch.manual_seed(0)
-    G = oracle(losses_of(*batch), model)
-    model.zero_grad()
-    torch.manual_seed(0)
-    with bootgrad.record(model) as rec:
-        losses = compiled(*batch)
-    calls = compiled_calls(rec)
-    statistics = rec.backward(losses)
-    flat = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
-    close = dict(rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(statistics.sq_norms, reference.sq_norms(G).to(statistics.sq_norms.dtype), **close)
-    torch.testing.assert_close(torch.cat([g.reshape(-1) for g in flat]), G.mean(0), **close)
-    torch.testing.assert_close(
-        statistics.covariance_trace,
-        reference.covariance_trace(G).to(losses.dtype),
-        rtol=100 * tolerance,
-        atol=tolerance,
-    )
-    return calls
+pytestmark = [*IGNORED, pytest.mark.usefixtures("fresh_compiler")]
 
 
 class Block(nn.Module):
@@ -97,10 +50,6 @@ class Block(nn.Module):
 def mlp(dtype=torch.float64):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
-
-
-def cross_entropy(model):
-    return lambda x, y: F.cross_entropy(model(x), y, reduction="none")
 
 
 def images_and_labels(B, *shape, dtype=torch.float64):
@@ -157,6 +106,7 @@ SLOW_INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)
         (mlp, "aot_eager", False),
         (transformer, "aot_eager", True),
         (Shared, "aot_eager", False),
+        (Shared, "eager", False),
         pytest.param(mlp, "inductor", False, marks=pytest.mark.slow),
         pytest.param(transformer, "inductor", True, marks=pytest.mark.slow),
     ],
