@@ -67,6 +67,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.training_step --model resnet18 --batch 64 --rounds 7 --processes 1
 	$(BIN)/python -m benchmarks.training_step --model encoder --batch 16 --rounds 7 --processes 1
 	$(BIN)/python -m benchmarks.training_step --model words
+	for model in encoder reference; do $(BIN)/python -m benchmarks.compiled --model $$model; done
 	$(BIN)/python -m benchmarks.cost_model
 	$(BIN)/python -m benchmarks.ceilings
 	$(BIN)/python -m benchmarks.growth

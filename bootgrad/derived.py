@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -106,8 +107,9 @@ class Derived:
         They are if they are alike with the parameters as they are, and with others near by.
         """
         n = self.tensor.size(0) if self.tensor.dim() else 1
-        if n > 1 and self.tensor.stride(0) == 0:
-            return 1
+        k = self._written_period(n)
+        if k is not None:
+            return k
         with torch.no_grad():
             periods = _periods(self.tensor)
             if periods:
@@ -116,6 +118,37 @@ class Derived:
                 }
                 periods = [k for k in periods if _repeats(self.replay(near), k)]
         return periods[0] if periods else n
+
+    def _written_period(self, n: int) -> int | None:
+        """The period of ``n`` rows as far as the call itself tells it, whatever the values."""
+        if n > 1 and any(t.stride(0) == 0 for t in (self.tensor, *self._indices()) if t.dim() and t.size(0) == n):
+            return 1
+        if self.func is _T.repeat:
+            k = 1 if self.source.dim() < self.tensor.dim() else self.source.size(0)
+            return k if k < n else None
+        parent = self.parents[id(self.source)]
+        return parent.period if self.func in (_T.contiguous, _T.clone) and parent is not None else None
+
+    def one_period(self, run: Callable) -> Tensor | None:
+        """The rows of `period` alone, made by what ``run`` calls without the others where the call itself tells how."""
+        if self.changed(self.tensor._version) is not None:
+            return None
+        if self.func is _T.repeat:
+            sizes = [*[1] * (self.tensor.dim() - self.source.dim()), *self.source.shape]
+            count, *others = (n // max(1, size) for n, size in zip(self.tensor.shape, sizes, strict=True))
+            return None if count == 1 else run(_T.repeat, self.source, 1, *others)
+        for index in self._indices():
+            if index.dim() and index.stride(0) == 0:
+                row = {id(index): run(_T.__getitem__, index, slice(0, 1))}
+                args, kwargs = pytree.tree_map(lambda t: row.get(id(t), t), (self.args, self.kwargs))  # noqa: B023
+                return run(self.func, *args, **kwargs)
+        return None
+
+    def _indices(self) -> list[Tensor]:
+        """What the tensor's rows are looked up by, if they are; masks are no such."""
+        if self.func in _LOOK_UPS or (self.func is _T.__getitem__ and _is_lookup(self.args[1])):
+            return [t for t in self._tensors() if id(t) not in self.parents]
+        return []
 
     def leaves(self) -> list[Tensor]:
         """The parameters that the tensor is a function of."""
@@ -165,6 +198,32 @@ def _periods(t: Tensor) -> list[int]:
 def _repeats(t: Tensor, k: int) -> bool:
     """Whether dimension 0 is its first k rows several times."""
     return torch.equal(t[k:], t[:-k])
+
+
+def look_up(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """`F.embedding` by indexing: of its own derivative, mapped over samples, torch traces their number as a fixed one."""
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    rows = weight[input]
+    if padding_idx is None:
+        return rows
+    return torch.where((input == padding_idx % weight.size(0)).unsqueeze(-1), rows.detach(), rows)
+
+
+_LOOK_UPS = {F.embedding, look_up}
+
+
+def _is_lookup(index: Any) -> bool:
+    """Whether an index chooses rows of dimension 0 by their numbers."""
+    return isinstance(index, Tensor) and index.dtype not in (torch.bool, torch.uint8)
 
 
 def _is_basic(index: Any) -> bool:
@@ -238,8 +297,8 @@ def name_of(func: Callable) -> str:
     return getattr(func, "__name__", str(func))
 
 
-def pull_back(term: Term, derived: Derived, leaf: Tensor, names_of: Callable[[Tensor], str]) -> Term:
-    """The term of the parameter ``leaf`` when ``term`` is that of the derived tensor; ``names_of`` is for errors."""
+def check_repeats(derived: Derived, names_of: Callable[[Tensor], str]) -> None:
+    """Raise where the calls that made a tensor do not make it again; ``names_of`` is for the error."""
     with torch.no_grad():
         if not torch.equal(derived.replay({}), derived.tensor):
             derived.check_unchanged(names_of)
@@ -247,6 +306,10 @@ def pull_back(term: Term, derived: Derived, leaf: Tensor, names_of: Callable[[Te
                 f"a weight made of {names_of(derived.tensor)} by {name_of(derived.func)} comes out differently when it is made "
                 "again: functions of parameters that draw random numbers have no per-sample gradients here"
             )
+
+
+def pull_back(term: Term, derived: Derived, leaf: Tensor) -> Term:
+    """The term of the parameter ``leaf`` when ``term`` is that of the derived tensor."""
     if derived.picks:
         return PartTerm(term, leaf.shape, lambda value: derived.replay({id(leaf): value}))
     leaves = derived.leaves()

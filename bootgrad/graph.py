@@ -5,7 +5,7 @@ is met otherwise reached the losses unseen: an error that names it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -36,13 +36,16 @@ class Uses:
         self._pending.append(alias.grad_fn)
         return alias
 
-    def end(self, edge: GradientEdge, name: str) -> None:
-        """Close the operation whose output has this edge: the aliases since the last one are its own."""
+    def end(self, edge: GradientEdge, name: str, ends: Sequence[GradientEdge] = ()) -> None:
+        """Close the operation whose output has this edge: the aliases since the last one are its own.
+
+        Of several outputs, all lead to the node of ``edge``, from ``ends``.
+        """
         if self._pending:
             self._outputs |= dict.fromkeys(map(id, self._pending), (edge.node, name))
             # Nodes are numbered as they are made: the operation's own are those since its first alias.
             first = min(alias._sequence_nr() for alias in self._pending)
-            stack = [edge.node]
+            stack = [end.node for end in ends or (edge,)]
             while stack:
                 node = stack.pop()
                 if id(node) not in self._own:
@@ -223,6 +226,11 @@ def gradients(losses: Tensor, inputs: Sequence, weights: Tensor, **options) -> S
                 f"an operation of the model has no second derivative in torch ({error}): use an implementation that has"
             ) from error
         raise
+
+
+def keeping_buffers() -> AbstractContextManager:
+    """A context to compile functions in that are differentiated several times, and to do it: else they reuse what they save."""
+    return torch._functorch.config.patch(donated_buffer=False)
 
 
 @contextmanager

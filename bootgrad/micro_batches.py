@@ -175,7 +175,7 @@ class accumulate(Block):  # noqa: N801 — used as a verb, like record
     def record(self) -> Record:
         """The context for the forward pass of the next micro-batch."""
         self._before_call()
-        self._recording = self._record()
+        self._recording = self._record(compiled=self._centers is None)
         return self._recording
 
     def backward(self, losses: Tensor) -> None:

@@ -64,7 +64,7 @@ def step_runs(
         losses(*example).mean().backward()
 
     def with_statistics(center):
-        with record(model) as rec:
+        with record(model, compiled=False) as rec:
             values = losses(*example)
         rec.backward(values, center=center)
 

@@ -18,6 +18,7 @@ import functools
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 PURPOSES = ("norms", "grad", "statistics", "applied")
 
@@ -216,6 +217,11 @@ def cost(
     if path not in layer.paths:
         raise ValueError(f"path of {layer} must be one of {', '.join(layer.paths)}; got {path!r}")
     return _cost(layer, path, purpose, centered, summed, itemsize)
+
+
+def as_number(size: Any) -> int:
+    """A size as a number; of one that a compiler leaves open, its present one, of which plans may be made, and no results."""
+    return size if isinstance(size, int) else size.node.hint
 
 
 def choose_path(layer: Layer, purpose: str = "norms", centered: bool = False, summed: bool = False) -> str:

@@ -123,7 +123,7 @@ def _recorded(model: nn.Module, example: Sequence[Any], really: bool) -> tuple[r
 
 
 def _run(model: nn.Module, example: Sequence[Any], as_seen: Callable[[Tensor], Tensor]) -> tuple[record, Any, int]:
-    recording, saved = record(model), {}
+    recording, saved = record(model, compiled=False), {}
     example = [as_seen(t) if isinstance(t, Tensor) else t for t in example]
     before = [*model.parameters(), *model.buffers()]
     # Saved for gradients are weights as they are seen, or, where they are frozen, as they are.

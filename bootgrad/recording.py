@@ -8,22 +8,35 @@ whether samples are dimension 0 of every operation.
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
-from .derived import TRANSPOSITIONS, Call, Derived, is_batch_free, may_be_batch_free, pull_back
+from .derived import TRANSPOSITIONS, Call, Derived, check_repeats, is_batch_free, may_be_batch_free, pull_back
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
-from .graph import Uses, as_met, check_losses, filled, gradients, is_capturing, powers_of_two, unlike, walk
+from .graph import (
+    Uses,
+    as_met,
+    check_losses,
+    filled,
+    gradients,
+    is_capturing,
+    keeping_buffers,
+    powers_of_two,
+    unlike,
+    walk,
+)
+from .modes import Mode
 from .ops.piecewise import is_seen
 from .ops.product import Product
+from .planning import as_number
 from .rules.base import RULES, Operation, Phase, ProductOperation, is_in_place
 from .rules.checkpointed import Returning, comes_back
 from .rules.expanded import ExpandOperation
@@ -38,6 +51,10 @@ from .rules.stand_ins import OF_PARAMETERS, is_in_transform, run_plain
 from .rules.terms import Term
 from .scaling import Scale, Scaling, narrowest, seeds
 
+_IN_COMPILED = (
+    "a forward pass is recorded inside of a compiled function: compile what is recorded, the model or a function that computes "
+    "the losses, and not the step around it"
+)
 CHECKS = ("first", "always", "never")
 BATCHNORM = ("refuse", "contribution")
 _getitem = Tensor.__getitem__
@@ -89,8 +106,9 @@ class Recording(Returning):
             samples: the number of its sample at each position of the leading dimensions, where that is not dimension 0.
             batchnorm: whether batch norm in training mode is refused, or the samples' contributions are taken.
         """
+        if torch.compiler.is_dynamo_compiling():
+            raise RecordingError(_IN_COMPILED)
         super().__init__()
-        self.samples = None if samples is None else Samples(samples)
         if not modules:
             raise ArgumentTypeError("record needs at least one module; got none")
         self._children: list[nn.Module] = []
@@ -110,28 +128,31 @@ class Recording(Returning):
             raise ArgumentError(f"batchnorm must be one of {', '.join(BATCHNORM)}; got {batchnorm!r}")
         self.check, self.batchnorm = check, batchnorm
         self.modules = modules
-        self.parameters = named_parameters(*modules)
+        self._state = _states.setdefault(modules[0], _ModelState())
+        others = (t for child in self._children for t in (*child._buffers.values(), *child._parameters.values()))
+        self._begin(named_parameters(*modules), others, None if samples is None else Samples(samples))
+
+    def _begin(
+        self, parameters: dict[str, Tensor], constants: Iterable[Tensor | None], samples: Samples | None
+    ) -> None:
+        """Know these parameters by name, and constants, and nothing yet of what will be done with them."""
+        self.parameters, self.samples = parameters, samples
         self.scaling = Scaling()
         self.phase = Phase.PLAIN
         self.batch_size = 0
         self.operations: list[Operation] = []
-        self._state = _states.setdefault(modules[0], _ModelState())
-        self._names = {id(p): name for name, p in self.parameters.items()}
+        self._names = {id(p): name for name, p in parameters.items()}
         self._known: dict[int, Derived | None] = dict.fromkeys(self._names)
-        self._constants: dict[int, Tensor] = {
-            id(t): t
-            for child in self._children
-            for t in (*child._buffers.values(), *child._parameters.values())
-            if t is not None and id(t) not in self._names
-        }
+        self._constants: dict[int, Tensor] = {id(t): t for t in constants if t is not None and id(t) not in self._names}
         self._numbers: dict[int, Tensor] = {}  # () without grad, made of data
         self._edges: dict[int, GradientEdge] = {}
         self._uses = Uses()
         self._by_products: dict[int, tuple[Tensor, Any]] = {}
         self._chosen: set[int] = set()
         self._centers: dict[str, Tensor] | None = None
+        self._compiled: set[Any] = set()  # nodes of functions that were compiled to be differentiated more than once
         self._saved: dict[int, tuple[Tensor, ...]] = {}
-        self._used = self.freed = self._runs_again = self._has_contributions = False
+        self._used = self.freed = self._runs_again = self._has_contributions = self._keeps_buffers = False
 
     # Recording
 
@@ -142,20 +163,24 @@ class Recording(Returning):
                 "this recording was used already: make a new one with record(model) for every forward pass"
             )
         self._used = True
-        eager.__enter__()
+        self._stance = self._compiler_stance()
+        try:
+            self._stance.__enter__()
+        except RuntimeError as error:  # torch refuses it nowhere else
+            raise RecordingError(_IN_COMPILED) from error
         return super().__enter__()
 
     def __exit__(self, *exc):
         """Stop recording."""
-        eager.__exit__(*exc)
+        self._stance.__exit__(*exc)
         return super().__exit__(*exc)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Run one torch function, recorded if it is handed a tracked tensor."""
-        return self.run(func, *args, **(kwargs or {}))
+    def _compiler_stance(self) -> AbstractContextManager:
+        """A context for what becomes of compiled functions: compiled code would run what the rules did once."""
+        return eager
 
     def run(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Call ``func`` as the model would."""
+        """Call ``func`` as the model would, recorded if it is handed a tracked tensor."""
         in_backward = self.phase is not Phase.PLAIN and not self._runs_again
         if in_backward or not torch.is_grad_enabled() or func in _DIFFERENTIATION:
             return func(*args, **kwargs)
@@ -172,7 +197,7 @@ class Recording(Returning):
             with _Active(self):
                 return apart(func, *args, **kwargs)
         if not is_tracked:
-            result = run_plain(self, func, args, kwargs)
+            result = self._run_plain(func, args, kwargs)
             if func is torch.arange or (tensors and not has_data):
                 self._add_constants(result)
             elif has_data:
@@ -216,6 +241,10 @@ class Recording(Returning):
         """What finds this recording as long as it is there: it may hold the graph."""
         reference, modules, batchnorm = weakref.ref(self), self.modules, self.batchnorm
         return lambda: reference() or Recording(*modules, check="never", batchnorm=batchnorm)
+
+    def _run_plain(self, func, args, kwargs):
+        """Run a call without parameters."""
+        return run_plain(self, func, args, kwargs)
 
     def _operate(self, func, args, kwargs):
         """Run a call of tracked tensors and data: an operation."""
@@ -279,19 +308,23 @@ class Recording(Returning):
         operation = FallbackOperation(self, func, args, kwargs, tracked)
         names = " and ".join(map(self.name_of, tracked))
         result = operation(names)
-        if operation in self.operations and (operation.name, names) not in self._state.warned:
-            self._state.warned.add((operation.name, names))
-            warnings.warn(
+        if operation in self.operations:
+            self.warn(
                 f"{operation.name} on {names} has no rule: its per-sample gradients are made one by one, which is slow",
-                BootgradWarning,
-                stacklevel=6,
+                7,
             )
         return result
 
+    def warn(self, message: str, stacklevel: int = 3) -> None:
+        """Say something about the model once, whatever the number of its recordings."""
+        if message not in self._state.warned:
+            self._state.warned.add(message)
+            warnings.warn(message, BootgradWarning, stacklevel)
+
     def _rows_by_sample(self, tracked: Sequence[Tensor], others: Sequence[Tensor]) -> dict[int, Tensor]:
         """The tracked tensors that have as many rows as the data, and repeat some, as data, by their ids."""
-        shapes = {(t.dim(), t.size(0)) for t in others if t.dim() and t.size(0) > 1}
-        rows = {id(t): self.by_sample(t) for t in tracked if t.dim() and (t.dim(), t.size(0)) in shapes}
+        shapes = {(t.dim(), n) for t in others if t.dim() and (n := as_number(t.size(0))) > 1}
+        rows = {id(t): self.by_sample(t) for t in tracked if t.dim() and (t.dim(), as_number(t.size(0))) in shapes}
         return {key: t for key, t in rows.items() if t is not None}
 
     def by_sample(self, tracked: Tensor) -> Tensor | None:
@@ -303,8 +336,9 @@ class Recording(Returning):
         source = derived.source
         if derived.func is Tensor.expand and (source.dim() < dims or source.size(0) == 1):
             return self.expand(source, (n,), dims).expand(tracked.shape)
-        # In a memory of their own: what they are taken from may be changed in place.
-        rows = self.run(Tensor.clone, self.run(_getitem, tracked, slice(0, k)))
+        rows = derived.one_period(self.run)
+        if rows is None:  # in a memory of their own: what they are taken from may be changed in place
+            rows = self.run(Tensor.clone, self.run(_getitem, tracked, slice(0, k)))
         return self.expand(rows, (n,), dims) if k == 1 else self.expand(rows, (n // k,), dims + 1).flatten(0, 1)
 
     def _may_become_data(self, tracked: Tensor) -> bool:
@@ -317,6 +351,10 @@ class Recording(Returning):
         if id(t) in self._known:
             return False
         return t.requires_grad or id(t) in self._numbers or (t.dim() > 0 and id(t) not in self._constants)
+
+    def is_constant(self, value: Any) -> bool:
+        """Whether ``value`` is a buffer, a frozen parameter, or made of these alone."""
+        return isinstance(value, Tensor) and id(value) in self._constants and not self._is_data(value)
 
     # What rules ask of a recorder
 
@@ -353,6 +391,14 @@ class Recording(Returning):
         self._edges[id(operation)] = edge
         self._uses.end(edge, operation.name)
 
+    def add_compiled(self, operation: Operation, edge: GradientEdge, ends: Sequence[GradientEdge]) -> None:
+        """Take in a call of a compiled function, with the edge of its node and those of its outputs."""
+        self._compiled.add(edge.node)
+        if operation.tracked:
+            self.operations.append(operation)
+            self._edges[id(operation)] = edge
+            self._uses.end(edge, operation.name, ends)
+
     def edge_of(self, operation: Operation) -> GradientEdge:
         """The edge that the operation was added with."""
         return self._edges[id(operation)]
@@ -363,7 +409,9 @@ class Recording(Returning):
         if derived is None or derived.func not in TRANSPOSITIONS or derived.source.dim() != 2:
             return None
         source = derived.source
-        is_view = source.data_ptr() == tracked.data_ptr() and source.stride() == tracked.stride()[::-1]
+        same_memory = tracked._base is (source._base if source._is_view() else source)
+        is_view = same_memory and source.storage_offset() == tracked.storage_offset()
+        is_view = is_view and source.stride() == tracked.stride()[::-1]
         return source if is_view and source.shape == tracked.shape[::-1] else None
 
     def takes_statistics(self, operation: Operation) -> bool:
@@ -407,6 +455,10 @@ class Recording(Returning):
         """The product that a layer with these tracked tensors computes: as it was written."""
         return product
 
+    def new_probe(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Zeros for the operation that is recorded next, whose gradient tells its statistics."""
+        return torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
+
     def name_of(self, tracked: Tensor) -> str:
         """The parameter's name, or those that a derived tensor is made of."""
         return " and ".join(self._names[id(leaf)] for leaf in self.leaves(tracked))
@@ -428,7 +480,7 @@ class Recording(Returning):
             )
         check_losses(losses)
         self.batch_size = losses.numel()
-        reach = self._walk(losses)
+        reach = self.walk(losses)
         reach.finite = self.scaling.finite(losses)
         if not reach.parameters and not self.parameters:
             raise RecordingError("the model has no parameter that requires grad: nothing to take gradients of")
@@ -443,9 +495,12 @@ class Recording(Returning):
             self._check_batch(losses, reach, [self._readings(o) for o in reach.operations])
         return reach
 
-    def _walk(self, losses: Tensor) -> Reach:
+    def walk(self, losses: Tensor) -> Reach:
+        """What ``losses`` reach."""
         nodes, shared, leaves = walk(losses, self._uses, self._names, alone=self.batch_size == 1)
         self._graph = hash(tuple(nodes.values()))
+        compiled = {node for node, name in nodes.items() if name == "CompiledFunctionBackward"}
+        self._keeps_buffers = bool(compiled) and compiled <= self._compiled
         operations = [o for o in self.operations if o.edge.node in nodes]
         idle = set()  # of an operation and one that covers it, either
         for o in operations:
@@ -457,32 +512,33 @@ class Recording(Returning):
         used = {id(leaf) for o in operations for t in o.tracked for leaf in self.leaves(t)} | set(map(id, leaves))
         parameters = {name: p for name, p in self.parameters.items() if id(p) in used}
         own = self._names.keys() | {id(o.probe) for o in self.operations}
-        outputs = (o.edge.node._input_metadata[o.edge.output_nr] for o in operations)
-        narrow = narrowest([losses.dtype, *(output.dtype for output in outputs)])
+        narrow = narrowest([losses.dtype, *(o.output_dtype for o in operations)])
         return Reach(operations, parameters, [t for t in leaves if id(t) not in own], narrow=narrow)
 
     def _scale(self, reach: Reach) -> Scale:
         """What the losses are multiplied by in a backward pass."""
         return self.scaling.of(reach.narrow, self.batch_size)
 
-    def _describe(self, operation: Operation) -> str:
-        return f"{operation.name} (parameter {', '.join(map(self.name_of, operation.tracked))})"
+    def describe(self, operation: Operation, tracked: Sequence[Tensor] | None = None) -> str:
+        """The operation's name, and those of its parameters, or of the ``tracked`` ones."""
+        names = [self.name_of(t) for t in (operation.tracked if tracked is None else tracked)]
+        return f"{operation.name} (parameter {', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
 
     def _readings(self, operation: Operation) -> Sequence[Reading | None]:
         """The ways in which an output's rows may belong to the samples, by its shape."""
         if self.samples is None:  # if not as in the batch, gradients may tell
-            return (None,) if operation.output_rows % self.batch_size == 0 else ()
+            return (None,) if operation.fits(self.batch_size) else ()
         readings = self.samples.readings(operation.output_shape[: operation.row_dims], self.batch_size)
         if not operation.reads_samples:
             readings = [r for r in readings if r.dimension == 0 and r.owner.dim() == 1]
             if not readings:
                 raise UnsupportedError(
-                    f"{self._describe(operation)} is recorded with samples in dimension 0 alone: lay out its input so, or "
+                    f"{self.describe(operation)} is recorded with samples in dimension 0 alone: lay out its input so, or "
                     "freeze the parameter"
                 )
         if not readings:
             raise UnsupportedError(
-                f"{self._describe(operation)} puts out {tuple(operation.output_shape)}: expected the leading dimensions of "
+                f"{self.describe(operation)} puts out {tuple(operation.output_shape)}: expected the leading dimensions of "
                 f"`samples`, {tuple(self.samples.index.shape)}, or in dimension 0 a row for each of its "
                 f"{self.samples.index.numel()} entries or for each of the {self.batch_size} losses"
             )
@@ -496,21 +552,21 @@ class Recording(Returning):
         T, B = lengths[0], self.batch_size
         return f". If samples are dimension 1, tell the recording: record(model, samples=torch.arange({B}).expand({T}, {B}))"
 
-    def _refuse_rows(self, operation: Operation) -> NoReturn:
-        """Raise for an output whose rows are those of no sample, or of none that can be told."""
-        if self.samples is None and operation.output_rows % self.batch_size:
+    def _refuse_rows(self, operation: Operation, tracked: Sequence[Tensor] | None = None) -> NoReturn:
+        """Raise for an output whose rows are those of no sample, or of none that can be told; ``tracked``: for these alone."""
+        remedy = "" if self.samples is not None else operation.remedy or self._remedy()
+        if self.samples is None and not operation.fits(self.batch_size):
             raise UnsupportedError(
-                f"{self._describe(operation)} puts out {operation.output_rows} rows in dimension 0 for "
+                f"{self.describe(operation)} puts out {operation.output_rows} rows in dimension 0 for "
                 f"{self.batch_size} losses: samples must be dimension 0 of every operation on a parameter, or each row one "
                 "sample's; and what they share, as an index of positions that is kept from pass to pass, a buffer of the model"
-                + self._remedy()
+                + remedy
             )
         where = "in dimension 0" if self.samples is None else "where `samples` says"
         raise UnsupportedError(
-            f"samples are coupled after {self._describe(operation)}, or not {where} there: scaling one "
+            f"samples are coupled after {self.describe(operation, tracked)}, or not {where} there: scaling one "
             "sample's loss changes other samples' gradients, so per-sample gradients do not exist. Look for batch "
-            "statistics, in-batch contrasts, or a batch in another dimension than 0 between it and the losses"
-            + ("" if self.samples is not None else self._remedy())
+            "statistics, in-batch contrasts, or a batch in another dimension than 0 between it and the losses" + remedy
         )
 
     def _check_batch(self, losses: Tensor, reach: Reach, readings: Sequence[Sequence[Reading | None]]) -> None:
@@ -540,7 +596,7 @@ class Recording(Returning):
             operation.reading = of_one[choice] if of_one else None
         # Which rows are whose may change with the data.
         varies = self._state.sorts or any(
-            o.output_rows != self.batch_size if o.reading is None else not o.reading.is_fixed for o in operations
+            o.is_merged(self.batch_size) if o.reading is None else not o.reading.is_fixed for o in operations
         )
         if is_open and is_capturing():
             raise UnsupportedError(
@@ -568,12 +624,10 @@ class Recording(Returning):
             half = reach.narrow is torch.float16
             least = 2.0**-24 if half else torch.finfo(norms.dtype).tiny ** 0.5
             lost = least * operation.output_shape.numel() ** 0.5
-            size = norms_a.norm()
-            checks += [~torch.isfinite(size), (size > 0) & (tolerance * size < lost) & half]
+            size = norms_a.norm(dim=1)
+            checks += [~torch.isfinite(size).all(), ((size > 0) & (tolerance * size < lost)).any() & half]
             allowed.append(tolerance * size + 4 * lost)
-            for reading in of_one:
-                of_rows = a.repeat_interleave(norms.numel() // a.numel()) if reading is None else reading.weights(a)
-                checks.append((norms_a - norms * of_rows.to(norms.dtype)).norm() > allowed[-1])
+            checks += [(_apart(reading, norms, norms_a, a) > allowed[-1]).any() for reading in of_one]
         answers = iter(torch.stack(checks).tolist())
         verdicts = [(next(answers), next(answers), [next(answers) for _ in of_one]) for of_one in readings]
         if any(unknown for unknown, _, _ in verdicts):  # losses that are not finite: the next ones will be asked
@@ -581,12 +635,12 @@ class Recording(Returning):
                 if not of_one:
                     self._refuse_rows(operation)
             return
-        found = []
-        for operation, of_one, (_, vague, coupled) in zip(operations, readings, verdicts, strict=True):
+        found: list[list[int]] = []
+        for n, (operation, of_one, (_, vague, coupled)) in enumerate(zip(operations, readings, verdicts, strict=True)):
             if vague and ("float16", operation.name) not in self._state.warned:
                 self._state.warned.add(("float16", operation.name))
                 warnings.warn(
-                    f"gradients at {self._describe(operation)} are so small that float16 rounds them away, and norms with "
+                    f"gradients at {self.describe(operation)} are so small that float16 rounds them away, and norms with "
                     "them: scale the losses, by backward(..., scaler=torch.amp.GradScaler(...)) for example",
                     BootgradWarning,
                     stacklevel=5,
@@ -594,7 +648,8 @@ class Recording(Returning):
             found.append([k for k, _ in enumerate(of_one) if not coupled[k]])
             can_be_told = self.samples is None and operation.reads_samples and operation.row_dims == 1
             if not found[-1] and not (can_be_told and 2 * self.batch_size * tolerance < 1):
-                self._refuse_rows(operation)
+                errors = [_apart(r, plain[n], scaled[n], a) / scaled[n].norm(dim=1) for r in of_one[:1]]
+                self._refuse_rows(operation, *(operation.normed[int(e.nan_to_num().argmax())] for e in errors))
         if any(len(right) != 1 for right in found):
             b = unlike(self.batch_size, count).to(losses)
             scaled_b = self._row_norms(losses, ones * b, operations)
@@ -602,9 +657,9 @@ class Recording(Returning):
                 if right:
                     found[k] = _told_apart(readings[k], right, plain[k], scaled_b[k], b, tolerance)
                     continue
-                operation.reading = reading = Reading.told(plain[k], scaled_b[k], b)
+                operation.reading = reading = Reading.told(plain[k][0], scaled_b[k][0], b)
                 for weights, norms in ((a, scaled[k]), (b, scaled_b[k])):
-                    if (norms - plain[k] * reading.weights(weights).to(norms.dtype)).norm() > allowed[k]:
+                    if (_apart(reading, plain[k], norms, weights) > allowed[k]).any():
                         self._refuse_rows(operation)
                 self._state.sorts = True
         for operation, of_one, right in zip(operations, readings, found, strict=True):
@@ -618,15 +673,20 @@ class Recording(Returning):
         """The norms of the rows of each operation's gy under the losses Σ w_i ℓ_i."""
         inputs = [o.edge if o.probe is None else o.probe for o in operations]
         with self.in_phase(Phase.ROW_NORMS):
-            grads = gradients(losses, inputs, weights, retain_graph=True, allow_unused=True)
+            grads = self.gradients(losses, inputs, weights, retain_graph=True, allow_unused=True)
         return [
-            losses.new_zeros(o.output_rows, requires_grad=False)
+            losses.new_zeros(len(o.normed), o.output_rows, requires_grad=False)
             if g is None
-            else g[0]
+            else o.norms_in(g)
             if o.probe is not None
-            else torch.linalg.vector_norm(g.reshape(o.output_rows, -1), dim=1)
+            else torch.linalg.vector_norm(g.reshape(1, o.output_rows, -1), dim=2)
             for o, g in zip(operations, grads, strict=True)
         ]
+
+    def gradients(self, losses: Tensor, inputs: Sequence, weights: Tensor, **options) -> Sequence[Tensor | None]:
+        """`graph.gradients`, through compiled functions as often as through others."""
+        with keeping_buffers() if self._keeps_buffers and options.get("retain_graph") else nullcontext():
+            return gradients(losses, inputs, weights, **options)
 
     # Gradients of outputs, and terms
 
@@ -646,7 +706,7 @@ class Recording(Returning):
             edges = [o.edge for o in operations]
             options = dict(retain_graph=True, create_graph=create_graph, allow_unused=True)
             with as_met(edges) as met:
-                grads = met(gradients(losses, edges, weights, **options))
+                grads = met(self.gradients(losses, edges, weights, **options))
             return filled(grads, operations, losses)
 
     def terms(self, operations: Sequence[Operation], gys: Sequence[Tensor]) -> dict[str, Term]:
@@ -655,10 +715,16 @@ class Recording(Returning):
         for operation, gy in zip(operations, gys, strict=True):
             for tracked, term in zip(operation.tracked, operation.terms(gy, self.batch_size), strict=True):
                 derived = self._known[id(tracked)]
+                if derived is not None:
+                    self._check_repeats(derived)
                 for leaf in self.leaves(tracked):
-                    own = term if derived is None else pull_back(term, derived, leaf, self.name_of)
+                    own = term if derived is None else pull_back(term, derived, leaf)
                     parts.setdefault(self._names[id(leaf)], []).append(own)
         return {name: merged(p) for name, p in parts.items()}
+
+    def _check_repeats(self, derived: Derived) -> None:
+        """Raise where a tensor is not the same when it is made again."""
+        check_repeats(derived, self.name_of)
 
     def _count_uses(self, operations: Sequence[Operation]) -> dict[int, int]:
         """How often each parameter is used, by id."""
@@ -695,6 +761,7 @@ class Recording(Returning):
         self.freed = True
         self.operations.clear()
         self._edges.clear()
+        self._compiled.clear()
         self._uses = Uses()
         self._by_products.clear()
         self._saved.clear()
@@ -730,10 +797,16 @@ class _Active:
         self.recording = recording
 
     def __enter__(self):
-        TorchFunctionMode.__enter__(self.recording)
+        Mode.__enter__(self.recording)
 
     def __exit__(self, *exc):
-        TorchFunctionMode.__exit__(self.recording, *exc)
+        Mode.__exit__(self.recording, *exc)
+
+
+def _apart(reading: Reading | None, norms: Tensor, norms_a: Tensor, a: Tensor) -> Tensor:
+    """How far norms (k, rows) are from scaling with the samples' weights, (k,)."""
+    of_rows = a.repeat_interleave(norms.size(1) // a.numel()) if reading is None else reading.weights(a)
+    return (norms_a - norms * of_rows.to(norms.dtype)).norm(dim=1)
 
 
 def _told_apart(

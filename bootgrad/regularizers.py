@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from . import center_pairs, graph
 from .centers import BatchMean
+from .compiled import is_compiled
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .grads import add_to_grads, call_hooks, gated
 from .methods.base import Penalties
@@ -71,7 +73,8 @@ class GradientRegularizer:
             center knows nothing, on the first step, Reg1 is about the batch mean and Reg2 is left out.
         method: ``"exact"``; ``"finite_difference"``, from another first-order pass at displaced parameters;
             ``"random_signs"``, for any architecture, with nothing recorded and hence no check for coupled samples; ``"auto"``,
-            the cheapest exact one. `Report.method` says what ran.
+            the cheapest exact one, or for a compiled model random signs by finite differences: other methods run it as it was
+            written. `Report.method` says what ran.
         fraction: m/B in (0, 1], the share of the batch that the penalty is taken on, at least one sample, chosen at random in
             each step. Every tensor in the batch with as many rows as the first is indexed in dimension 0.
         every: k, the penalty is taken on steps 0, k, 2k, …, with k times λ.
@@ -113,7 +116,7 @@ class GradientRegularizer:
             raise ArgumentTypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
         if not named_parameters(model):
             raise RecordingError("the model has no parameter that requires grad: the penalties would do nothing")
-        self._method = choose(method, probes, derivative, epsilon)
+        self._method = choose(method, probes, derivative, epsilon, is_compiled(model))
         if not is_number(fraction) or not 0 < fraction <= 1:
             raise ArgumentError(f"fraction must be a number in (0, 1], a share of the batch; got {fraction!r}")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -155,8 +158,8 @@ class GradientRegularizer:
 
     def record(self, samples: Tensor | None = None) -> AbstractContextManager:
         """The context for the forward pass, where `backward` is given losses; ``samples`` as for `bootgrad.record`."""
-        recorded = self._method.records
-        self._recording = Record(self.model, samples=samples, batchnorm=self.batchnorm) if recorded else None
+        record = partial(Record, samples=samples, batchnorm=self.batchnorm, compiled=self.step % self.every != 0)
+        self._recording = record(self.model) if self._method.records else None
         self._awaits_losses = True
         return self._recording or StandIns()
 

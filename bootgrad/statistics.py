@@ -6,6 +6,7 @@ Statistics always speak of the per-sample gradients g_i themselves, whatever wei
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from . import graph
+from .compiled import compiling_for, refuse_compiled
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .grads import add_to_grads, call_hooks, gated
-from .graph import as_met, filled, gradients, refuse_marked
+from .graph import as_met, filled, refuse_marked
 from .heap import keep_freed_memory
 from .ops.distances import sq_distances
 from .ops.schema import accumulation_dtype
 from .per_sample import Direction, PerSampleGradients, as_parameter_dict, grouped
 from .recording import Reach, Recording
 from .rules.base import Phase
+from .rules.process_wide import eager
 from .rules.terms import DenseTerm, Term
 from .scaling import Number, Scaling, multiplied, peak_of, seeds, without_autocast
 
@@ -155,6 +158,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
 
             That is g_i where no statistics are shared. Means and products are as ever; the samples are not checked to be
             independent of each other, for they are not.
+        compiled: whether compiled functions stay compiled: then `backward` has what it has elsewhere, but for a center, and
+            there are no per-sample gradients. If not, or with ``samples`` or contributions, they run as they were written.
 
     Raises:
         ArgumentError, ArgumentTypeError: ``samples`` is not a long tensor, or has negative entries; an unknown ``batchnorm``.
@@ -162,10 +167,16 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
     """
 
     def __init__(
-        self, *modules: nn.Module, check: str = "first", samples: Tensor | None = None, batchnorm: str = "refuse"
+        self,
+        *modules: nn.Module,
+        check: str = "first",
+        samples: Tensor | None = None,
+        batchnorm: str = "refuse",
+        compiled: bool = True,
     ):
         """Prepare to record ``modules``."""
         super().__init__(*modules, check=check, samples=samples, batchnorm=batchnorm)
+        self._stays_compiled = compiled and samples is None and batchnorm == "refuse"
         self.last_reach: Reach | None = None
         for name, p in self.parameters.items():
             if p.is_complex():
@@ -173,6 +184,9 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                     f"parameter {name} is complex ({p.dtype}), and gradients here are real: freeze it, or make it in the "
                     "forward pass from a real one by torch.view_as_complex"
                 )
+
+    def _compiler_stance(self) -> AbstractContextManager:
+        return compiling_for(self) if self._stays_compiled else eager
 
     def reach(self, losses: Tensor) -> Reach:
         """As `Recording.reach`, and refuse parameters whose gradient is changed or not stored as others are."""
@@ -246,7 +260,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         statistics = summarized(self.parameters, by_name, norms, losses, a, ratio, scaled, self.scaling, reach.finite)
         leaves = [*reach.parameters.values(), *reach.other_leaves]
         if uniform is None:
-            grads = gradients(losses, leaves, weights, retain_graph=retain_graph, allow_unused=True)
+            grads = self.gradients(losses, leaves, weights, retain_graph=retain_graph, allow_unused=True)
         add_to_grads(leaves, gated(multiplied(grads, rest), reach.finite, self.scaling.skips))
         if not retain_graph:
             self.release()
@@ -276,9 +290,14 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         B = self.batch_size
         leaves = [*reach.parameters.values(), *reach.other_leaves]
         probed, others = self.split(reach.operations) if B > 1 else ([], [])
+        if scaled is not None:
+            refuse_compiled(reach.operations, "statistics about a center")
+        if others:
+            shared = [self._names[leaf] for leaf, uses in self._count_uses(reach.operations).items() if uses > 1]
+            refuse_compiled(others, f"norms of {', '.join(shared)}, which several operations use,")
         inputs = [*leaves, *(o.probe for o in probed), *(o.edge for o in others)]
         with self.in_phase(Phase.STATISTICS, probed, scaled), as_met([o.edge for o in others]) as met:
-            grads = gradients(losses, inputs, seed, retain_graph=retain_graph or bool(others), allow_unused=True)
+            grads = self.gradients(losses, inputs, seed, retain_graph=retain_graph or bool(others), allow_unused=True)
             of_others = met(grads[len(inputs) - len(others) :])
         leaf_grads, rest = grads[: len(leaves)], grads[len(leaves) :]
         by_name = dict(zip(reach.parameters, leaf_grads, strict=False))
@@ -312,13 +331,15 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
     ) -> PerSampleGradients:
         """``scale`` times `per_sample_gradients`; where they can be, weights are held as `VisitedTerm`, once differentiable."""
         self.last_reach = reach
+        refuse_compiled(reach.operations, "penalties" if create_graph else "per-sample gradients")
         if create_graph and losses.device.type == "cpu":
             keep_freed_memory()
         # With weights that require grad, a function that can be differentiated once leaves a mark in whatever passes it.
         weights = seeds(losses, scale).requires_grad_(create_graph)
         if self.batch_size == 1:
             leaves = list(reach.parameters.values())
-            grads = gradients(losses, leaves, weights, create_graph=create_graph, retain_graph=True, allow_unused=True)
+            options = dict(create_graph=create_graph, retain_graph=True, allow_unused=True)
+            grads = self.gradients(losses, leaves, weights, **options)
             refuse_marked(grads)
             rows = zip(reach.parameters, grads, strict=True)
             terms: dict[str, Term] = {name: DenseTerm(g.unsqueeze(0)) for name, g in rows if g is not None}

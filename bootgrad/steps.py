@@ -149,9 +149,9 @@ class Step:
                 )
             self._take(forward, whole, batch)
 
-    def _recording(self) -> Record | None:
-        """A recording for one pass, where the method takes one."""
-        return Record(self.model, batchnorm=self.batchnorm) if self.method.records else None
+    def _recording(self, compiled: bool = False) -> Record | None:
+        """A recording for one pass, where the method takes one; penalties need more than a ``compiled`` one has."""
+        return Record(self.model, batchnorm=self.batchnorm, compiled=compiled) if self.method.records else None
 
     def _run(self, function: Callable[..., Tensor], batch: tuple, index: Tensor | None, penalized: bool) -> Forward:
         """One pass of the user's function, over the samples ``index`` if they are not the whole batch."""
@@ -162,7 +162,7 @@ class Step:
         replay = None
         if penalized and (self.method.repeats or self.takes_two_sweeps):
             replay = Replay(self.model, call)
-        recording = self._recording() if penalized or self.penalties.statistics else None
+        recording = self._recording(not penalized) if penalized or self.penalties.statistics else None
         with recording or StandIns():
             losses = call()
         m = None if index is None else index.numel()

@@ -78,7 +78,7 @@ def verify(
     """
     if samples < 2:
         raise ArgumentError(f"Reg1 needs at least two samples to compare on; got {samples}")
-    rec = record(model, check="always")
+    rec = record(model, check="always", compiled=False)
     size = next((t.size(0) for t in batch if isinstance(t, Tensor) and t.dim()), 0)  # the first tensor's samples
     cut = [t[:samples] if isinstance(t, Tensor) and t.dim() and t.size(0) == size else t for t in batch]
     if not rec.parameters:

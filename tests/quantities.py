@@ -24,10 +24,10 @@ class Case:
     def run(self, forward=None):
         if self.seed is not None:
             torch.manual_seed(self.seed)
-        return self.losses_of((forward or self.model)(*self.inputs))
+        return self.losses_of((self.model if forward is None else forward)(*self.inputs))
 
-    def record(self):
-        return record(self.model, self.run, **self.options)
+    def record(self, forward=None):
+        return record(self.model, lambda: self.run(forward), **self.options)
 
     def matrix(self, create_graph=False):
         rec, losses = self.record()
@@ -44,8 +44,8 @@ def check_gradients(case, ours, expected):
         torch.testing.assert_close(g, expected[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def norms(case):
-    rec, losses = case.record()
+def norms(case, forward=None):
+    rec, losses = case.record(forward)
     stats = rec.backward(losses)
     D = case.oracle.matrix
     check(stats.sq_norms, D.square().sum(1))

@@ -18,13 +18,15 @@ LAYERS = (
     ("penalties", "micro_batches"),
     ("statistics",),
     ("per_sample", "centers", "per_sample_pass"),
+    ("compiled",),
+    ("traced",),
     ("recording", "derived", "graph", "grads", "scaling", "running_mean"),
     ("rules",),
     ("ops",),
     ("ops.backends", "ops.library"),
     ("kernels",),
     ("planning", "costs", "plan_tables"),
-    ("ops.schema", "errors", "reference", "heap", "noise_scale"),
+    ("ops.schema", "errors", "reference", "heap", "noise_scale", "modes"),
 )
 ABOVE_ALL = {"bootgrad", "bootgrad.__main__"}
 USERS = set(LAYERS[0])  # of the public names: only they, too, import from bootgrad itself

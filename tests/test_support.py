@@ -10,10 +10,12 @@ import torch
 
 import bootgrad
 from bootgrad import planning
+from bootgrad.compiled import CompiledOperation
 from bootgrad.rules.base import ProductOperation
 from bootgrad.rules.embedding import LookUpOperation
 from bootgrad.rules.fallback import FallbackOperation
 
+from .compiling import IGNORED
 from .layers import LAYERS, B
 from .oracle import Oracle, losses_of, parameters_of, record
 from .quantities import Case, deviation, finite_differences, norms, products, second_order, transposed_products
@@ -21,6 +23,9 @@ from .quantities import Case, deviation, finite_differences, norms, products, se
 CLOSE = dict(
     rtol=1e-9, atol=1e-10
 )  # float64: sums of some hundred terms, and room for what cancels in a penalty's gradient
+
+
+pytestmark = IGNORED
 
 
 def half_precision(case):
@@ -46,8 +51,19 @@ def half_precision(case):
         assert g is None or float((g - e).norm()) <= 0.1 * scale, name
 
 
+def compiled_norms(case):
+    """Norms of the model compiled; a note, unless they come out of compiled functions alone."""
+    torch._dynamo.reset()
+    forward = torch.compile(case.model, backend="aot_eager")
+    norms(case, forward)
+    rec, losses = case.record(forward)
+    is_compiled = all(isinstance(o, CompiledOperation) for o in rec.reach(losses).operations)
+    return None if is_compiled else "as written"
+
+
 COLUMNS = {
     "norms": norms,
+    "compile": compiled_norms,
     "deviation": deviation,
     "G @ v": products,
     "G.T @ w": transposed_products,
@@ -69,14 +85,13 @@ SEQUENCE = (norms, deviation, products, transposed_products, second_order)
 
 
 @functools.cache
-def passes(layer: str, column: str) -> bool:
-    """Run a cell."""
+def mark(layer: str, column: str) -> str:
+    """Run a cell; what it is filled with when it passes."""
     case = case_of(layer, sequence=column == "sequence")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bootgrad.BootgradWarning)
-        for run in SEQUENCE if column == "sequence" else [COLUMNS[column]]:
-            run(case)
-    return True
+        notes = [run(case) for run in (SEQUENCE if column == "sequence" else [COLUMNS[column]])]
+    return next(filter(None, notes), "✓")
 
 
 def columns_of(layer: str) -> list[str]:
@@ -85,7 +100,7 @@ def columns_of(layer: str) -> list[str]:
 
 @pytest.mark.parametrize(("layer", "column"), [(layer, column) for layer in LAYERS for column in columns_of(layer)])
 def test_cell(layer, column):
-    assert passes(layer, column)
+    assert mark(layer, column)
 
 
 def path_of(recording, operation) -> str:
@@ -123,7 +138,7 @@ def page() -> str:
         "|---" * (len(names) + 2) + "|",
     ]
     for layer in LAYERS:
-        cells = ["✓" if name in columns_of(layer) and passes(layer, name) else "" for name in names]
+        cells = [mark(layer, name) if name in columns_of(layer) else "" for name in names]
         lines.append(f"| {layer} | {' | '.join(cells)} | {paths_of(layer)} |")
     return "\n".join(lines) + "\n"
 
@@ -134,11 +149,13 @@ Written by tests/test_support.py: each mark is a test that passes, of a small mo
 that it has, against one backward pass per sample in float64 (relative tolerance 1e-9).
 
 - *norms*: `.grad`, ‖g_i‖² by parameter and Γ, as by-products of the backward pass
+- *compile*: norms again of the model under `torch.compile`, out of compiled functions alone; or *as written*, right as well,
+  where torch's compiler does not capture the layer, or cannot trace its norms
 - *deviation*: ‖g_i − c‖² about a center and the mean; *G @ v*, *G.T @ w*: products with the implicit matrix, Gram matrix, rows
 - *second order*: the gradients of Reg1 about the mean, zero and a center, and of Reg2, by the matrix and the regularizer
 - *finite differences*: Reg1's gradient by `method="finite_difference"`, to 1e-4
 - *autocast*: norms to 5 % and Reg1's gradient to 10 % under bfloat16 with float32 weights, as plain torch has them there
-- *sequence*: all but the last two again with one more dimension of positions, where the layer takes such
+- *sequence*: norms, deviation, products and second order again with one more dimension of positions, where the layer takes such
 
 *Recorded as* names the operations that are seen and how their per-sample gradients are held: as one product for each sample
 (rank one), as tiles of them or by Gram matrices of positions, whichever the cost model finds cheaper at this size; as rows; by

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import bootgrad
-from bootgrad import grads
-from bootgrad.rules.process_wide import Shared
+from bootgrad import compiled, grads
+from bootgrad.rules.process_wide import Shared, eager
 
 STEPS = 12
 
@@ -125,7 +125,7 @@ def test_no_sum_of_gradients_is_lost():
 
 
 def test_others_record_while_one_is_in_the_forward_pass():
-    """Two forward passes overlap, and end in the order in which they began: what is compiled later is compiled."""
+    """Two forward passes overlap, and end in the order in which they began: what is compiled later is compiled as ever."""
     compiled_calls = []
 
     def backend(graph, _):
@@ -152,10 +152,11 @@ def test_others_record_while_one_is_in_the_forward_pass():
         return rec.backward(losses).sq_norms
 
     ours = in_threads(earlier, later)
-    assert compiled_calls == []
-    with bootgrad.record(second) as rec:
-        losses = second(x).square().sum(1)
-    torch.testing.assert_close(ours[1], rec.backward(losses).sq_norms)
+    for norms, model, losses_of in zip(ours, (first, second), (lambda y: y, torch.square), strict=True):
+        with bootgrad.record(model) as rec:
+            losses = losses_of(model(x)).sum(1)
+        torch.testing.assert_close(norms, rec.backward(losses).sq_norms)
+    compiled_calls.clear()
     one(x)
     assert compiled_calls == [1]
     torch._dynamo.reset()
@@ -171,9 +172,8 @@ def test_what_is_shared_is_set_once_and_put_back_by_the_last():
         def __exit__(self, *_):
             told.append("back")
 
-    contexts = [None, Context(), Context()]
-    shared = Shared(lambda: contexts.pop(0))
-    with shared:  # when there was nothing to set
+    shared = Shared(Context)
+    with shared:
         with shared, shared:
             assert told == ["set"]
         assert told == ["set"]
@@ -181,3 +181,25 @@ def test_what_is_shared_is_set_once_and_put_back_by_the_last():
     with shared:
         assert told == ["set", "back", "set"]
     assert told == ["set", "back"] * 2
+
+
+def test_stances_of_several_threads_leave_torch_s_own_behind():
+    """Whichever ends first; code as written goes before code that is compiled for a recording."""
+
+    def told():
+        now = torch._dynamo.eval_frame._stance
+        return now.stance if now.backend is None else "recorded"
+
+    recorded = compiled._stance
+    for stances, expected in (
+        ((eager, recorded), ["force_eager", "force_eager", "recorded", "default"]),
+        ((recorded, eager), ["recorded", "force_eager", "force_eager", "default"]),
+    ):
+        seen = []
+        for stance in stances:
+            stance.__enter__()
+            seen.append(told())
+        for stance in stances:
+            stance.__exit__()
+            seen.append(told())
+        assert seen == expected

@@ -101,6 +101,18 @@ RIGHT = {
     "positions of one row": (lambda m, x: m.linear(x)[:, :3, None] + m.w[torch.arange(3)[None]], dict(w=(5, 2))),
     "class token": (lambda m, x: torch.cat([m.w.expand(4, -1), m.linear(x)], 1), dict(w=(1, 3))),
     "class token, repeated": (lambda m, x: torch.cat([m.w.repeat(4, 1), x], 1) @ m.b, dict(w=(3,), b=(7, 2))),
+    "class token, repeated among features": (
+        lambda m, x: m.linear(x).repeat(1, 2) + m.w.expand(4, 3).repeat(1, 2)[:, :1],
+        dict(w=(1, 3)),
+    ),
+    "class token, repeated by both": (
+        lambda m, x: torch.cat([m.w.repeat((4, 2)), x], 1) @ m.b,
+        dict(w=(3,), b=(10, 2)),
+    ),
+    "class tokens, looked up": (
+        lambda m, x: m.linear(x)[:, None] * F.embedding(torch.tensor([[0, 2, 2]]).expand(4, 3), m.w, padding_idx=2),
+        dict(w=(3, 4)),
+    ),
     "class token, contiguous": (
         lambda m, x: torch.cat([m.w.expand(4, -1).contiguous(), m.linear(x)], 1),
         dict(w=(1, 3)),
@@ -160,6 +172,14 @@ RIGHT = {
         lambda m, x: m.linear(x)[:, :2, None] + m.w[(m.table > 0).long()].sum(0)[:2],
         dict(w=(2, 3)),
     ),
+    "a column by a mask that repeats": (
+        lambda m, x: m.linear(x) * m.w[(m.table[0, :3] == m.table[0, 0]).expand(4, 3)],
+        dict(w=(4, 3)),
+    ),
+    "parts of columns": (lambda m, x: F.linear(x[:, :1], m.w[:, :1]) + F.linear(x[:, 1:], m.w[:, 1:]), dict(w=(3, 4))),
+    "parts that overlap": (lambda m, x: F.linear(x[:, :3], m.w[:, :3]) + F.linear(x, m.w[1:3])[:, :1], dict(w=(3, 4))),
+    "parts of rows that overlap": (lambda m, x: F.linear(x, m.w[:2]) + F.linear(x, m.w[1:]), dict(w=(3, 4))),
+    "parts turned": (lambda m, x: F.linear(x, m.w[:2]) + x @ m.w[2:].t(), dict(w=(4, 4))),
     "frozen factor": (lambda m, x: F.linear(x, m.w @ m.table[:2] @ m.table.t()), dict(w=(3, 2))),
     "complex times real": (lambda m, x: _real(torch.fft.fft(m.linear(x)) * m.w), dict(w=(4,))),
     "complex filter": (lambda m, x: _real(torch.fft.rfft(m.linear(x)) * torch.view_as_complex(m.w)), dict(w=(3, 2))),
@@ -624,7 +644,7 @@ def test_backward_passes_inside_of_the_block():
 def test_compiled_models_are_run_as_written():
     model, x = Model(lambda m, x: m.linear(x)), data()
     compiled = torch.compile(model, backend="eager")
-    with bootgrad.record(model) as rec:
+    with bootgrad.record(model, compiled=False) as rec:
         losses = compiled(x)
     G = rec.per_sample_gradients(losses)
     sq_norms = rec.backward(losses).sq_norms

@@ -13,8 +13,8 @@ DERIVATIVES = ("exact", "finite_difference")
 EPSILON = 1e-4
 
 
-def choose(name: str, probes: int, derivative: str, epsilon: float | None) -> Method:
-    """The method with its options.
+def choose(name: str, probes: int, derivative: str, epsilon: float | None, compiled: bool = False) -> Method:
+    """The method with its options, for a model that is ``compiled`` or not.
 
     Raises:
         ArgumentError: an unknown name, an option out of range, or one that the method does not take.
@@ -32,6 +32,8 @@ def choose(name: str, probes: int, derivative: str, epsilon: float | None) -> Me
     if epsilon is not None and (not is_number(epsilon) or not 0 < epsilon < 1):
         raise ArgumentError(f"epsilon must be a number in (0, 1), relative to the parameters' size; got {epsilon!r}")
     step = EPSILON if epsilon is None else epsilon
+    if name == "auto" and compiled:  # first derivatives only, of passes of which nothing is recorded
+        return RandomSigns(probes, False, step)
     if name == "finite_difference":
         return FiniteDifference(step)
     return RandomSigns(probes, derivative == "exact", step) if name == "random_signs" else Exact()

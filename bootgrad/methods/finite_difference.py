@@ -32,6 +32,7 @@ from ..graph import gradients
 from ..penalties import total_sq_norm
 from ..per_sample import PerSampleGradients
 from ..per_sample_pass import PerSamplePass
+from ..rules.process_wide import eager
 from ..rules.terms import total
 from ..scaling import multiplied, seeds
 from ..second_pass import check_parameters, check_second, displaced, finite_step, quotient
@@ -106,7 +107,8 @@ class FiniteDifference(Method):
         if G is not None:  # its rows are scaled
             factor, recording = strength1 * float(step / scale.first), forward.recording
             context = PerSamplePass(G, factor, *recording.modules, batchnorm=recording.batchnorm)
-        with displaced(forward.parameters, shared, step), forward.replay.again(context) as losses:
+        # As the first pass: of two kinds of kernels, the difference of roundings would be divided by the step, too.
+        with eager, displaced(forward.parameters, shared, step), forward.replay.again(context) as losses:
             second = check_second(losses, first.losses.numel(), forward.scaling)
             moved = gradients(losses, first.leaves, seeds(losses, scale.sample), allow_unused=True)
         return second, quotient(multiplied(moved, scale.to_mean), first.grads, step)

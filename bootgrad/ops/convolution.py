@@ -146,7 +146,7 @@ class ConvProduct(Product):
             return "default"
         if any(t.dtype != torch.float32 or not t.is_contiguous() for t in read):
             return "default"
-        return _chosen(self, product, x.shape, gy_channels)
+        return _chosen(self, product, tuple(map(planning.as_number, x.shape)), planning.as_number(gy_channels))
 
     def output(self, x, weight, bias=None):  # noqa: D102
         by = self._by("output", x, weight.size(0), x, weight)
@@ -248,16 +248,15 @@ class ConvProduct(Product):
 
     def layer(self, x: Tensor, gy: Tensor) -> planning.ConvLayer:
         """The shape of the layer, for the cost model."""
-        return planning.ConvLayer(
-            x.size(0), x.size(1), tuple(x.shape[2:]), gy.size(1), self.kernel_size, *self._geometry
-        )
+        B, C, *size = map(planning.as_number, x.shape)
+        return planning.ConvLayer(B, C, tuple(size), planning.as_number(gy.size(1)), self.kernel_size, *self._geometry)
 
     def _path(self, x: Tensor, gy: Tensor, purpose: str, center: Tensor | None, summed: bool = False) -> str:
         return planning.choose_path(self.layer(x, gy), purpose, center is not None, summed)
 
 
 @functools.lru_cache(maxsize=1024)
-def _chosen(product: ConvProduct, of: str, x_shape: torch.Size, gy_channels: int) -> str:
+def _chosen(product: ConvProduct, of: str, x_shape: tuple[int, ...], gy_channels: int) -> str:
     B, C, *size = x_shape
     geometry = product.kernel_size, *product._geometry
     return planning.cpu_product(planning.ConvLayer(B, C, tuple(size), gy_channels, *geometry), of)

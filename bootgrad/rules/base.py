@@ -10,6 +10,7 @@ Two `autograd.Function`s put an operation into the graph. `RecordedProduct` repl
 parameter, so that no (x, gy) outlives its own step of the backward pass.
 """
 
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -136,6 +137,9 @@ class Recorder(Protocol):
     def product_of(self, product: Product, weight: Tensor | None, bias: Tensor | None) -> Product:
         """The product that a layer with these tracked tensors computes."""
 
+    def new_probe(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Zeros for the operation that is recorded next, whose gradient tells its statistics."""
+
 
 RULES: dict[Callable, Callable] = {}
 
@@ -155,6 +159,7 @@ class Operation(ABC):
     """One recorded call: its name, the tracked tensors it used, and the edge at which its gy arrives."""
 
     output_shape: torch.Size
+    remedy = ""  # where its rows are not those of samples
     reads_samples = False  # whether ``terms`` are right under any ``reading``
 
     def __init__(self, recorder: Recorder, name: str, tracked: Sequence[Tensor]):
@@ -198,7 +203,20 @@ class Operation(ABC):
     @property
     def output_rows(self) -> int:
         """How many rows the output has: the size of its dimension 0, if that is the only one of rows."""
-        return self.output_shape[: self.row_dims].numel()
+        return math.prod(self.output_shape[: self.row_dims])
+
+    def fits(self, batch_size: int) -> bool:
+        """Whether the output's rows may be those of so many samples."""
+        return self.output_rows % batch_size == 0
+
+    def is_merged(self, batch_size: int) -> bool:
+        """Whether there are several rows a sample."""
+        return self.output_rows != batch_size
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """The dtype of the output, and of its gradient."""
+        return self.edge.node._input_metadata[self.edge.output_nr].dtype
 
     @abstractmethod
     def terms(self, gy: Tensor, batch_size: int) -> list[Term]:
@@ -222,7 +240,7 @@ class Operation(ABC):
     def count_rows(self, leading: Sequence[int]) -> int:
         """The rows of an output in whose ``leading`` dimensions they may be, which is decided here."""
         self.row_dims = self.recorder.leading(leading)
-        return torch.Size(leading[: self.row_dims]).numel()
+        return math.prod(leading[: self.row_dims])
 
     def gradient_by_sample(self, gy: Tensor) -> Tensor:
         """The output's gradient as rows of samples, N/B consecutive ones of each.
@@ -241,7 +259,7 @@ class Operation(ABC):
     def new_probe(self, y_rows: int, like: Tensor) -> Tensor:
         """A probe for an output of ``y_rows`` rows."""
         shape = (2 * len(self.tracked), y_rows)
-        self.probe = torch.zeros(shape, dtype=accumulation_dtype(like.dtype), device=like.device, requires_grad=True)
+        self.probe = self.recorder.new_probe(shape, accumulation_dtype(like.dtype), like.device)
         return self.probe
 
     def probe_gradient(self, rows: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
@@ -263,6 +281,15 @@ class Operation(ABC):
         out = torch.zeros_like(self.probe, requires_grad=False)
         out[0] = torch.linalg.vector_norm(gy.reshape(self.output_rows, -1), dim=1, dtype=out.dtype)
         return out
+
+    @property
+    def normed(self) -> list[list[Tensor]]:
+        """The tracked tensors that each row of `norms_in` is about."""
+        return [self.tracked]
+
+    def norms_in(self, probe_grad: Tensor) -> Tensor:
+        """Norms (·, rows) that scale as the losses do, from what a pass for row norms left in the probe."""
+        return probe_grad[:1]
 
     def hold(self, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the node keeps, as its backward pass has it; where terms are made of it, it is not made a second time."""

@@ -1,5 +1,6 @@
 """A parameter that every sample has for itself: a scale, a position, a class token. From there on it is data."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,7 @@ class ExpandOperation(RowsOperation):
         (tracked,) = self.tracked
         self.row_dims, aligned = len(rows), (*[1] * (dims - tracked.dim()), *tracked.shape)
         self.of_rows, self.of_one = torch.Size(aligned[: len(rows)]), torch.Size(aligned[len(rows) :])
-        probe = self.new_probe(torch.Size(rows).numel(), tracked)
+        probe = self.new_probe(math.prod(rows), tracked)
         return self.attach(ExpandedRow.apply(self, probe, self.recorder.alias(tracked), (*rows, *self.of_one)))
 
     def rows(self, gy, *saved):  # noqa: D102

@@ -14,7 +14,7 @@ from ..ops import embedding
 from ..ops.embedding import LookUps
 from ..ops.linear import LinearProduct
 from ..ops.schema import accumulation_dtype
-from .terms import CHUNK_BYTES, DenseTerm, FactoredTerm, SumTerm, Term, recomputed, total
+from .terms import CHUNK_BYTES, DenseTerm, FactoredTerm, SumTerm, Term, ranges, recomputed, total
 
 
 @dataclass
@@ -135,8 +135,8 @@ def _with_linear(term: LookUpTerm, layer: FactoredTerm) -> Tensor:
     B, T = term.batch_size, layer.x.size(1)
     step = max(1, CHUNK_BYTES // (8 * max(1, T * (term.look_ups.each or 0))))
     parts = []
-    for start in range(0, B, step):
-        samples = torch.arange(start, min(start + step, B), device=term.gy.device)
+    for start, stop in ranges(B, step):
+        samples = torch.arange(start, stop, device=term.gy.device)
         parts.append(recomputed(_inner_of_linear, term.select(samples), layer.select(samples)))
     return torch.cat(parts)
 

@@ -48,9 +48,17 @@ def _are_disjoint(parts: Sequence[PartTerm]) -> bool:
     """Whether no entry of the parameter is in two of the parts."""
     whole = torch.empty(parts[0].shape, device="meta")
     views = [part.pick(whole) for part in parts]
-    if all(view._base is whole and view.is_contiguous() for view in views):
-        spans = sorted((view.storage_offset(), view.storage_offset() + view.numel()) for view in views)
-        return all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    if all(view._base is whole for view in views):
+        spans = sorted(_span(view) for view in views if view.numel())
+        apart = all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+        if apart or sum(end - begin for begin, end in spans) == sum(view.numel() for view in views):
+            return apart
     places = torch.arange(whole.numel()).view(whole.shape)
     picked = torch.cat([part.pick(places).flatten() for part in parts])
     return picked.unique().numel() == picked.numel()
+
+
+def _span(view: torch.Tensor) -> tuple[int, int]:
+    """The first place of a view's entries in memory, and the one after the last."""
+    begin = int(view.storage_offset())
+    return begin, begin + 1 + sum((n - 1) * int(stride) for n, stride in zip(view.shape, view.stride(), strict=True))

@@ -15,10 +15,10 @@ class Shared(AbstractContextManager):
     """A context that any number of threads may be in at a time; what it makes is entered once.
 
     Args:
-        make: makes the context, or None where there is nothing to set yet.
+        make: makes the context.
     """
 
-    def __init__(self, make: Callable[[], AbstractContextManager | None]):
+    def __init__(self, make: Callable[[], AbstractContextManager]):
         """Nothing is made yet."""
         self._make, self._lock, self._inside = make, threading.RLock(), 0
         self._context: AbstractContextManager | None = None
@@ -28,8 +28,7 @@ class Shared(AbstractContextManager):
         with self._lock:
             if self._context is None:
                 context = self._make()
-                if context is not None:
-                    context.__enter__()
+                context.__enter__()
                 self._context = context
             self._inside += 1
 
@@ -42,9 +41,53 @@ class Shared(AbstractContextManager):
                 context.__exit__(None, None, None)
 
 
-def _force_eager() -> AbstractContextManager | None:
-    """Nothing is compiled where dynamo was never imported."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
+class Stance(AbstractContextManager):
+    """What becomes of compiled functions while any thread is in it; torch is told the first made of those that some are in.
+
+    Args:
+        make: makes the context that tells torch. Nothing is compiled where dynamo was never imported.
+    """
+
+    _lock = threading.RLock()
+    _all: "list[Stance]" = []
+    _told: "Stance | None" = None
+    _context: AbstractContextManager | None = None
+
+    def __init__(self, make: Callable[[], AbstractContextManager]):
+        """Nobody is in it."""
+        self._make, self._inside = make, 0
+        self._all.append(self)
+
+    def __enter__(self) -> None:
+        """Tell torch, unless another stance goes before."""
+        with self._lock:
+            self._inside += 1
+            try:
+                self._tell()
+            except BaseException:  # torch refuses to be told by compiled code
+                self._inside -= 1
+                raise
+
+    def __exit__(self, *_) -> None:
+        """Tell torch what is left, if that is another one."""
+        with self._lock:
+            self._inside -= 1
+            self._tell()
+
+    @classmethod
+    def _tell(cls) -> None:
+        wanted = next((stance for stance in cls._all if stance._inside), None)
+        if "torch._dynamo" not in sys.modules or wanted is cls._told:
+            return
+        context = Stance._context
+        Stance._told = Stance._context = None
+        if context is not None:  # first, so that what each puts back is the user's own
+            context.__exit__(None, None, None)
+        if wanted is not None:
+            Stance._context = wanted._make()
+            Stance._context.__enter__()
+            Stance._told = wanted
 
 
-eager = Shared(_force_eager)  # compiled code would run what the rules did once
+# Compiled code would run what the rules did once.
+eager = Stance(lambda: torch.compiler.set_stance("force_eager"))

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
+from ..modes import Mode
 from .process_wide import Shared
 
 _Reentrant: Any = torch.utils.checkpoint.CheckpointFunction
 
 
-class NotReentrant(TorchFunctionMode):
+class NotReentrant(Mode):
     """A mode in which reentrant checkpoints are of the other kind."""
 
     def __enter__(self):

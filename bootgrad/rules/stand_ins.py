@@ -74,14 +74,17 @@ def run_plain(mode: Returning, func: Callable, args: tuple, kwargs: dict) -> Any
 
 
 class StandIns(Returning):
-    """Nothing is recorded, but all that has a stand-in runs by it: what torch gets wrong, and what is quicker here."""
+    """Nothing is recorded, but all that has a stand-in runs by it: what torch gets wrong, and what is quicker here.
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    Compiled functions do without: they have first derivatives only.
+    """
+
+    def run(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         """Run one torch function, or what stands for it."""
         written = WRITTEN_OUT.get(func)
         if written is not None and comes_back(self):
             func = written
-        return run_plain(self, func, args, kwargs or {})
+        return run_plain(self, func, args, kwargs)
 
     def again(self) -> AbstractContextManager:
         """The same for a part that is run for the second time."""

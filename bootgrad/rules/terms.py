@@ -95,9 +95,7 @@ class Term(ABC):
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Ranges of samples whose rows fit into the chunk budget."""
-        step = max(1, CHUNK_BYTES // max(1, 8 * self.shape.numel()))
-        for start in range(0, self.batch_size, step):
-            yield start, min(start + step, self.batch_size)
+        return ranges(self.batch_size, max(1, CHUNK_BYTES // max(1, 8 * self.shape.numel())))
 
     def _chunked(self, function: Callable[[Tensor, Tensor | None], Tensor], extra: Tensor | None) -> list[Tensor]:
         """``function(rows, extra)`` of each chunk of rows."""
@@ -105,6 +103,15 @@ class Term(ABC):
             recomputed(lambda term, extra, i=i, j=j: function(term.rows(i, j), extra), self, extra)
             for i, j in self.chunks()
         ]
+
+
+def ranges(size: int, step: int) -> Iterator[tuple[int, int]]:
+    """Ranges of ``step`` numbers up to ``size``; where a compiler leaves the size open, and could not their number, one."""
+    if not isinstance(size, int):
+        yield 0, size
+        return
+    for start in range(0, size, step):
+        yield start, min(start + step, size)
 
 
 def recomputed(function: Callable[..., Tensor], *arguments: Term | Tensor | None) -> Tensor:

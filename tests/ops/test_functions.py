@@ -230,3 +230,23 @@ def test_public_ops_refuse_what_does_not_fit():
     ):
         with pytest.raises(bootgrad.BootgradError):
             call()
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("sizes", [(5, 3), (3, 5), (4, 4)])
+@pytest.mark.parametrize("centered", [True, False])
+def test_a_linear_layers_statistics_in_one_visit(sizes, transposed, centered, monkeypatch):
+    torch.manual_seed(0)
+    product = LinearProduct(transposed)
+    x, gy = (torch.randn(4, 6, n, dtype=torch.float64) for n in sizes)
+    rows = product.rows(x, gy)
+    center = torch.randn_like(rows[0]) if centered else None
+    for path in ("direct", "gram"):
+        monkeypatch.setattr(planning, "choose_path", lambda *_, path=path: path)
+        found = product.statistics(x, gy, center)
+        torch.testing.assert_close(found.weight_grad, rows.sum(0))
+        torch.testing.assert_close(found.sq_norms, rows.square().sum((1, 2)))
+        torch.testing.assert_close(found.bias_rows, gy.sum(1))
+        assert found.weight_grad.is_contiguous()
+        if centered:
+            torch.testing.assert_close(found.deviation_sq_norms, (rows - center).square().sum((1, 2)))
