@@ -9,7 +9,7 @@ whether samples are dimension 0 of every operation.
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
 from .derived import TRANSPOSITIONS, Call, Derived, is_batch_free, may_be_batch_free, pull_back
+from .distributed import ranks_of, silent, unwrapped
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .graph import Uses, as_met, check_losses, filled, gradients, is_capturing, powers_of_two, unlike, walk
 from .ops.piecewise import is_seen
@@ -110,6 +111,7 @@ class Recording(Returning):
             raise ArgumentError(f"batchnorm must be one of {', '.join(BATCHNORM)}; got {batchnorm!r}")
         self.check, self.batchnorm = check, batchnorm
         self.modules = modules
+        self.ranks = ranks_of(*modules)
         self.parameters = named_parameters(*modules)
         self.scaling = Scaling()
         self.phase = Phase.PLAIN
@@ -131,6 +133,7 @@ class Recording(Returning):
         self._chosen: set[int] = set()
         self._centers: dict[str, Tensor] | None = None
         self._saved: dict[int, tuple[Tensor, ...]] = {}
+        self._silence = ExitStack()
         self._used = self.freed = self._runs_again = self._has_contributions = False
 
     # Recording
@@ -143,11 +146,13 @@ class Recording(Returning):
             )
         self._used = True
         eager.__enter__()
+        self._silence.enter_context(silent(self.ranks))
         return super().__enter__()
 
     def __exit__(self, *exc):
         """Stop recording."""
         eager.__exit__(*exc)
+        self._silence.close()
         return super().__exit__(*exc)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -783,7 +788,7 @@ def named_parameters(*modules: nn.Module) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     seen: set[int] = set()
     for k, module in enumerate(modules):
-        for name, p in module.named_parameters():
+        for name, p in unwrapped(module).named_parameters():
             if p.requires_grad and id(p) not in seen:
                 seen.add(id(p))
                 out[name if len(modules) == 1 else f"{k}.{name}"] = p

@@ -5,8 +5,8 @@ Reg1 = (1/B) Σ_i ‖g_i − c‖²        Reg2 = ‖ḡ − c‖²
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import center_pairs, graph
 from .centers import BatchMean
+from .distributed import guarded, ranks_of, silent
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .grads import add_to_grads, call_hooks, gated
 from .methods.base import Penalties
@@ -158,7 +159,7 @@ class GradientRegularizer:
         recorded = self._method.records
         self._recording = Record(self.model, samples=samples, batchnorm=self.batchnorm) if recorded else None
         self._awaits_losses = True
-        return self._recording or StandIns()
+        return self._recording or _unrecorded(self.model)
 
     def backward(self, losses: Tensor | Callable[..., Tensor], *batch: Any, scaler: Any = None) -> Report:
         """Accumulate the gradient of ``losses.mean() + λ₁ Reg1 + λ₂ Reg2`` into ``.grad``, move the centers, and report.
@@ -189,20 +190,21 @@ class GradientRegularizer:
             step = block._next()
         else:
             raise ArgumentError("the scaler of a whole batch is given to its block: reg.accumulate(n, scaler=scaler)")
-        if callable(losses):
-            step.add(losses, batch)
-        elif batch:
-            raise ArgumentTypeError(
-                "a batch was given along with losses: pass the function that computes the losses instead"
-            )
-        elif not awaited:
-            raise RecordingError(
-                "nothing was recorded: compute the losses inside `with reg.record():`, or pass a function"
-            )
-        else:
-            step.add_losses(losses, recording)
-        if block is None:
-            return self._end(step)
+        with guarded(step.rounds if block is None else None):  # of a block, at its end
+            if callable(losses):
+                step.add(losses, batch)
+            elif batch:
+                raise ArgumentTypeError(
+                    "a batch was given along with losses: pass the function that computes the losses instead"
+                )
+            elif not awaited:
+                raise RecordingError(
+                    "nothing was recorded: compute the losses inside `with reg.record():`, or pass a function"
+                )
+            else:
+                step.add_losses(losses, recording)
+            if block is None:
+                return self._end(step)
         block._after_call()
         return step.report_of_call()
 
@@ -242,9 +244,10 @@ class GradientRegularizer:
     def _begin(self, scaler: Any, alone: bool = True) -> Step:
         """The step that comes: what is taken in it, and about which centers."""
         strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
-        generator = torch.Generator()
+        ranks, generator = ranks_of(self.model), torch.Generator()
         if self._seed is not None:
-            generator.manual_seed((self._seed + self.step) % 2**63)
+            of_rank = 0 if ranks is None else ranks.rank << 40  # each draws for its own samples
+            generator.manual_seed((self._seed + self.step + of_rank) % 2**63)
         parameters = named_parameters(self.model)
         if not parameters:
             raise RecordingError(
@@ -263,7 +266,7 @@ class GradientRegularizer:
         )
         penalties = Penalties(taken, centers, generator, self.statistics, wants_mean)
         method, fraction = self._method, self.fraction
-        step = Step(self.model, parameters, method, fraction, penalties, scaling, notes, alone, self.batchnorm)
+        step = Step(self.model, parameters, method, fraction, penalties, scaling, notes, alone, self.batchnorm, ranks)
         runs_again = step.takes_two_sweeps or self._method.repeats
         if taken and (self._seed is not None or runs_again) and graph.is_capturing():
             raise UnsupportedError(
@@ -328,6 +331,12 @@ class GradientRegularizer:
         self.step, self._seed = step, seed
 
 
+@contextmanager
+def _unrecorded(model: nn.Module) -> Iterator[None]:
+    with StandIns(), silent(ranks_of(model)):
+        yield
+
+
 class Accumulation(Block):
     """A block of `GradientRegularizer.accumulate`."""
 
@@ -349,6 +358,7 @@ class Accumulation(Block):
         if self._regularizer._block is not None:
             raise RecordingError("a block of micro-batches is open already: end it before the next one")
         self._step = self._regularizer._begin(self._scaler, alone=self.n == 1)
+        self._rounds = self._step.rounds
         self._regularizer._block = self
 
     def _next(self) -> Step:

@@ -18,12 +18,13 @@ LAYERS = (
     ("penalties", "micro_batches"),
     ("statistics",),
     ("per_sample", "centers", "per_sample_pass"),
-    ("recording", "derived", "graph", "grads", "scaling", "running_mean"),
+    ("recording", "derived", "graph", "grads", "scaling", "running_mean", "rank_statistics"),
     ("rules",),
     ("ops",),
     ("ops.backends", "ops.library"),
     ("kernels",),
     ("planning", "costs", "plan_tables"),
+    ("distributed",),
     ("ops.schema", "errors", "reference", "heap", "noise_scale"),
 )
 ABOVE_ALL = {"bootgrad", "bootgrad.__main__"}
