@@ -246,7 +246,7 @@ class GradientRegularizer:
         strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
         ranks, generator = ranks_of(self.model), torch.Generator()
         if self._seed is not None:
-            of_rank = 0 if ranks is None else ranks.rank << 40  # each draws for its own samples
+            of_rank = 0 if ranks is None else 0x9E3779B9 * ranks.rank  # each draws for its own samples
             generator.manual_seed((self._seed + self.step + of_rank) % 2**63)
         parameters = named_parameters(self.model)
         if not parameters:
