@@ -12,13 +12,12 @@ A rank on which something fails takes part in its next round with nothing but a 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch import Tensor
 
 from .errors import DistributedError, UnsupportedError
 from .ops.schema import accumulation_dtype
@@ -27,33 +26,37 @@ Named = Mapping[str, Tensor | None]
 
 
 class Ranks:
-    """The process group of one or several `DistributedDataParallel`.
+    """The processes of a group, each with the same model and samples of its own.
+
+    Args:
+        group: theirs.
 
     Attributes:
         size, rank: R, and which of them this process is.
     """
 
-    def __init__(self, wrappers: Sequence[DDP]):
-        """Take the group that the wrappers share.
+    def __init__(self, group: dist.ProcessGroup):
+        """Ask the group."""
+        self._group = group
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
-        Raises:
-            UnsupportedError: unlike groups, or an option of a wrapper that would not be followed.
-        """
-        for wrapper in wrappers:
-            _refuse_options(wrapper)
-        groups = [wrapper.process_group for wrapper in wrappers]
-        if any(group is not groups[0] for group in groups):
-            raise UnsupportedError("the modules are in unlike process groups: wrap all of them with the same one")
-        self._wrappers, self._group = wrappers, groups[0]
-        self.size, self.rank = dist.get_world_size(self._group), dist.get_rank(self._group)
+    def silent(self) -> AbstractContextManager:
+        """The context of a forward pass of a step: no hook of the wrapper's waits for its backward pass."""
+        return nullcontext()
 
-    @contextmanager
-    def silent(self) -> Iterator[None]:
-        """Forward passes that no hook waits for; the first of a step brings the buffers of rank 0, as ever."""
-        with ExitStack() as contexts:
-            for wrapper in self._wrappers:
-                contexts.enter_context(wrapper.no_sync())
-            yield
+    def gather(self) -> None:
+        """Have all of every parameter here, from the first forward pass of a step on."""
+
+    def end(self) -> None:
+        """Of a step, or what failed of it; whatever was gathered is let go."""
+
+    def versions(self) -> list[int]:
+        """How often what the model keeps of its parameters was written to."""
+        return []
+
+    def stored(self, leaves: list[Tensor], grads: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The leaves whose ``.grad`` the optimizer reads, and what of the gradients belongs there."""
+        return leaves, grads
 
     def reduce(self, buffer: Tensor) -> None:
         """Add up, in place."""
@@ -64,58 +67,6 @@ class Ranks:
         text = [None if error is None else f"{type(error).__name__}: {error}"]
         dist.broadcast_object_list(text, dist.get_global_rank(self._group, rank), self._group)
         return str(text[0])
-
-    def end(self) -> None:
-        """After the last round of a step: the next forward pass is the first of one."""
-        for wrapper in self._wrappers:
-            wrapper.require_forward_param_sync = True
-
-
-def ranks_of(*modules: nn.Module) -> Ranks | None:
-    """The ranks that train the modules together; None where each process is on its own.
-
-    Raises:
-        UnsupportedError: a `DistributedDataParallel` inside of a module, or beside one that is none, and as `Ranks`.
-    """
-    wrappers = [module for module in modules if isinstance(module, DDP)]
-    for module in modules:
-        for name, child in module.named_modules():
-            if isinstance(child, DDP) and child is not module:
-                raise UnsupportedError(
-                    f"{name} is a DistributedDataParallel inside of a module whose other parameters no rank tells the others "
-                    "of: wrap the whole"
-                )
-    if wrappers and len(wrappers) < len(modules):
-        raise UnsupportedError("some of the modules are DistributedDataParallel and others are not: wrap all of them")
-    return Ranks(wrappers) if wrappers else None
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module that a `DistributedDataParallel` holds, whose parameters have the same names without it."""
-    return module.module if isinstance(module, DDP) else module
-
-
-def _refuse_options(wrapper: DDP) -> None:
-    if not wrapper.require_backward_grad_sync:
-        raise UnsupportedError(
-            "no_sync() would leave the gradient of a part of the batch on its rank, where it is not reduced later: let the "
-            "micro-batches of one batch come in a block of accumulate, without no_sync()"
-        )
-    ignored = {name for name, p in wrapper.module.named_parameters() if p.requires_grad} & set(
-        wrapper.parameters_to_ignore
-    )
-    options = {
-        "static_graph=True": wrapper.static_graph,
-        "a communication hook": bool(wrapper._comm_hooks),
-        "mixed_precision": wrapper.mixed_precision is not None,
-        f"parameters that it ignores, {', '.join(sorted(ignored))}": bool(ignored),
-    }
-    for option, is_set in options.items():
-        if is_set:
-            raise UnsupportedError(
-                f"the DistributedDataParallel has {option}, which a reduction outside of its hooks would not follow: make it "
-                "without"
-            )
 
 
 @dataclass(frozen=True)
@@ -153,7 +104,7 @@ class Rounds:
 
     def __init__(self, ranks: Ranks, parameters: Mapping[str, Tensor], plan: Sequence[tuple[int, int]]):
         """Begin; nothing is said yet."""
-        self._ranks, self._parameters, self._left = ranks, parameters, list(plan)
+        self.ranks, self._parameters, self._left = ranks, parameters, list(plan)
         dtypes = {accumulation_dtype(p.dtype) for p in parameters.values()}
         self._dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self._device = next(iter(parameters.values())).device
@@ -196,10 +147,10 @@ class Rounds:
         shapes = [p.shape for p in self._parameters.values()]
         sizes = [*[shape.numel() for shape in shapes] * n_sets, len(shapes)]
         words = 1 if self._dtype is torch.float64 else 3
-        rows = self._ranks.size * (2 + n_numbers) * words
+        rows = self.ranks.size * (2 + n_numbers) * words
         buffer = torch.zeros(sum(sizes) + rows, dtype=self._dtype, device=self._device)
         *slots, reached = buffer[: sum(sizes)].split(sizes)
-        table = buffer[sum(sizes) :].view(self._ranks.size, 2 + n_numbers, words)
+        table = buffer[sum(sizes) :].view(self.ranks.size, 2 + n_numbers, words)
         if error is None:
             tensors = [named.get(name) for named in sets for name in self._parameters]
             _copy(slots, tensors, self._parameters)
@@ -207,18 +158,16 @@ class Rounds:
                 buffer[: sum(sizes)].mul_(weight)
             reached.copy_(torch.tensor([float(t is not None) for t in tensors[: len(shapes)]]))
         own = [float(error is not None), float(count), *(numbers if error is None else [0.0] * n_numbers)]
-        table[self._ranks.rank].copy_(_words(_stacked(own, self._device), words))
+        table[self.ranks.rank].copy_(_words(_stacked(own, self._device), words))
         left, self._left = self._left[1:], []  # nothing is left where the others are gone
-        self._ranks.reduce(buffer)
+        self.ranks.reduce(buffer)
         values = table.double().sum(2)
         failed, counts = (column.tolist() for column in values[:, :2].unbind(1))
         if any(failed):
             first = failed.index(1.0)
-            text = self._ranks.error_of(first, error)
+            text = self.ranks.error_of(first, error)
             raise DistributedError(f"rank {first} failed, and with it this step on all: {text}")
         self._left = left
-        if not left:
-            self._ranks.end()
         buffer[: -rows - len(shapes)].mul_(1 / sum(counts))
         known = [*(reached > 0).tolist(), *[True] * (len(slots) - len(shapes))]
         means: list[dict[str, Tensor | None]] = []
@@ -230,19 +179,20 @@ class Rounds:
 
 
 @contextmanager
-def guarded(rounds: Rounds | None) -> Iterator[None]:
-    """A block in which an error ends the step of all ranks, where there are several."""
+def guarded(rounds: Rounds | None, keep: bool = False) -> Iterator[None]:
+    """A block in which an error ends the step of all ranks, where there are several, and which is the end of the step.
+
+    To ``keep`` is to leave the step open, for another backward pass through its graph.
+    """
     try:
         yield
     except Exception as error:
         if rounds is not None:
             rounds.fail(error)
         raise
-
-
-def silent(ranks: Ranks | None) -> AbstractContextManager:
-    """The context of a forward pass of the step, see `Ranks.silent`."""
-    return nullcontext() if ranks is None else ranks.silent()
+    finally:
+        if rounds is not None and not keep:
+            rounds.ranks.end()
 
 
 def _copy(slots: Sequence[Tensor], tensors: Sequence[Tensor | None], names: Mapping[str, Tensor]) -> None:

@@ -101,7 +101,8 @@ class Block(ABC):
         self._versions = self._present_versions()
 
     def _present_versions(self) -> list[int]:
-        return [p._version for p in self._parameters.values()]
+        own = [] if self._rounds is None else self._rounds.ranks.versions()
+        return own + [p._version for p in self._parameters.values()]
 
     def _check_block(self) -> None:
         if self._in_call:
@@ -164,6 +165,8 @@ class accumulate(Block):  # noqa: N801 — used as a verb, like record
         """Check the arguments; nothing is computed yet."""
         self._record = partial(Record, *modules, check=check, batchnorm=batchnorm)
         self._ranks = self._record().ranks  # raises what it would raise
+        if self._ranks is not None:
+            self._ranks.end()
         super().__init__(n, modules)
         self._scaler = scaler
         self._centers = None if center is None else as_parameter_dict(center, self._parameters, "center")
@@ -243,8 +246,11 @@ class accumulate(Block):  # noqa: N801 — used as a verb, like record
                 self._leaves[id(p)], grads[id(p)] = p, exchange.mean()[name]
         leaves = list(self._leaves.values())
         cast = [None if (g := grads.get(k)) is None else g.to(leaf.dtype) for k, leaf in self._leaves.items()]
-        add_to_grads(leaves, gated(scaling.scaled(cast), finite, scaling.skips))
-        call_hooks(leaves, cast)
+        sums = gated(scaling.scaled(cast), finite, scaling.skips)
+        if self._ranks is not None:
+            leaves, sums = self._ranks.stored(leaves, sums)
+        add_to_grads(leaves, sums)
+        call_hooks(leaves, sums)
 
     def _all_norms(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """‖g_i‖² and ‖g_i − c‖² of all samples, by parameter that one reaches; of one that does not, g_i is zero."""

@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
 from .derived import TRANSPOSITIONS, Call, Derived, is_batch_free, may_be_batch_free, pull_back
-from .distributed import ranks_of, silent, unwrapped
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .graph import Uses, as_met, check_losses, filled, gradients, is_capturing, powers_of_two, unlike, walk
 from .ops.piecewise import is_seen
@@ -38,6 +37,7 @@ from .rules.samples import Reading, Samples
 from .rules.stand_ins import OF_PARAMETERS, is_in_transform, run_plain
 from .rules.terms import Term
 from .scaling import Scale, Scaling, narrowest, seeds
+from .wrappers import parameters_of, ranks_of, silent
 
 CHECKS = ("first", "always", "never")
 BATCHNORM = ("refuse", "contribution")
@@ -112,6 +112,8 @@ class Recording(Returning):
         self.check, self.batchnorm = check, batchnorm
         self.modules = modules
         self.ranks = ranks_of(*modules)
+        if self.ranks is not None:
+            self.ranks.gather()
         self.parameters = named_parameters(*modules)
         self.scaling = Scaling()
         self.phase = Phase.PLAIN
@@ -153,6 +155,8 @@ class Recording(Returning):
         """Stop recording."""
         eager.__exit__(*exc)
         self._silence.close()
+        if self.ranks is not None and exc[0] is not None:
+            self.ranks.end()
         return super().__exit__(*exc)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -788,7 +792,7 @@ def named_parameters(*modules: nn.Module) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     seen: set[int] = set()
     for k, module in enumerate(modules):
-        for name, p in unwrapped(module).named_parameters():
+        for name, p in parameters_of(module):
             if p.requires_grad and id(p) not in seen:
                 seen.add(id(p))
                 out[name if len(modules) == 1 else f"{k}.{name}"] = p

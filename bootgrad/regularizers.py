@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import center_pairs, graph
 from .centers import BatchMean
-from .distributed import guarded, ranks_of, silent
+from .distributed import guarded
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .grads import add_to_grads, call_hooks, gated
 from .methods.base import Penalties
@@ -27,6 +27,7 @@ from .rules.stand_ins import StandIns
 from .scaling import Scaling
 from .statistics import record as Record
 from .steps import Step
+from .wrappers import ranks_of, silent
 
 __all__ = ["GradientRegularizer", "Report", "reg1", "reg2"]
 
@@ -254,7 +255,11 @@ class GradientRegularizer:
                 "no parameter of the model requires grad any more: there is nothing to take gradients of"
             )
         scaling = Scaling(scaler, next(iter(parameters.values())).device)
+        if ranks is not None:
+            ranks.gather()
         centers = center_pairs.values_of(self.centers, parameters)
+        if ranks is not None:
+            ranks.gather()  # of what a pass of a center's own has let go
         taken, notes = {}, []
         for name, strength in strengths.items() if self.step % self.every == 0 else ():
             if strength and centers[name] is None and not isinstance(self.centers[name], BatchMean):
@@ -290,12 +295,14 @@ class GradientRegularizer:
             checks.append(torch.isfinite(seen))
         known = [t for t in checks if t is not None]
         finite = torch.stack(known).all() if known else None
-        report = step.report(outcome, distances, finite)
-        add_to_grads(outcome.leaves, grads)
+        report, leaves = step.report(outcome, distances, finite), outcome.leaves
+        if step.ranks is not None:
+            leaves, grads = step.ranks.stored(leaves, grads)
+        add_to_grads(leaves, grads)
         if outcome.mean and finite is not None:
             center_pairs.move(self.centers, outcome.mean, centers, finite)
         self.step += 1
-        call_hooks(outcome.leaves, grads)
+        call_hooks(leaves, grads)
         return report
 
     def _strength(self, name: str, strength: Strength) -> float:

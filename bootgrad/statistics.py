@@ -241,11 +241,12 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                 return self._backward(losses, reduction, center, retain_graph, scaler)
         sets = 1 + isinstance(reduction, Tensor)
         exchange = Exchange(self.ranks, self.parameters, center is not None, sets)
-        with without_autocast(losses), guarded(exchange.rounds):
+        with without_autocast(losses), guarded(exchange.rounds, keep=retain_graph):
             return self._backward_of_ranks(losses, reduction, center, retain_graph, scaler, exchange)
 
     def _backward_of_ranks(self, losses, reduction, center, retain_graph, scaler, exchange: Exchange) -> Statistics:
         """The same where this is one rank of several, with the gradient of the reduction over the batch of all."""
+        exchange.rounds.ranks.gather()
         self.scaling = Scaling(scaler, losses.device if isinstance(losses, Tensor) else None)
         reach, (weights, _) = self.reach(losses), _weights(reduction, losses)
         centers = None if center is None else as_parameter_dict(center, self.parameters, "center")
@@ -269,7 +270,9 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         )
         own = multiplied(list(exchange.mean(-1).values()), 1.0 if reduction == "mean" else float(statistics.batch_size))
         leaves, grads = [*self.parameters.values(), *reach.other_leaves], self.scaling.scaled([*own, *others])
-        add_to_grads(leaves, gated(grads, exchange.finite, self.scaling.skips))
+        grads = gated(grads, exchange.finite, self.scaling.skips)
+        leaves, grads = exchange.rounds.ranks.stored(leaves, grads)
+        add_to_grads(leaves, grads)
         if not retain_graph:
             self.release()
         call_hooks(leaves, grads)
@@ -361,6 +364,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                 "GradientRegularizer, or record the module inside of the DistributedDataParallel and average .grad over ranks"
             )
         with without_autocast(losses):
+            if self.ranks is not None:
+                self.ranks.gather()
             return self._per_sample_gradients(losses, self.reach(losses), create_graph)
 
     def _per_sample_gradients(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import graph
-from .distributed import Ranks, Rounds, silent
+from .distributed import Ranks, Rounds
 from .errors import ArgumentError
 from .methods.base import Forward, Gradients, Method, Penalties, Whole
 from .methods.parts import Known, Total, WithRest
@@ -23,6 +23,7 @@ from .scaling import Scaling, without_autocast
 from .second_pass import Replay, Snapshot, check_second, same_buffers
 from .statistics import answered
 from .statistics import record as Record
+from .wrappers import silent
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Step:
         self.model, self.parameters, self.method, self.fraction = model, parameters, method, fraction
         self.penalties, self.scaling, self.notes, self.batchnorm = penalties, scaling, notes, batchnorm
         self.takes_two_sweeps = not alone and penalties.needs_mean
-        self._ranks = ranks
+        self.ranks = ranks
         self._together = None if ranks is None else Together(ranks, parameters, penalties)
         self._total = Total(parameters, penalties.statistics)
         self._kept: list[_Kept] = []
@@ -100,7 +101,7 @@ class Step:
         autocast = autocast_now(parameter.device)
 
         def run(*batch: Any) -> Tensor:
-            with autocast(), silent(self._ranks):
+            with autocast(), silent(self.ranks):
                 return function(*batch)
 
         with without_autocast(parameter):

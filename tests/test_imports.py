@@ -18,7 +18,7 @@ LAYERS = (
     ("penalties", "micro_batches"),
     ("statistics",),
     ("per_sample", "centers", "per_sample_pass"),
-    ("recording", "derived", "graph", "grads", "scaling", "running_mean", "rank_statistics"),
+    ("recording", "derived", "graph", "grads", "scaling", "running_mean", "rank_statistics", "wrappers"),
     ("rules",),
     ("ops",),
     ("ops.backends", "ops.library"),

@@ -1,9 +1,8 @@
-"""Ranks that train a model together: gradients, statistics and reports are those of one process on the batch of all."""
+"""What each rank does, and compares with one process: statistics and penalties."""
 
 import copy
 import itertools
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,85 +13,19 @@ import bootgrad
 import bootgrad.methods.random_signs
 import bootgrad.steps
 
-from .methods.steps import CENTERS, SIGN_OPTIONS, Smooth, flat, losses_of, regularizer, relative
-from .ranks import together
+from ..methods.steps import CENTERS, SIGN_OPTIONS, flat, losses_of, regularizer, relative
+from .models import PENALTIES, SPLITS, Branches, batch, pair, same_gradients, same_report, same_steps
 
 close = torch.testing.assert_close
-FIELDS = ("loss", "reg1", "reg2", "covariance_trace", "mean_sq_norm", "sq_mean_norm", "batch_size", "noise_scale")
-BATCH_MEAN = CENTERS["batch_mean"]
-PENALTIES = {"both": {}, "reg1": {"reg2": 0.0}, "reg2": {"reg1": 0.0}}
-SPLITS = {2: [5, 3], 4: [3, 1, 5, 2]}
 
 
-class Branches(nn.Module):
-    """Two layers of which a rank goes through one, and one that none goes through."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = (nn.Linear(3, 2) for _ in range(3))
-
-    def forward(self, x):
-        return torch.tanh((self.a if x[0, 0] > 0 else self.b)(x))
-
-
-def batch(size, dtype=torch.float64):
-    """A batch, (B, 3) and (B,), and which rows of it each rank has."""
-    split = SPLITS[size]
-    x = torch.randn(sum(split), 3, generator=torch.Generator().manual_seed(1)).to(dtype)
-    ends = list(itertools.accumulate(split, initial=0))
-    return x, torch.arange(sum(split)) % 2, [slice(a, b) for a, b in itertools.pairwise(ends)]
-
-
-def pair(kind=Smooth, dtype=torch.float64, **options):
-    """A model, and the same one wrapped."""
-    torch.manual_seed(0)
-    model = kind().to(dtype)
-    return model, DDP(copy.deepcopy(model), **options)
-
-
-def same_report(ours, expected, rtol=1e-9):
-    for name in FIELDS:
-        close(getattr(ours, name), getattr(expected, name), rtol=rtol, atol=1e-12, equal_nan=True)
-    assert ours.method == expected.method and ours.notes == expected.notes
-
-
-def same_gradients(wrapped, model, rtol=1e-9, atol=1e-12):
-    for p, q in zip(wrapped.module.parameters(), model.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None)
-        if p.grad is not None:
-            close(p.grad, q.grad, rtol=rtol, atol=atol)
-
-
-def same_steps(whole, ours, size, own, parts=None, rtol=1e-9, atol=1e-12, options=()):
-    """Three steps of a regularizer on one process, and of one on ranks, by micro-batches of sizes that each rank has."""
-    x, y, _ = batch(size)
-    for step in range(3):
-        x = x.roll(1, 0) * (1 + step / 4)
-        whole.model.zero_grad()
-        ours.model.zero_grad()
-        expected = whole.backward(losses_of(whole.model), x, y)
-        if parts is None:
-            report = ours.backward(losses_of(ours.model), x[own], y[own])
-        else:
-            with ours.accumulate() as block:
-                for micro in zip(x[own].split(parts), y[own].split(parts), strict=True):
-                    ours.backward(losses_of(ours.model), *micro)
-            report = block.report
-        same_gradients(ours.model, whole.model, rtol, atol)
-        same_report(report, expected, rtol)
-    close(ours.state_dict(), whole.state_dict(), rtol=rtol, atol=1e-12)
-
-
-# What each rank does
-
-
-def statistics_of_a_backward_pass(rank, size):
+def statistics_of_a_backward_pass(rank, size, wrap=DDP):
     x, y, rows = batch(size)
     own = rows[rank]
     center = torch.randn(26, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     weights = torch.arange(len(x), dtype=torch.float64)
     for reduction, about in itertools.product(("mean", "sum", weights), (None, center)):
-        model, wrapped = pair()
+        model, wrapped = pair(wrap=wrap)
         of_rank = reduction[own] if isinstance(reduction, torch.Tensor) else reduction
         for _ in range(2):  # .grad is added to
             with bootgrad.record(model) as rec:
@@ -116,12 +49,12 @@ def same_statistics(stats, expected, own):
             close(getattr(ours, name), getattr(theirs, name), rtol=1e-9, atol=1e-12)
 
 
-def statistics_of_micro_batches(rank, size):
+def statistics_of_micro_batches(rank, size, wrap=DDP):
     x, y, rows = batch(size)
     own = rows[rank]
     center = torch.randn(26, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for about in (None, center):
-        model, wrapped = pair()
+        model, wrapped = pair(wrap=wrap)
         with bootgrad.record(model) as rec:
             losses = losses_of(model)(x, y)
         expected = rec.backward(losses, center=about)
@@ -134,20 +67,20 @@ def statistics_of_micro_batches(rank, size):
         same_gradients(wrapped, model)
 
 
-def exact_penalties(rank, size):
+def exact_penalties(rank, size, wrap=DDP):
     x, y, rows = batch(size)
     for center, penalties in itertools.product(CENTERS.values(), PENALTIES.values()):
         for parts in (None, 2):
-            model, wrapped = pair()
+            model, wrapped = pair(wrap=wrap)
             whole, ours = (regularizer(m, copy.deepcopy(center), **penalties) for m in (model, wrapped))
             same_steps(whole, ours, size, rows[rank], parts)
 
 
-def other_penalties(rank, size):
+def other_penalties(rank, size, wrap=DDP):
     x, y, rows = batch(size)
     for center in CENTERS.values():
         for options in ({"method": "finite_difference", "epsilon": 1e-6}, {"every": 2}):
-            model, wrapped = pair()
+            model, wrapped = pair(wrap=wrap)
             whole, ours = (regularizer(m, copy.deepcopy(center), **options) for m in (model, wrapped))
             same_steps(whole, ours, size, rows[rank], rtol=1e-5, atol=1e-6)
 
@@ -462,227 +395,3 @@ def collectives_of_a_step(rank, size):
     finally:
         bootgrad.distributed.dist.all_reduce = former
     return counts
-
-
-# A rank that fails
-
-
-def raised(function, *args):
-    try:
-        function(*args)
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return None
-
-
-def failures(rank, size):
-    """In every place that one rank can fail in; afterwards all go on."""
-    x, y, rows = batch(size)
-    own, found = rows[rank], {}
-    model, wrapped = pair()
-    bad = torch.tensor(torch.nan if rank == 1 else 1.0)
-
-    def spoiled(x, y):
-        return losses_of(wrapped)(x, y) * bad
-
-    def broken(x, y):
-        if rank == 1:
-            raise KeyError("no such file")
-        return losses_of(wrapped)(x, y)
-
-    def statistics():
-        with bootgrad.record(wrapped) as rec:
-            losses = spoiled(x[own], y[own])
-        rec.backward(losses)
-
-    def block(function, penalties):
-        reg = regularizer(wrapped, **({"center": BATCH_MEAN} | penalties))
-        with reg.accumulate():
-            reg.backward(losses_of(wrapped), x[own], y[own])
-            reg.backward(function, x[own], y[own])
-
-    def between():
-        reg = regularizer(wrapped, BATCH_MEAN)
-        with reg.accumulate():
-            reg.backward(losses_of(wrapped), x[own], y[own])
-            if rank == 1:
-                raise KeyError("no such file")
-
-    def second_sweep():
-        """Ranks have met once for the mean gradient, and one fails before they meet again."""
-        reg, calls = regularizer(wrapped, BATCH_MEAN), []
-
-        def changing(x, y):
-            calls.append(len(x))
-            return losses_of(wrapped)(x, y) * (1.0 if rank != 1 or len(calls) < 3 else 2.0)
-
-        with reg.accumulate():
-            reg.backward(changing, x[own], y[own])
-            reg.backward(changing, x[own], y[own])
-
-    steps = {
-        "statistics": statistics,
-        "losses": lambda: regularizer(wrapped, BATCH_MEAN).backward(spoiled, x[own], y[own]),
-        "one round": lambda: regularizer(wrapped, "zero", reg2=0.0).backward(spoiled, x[own], y[own]),
-        "function": lambda: regularizer(wrapped, BATCH_MEAN).backward(broken, x[own], y[own]),
-        "block": lambda: block(broken, {}),
-        "block, plain": lambda: block(spoiled, {"center": "zero", "reg2": 0.0}),
-        "between": between,
-        "second sweep": second_sweep,
-    }
-    for name, step in steps.items():
-        wrapped.zero_grad()
-        found[name] = raised(step)
-        assert all(p.grad is None for p in wrapped.parameters()), name
-        reg = regularizer(wrapped, BATCH_MEAN)  # and all is in step
-        model.zero_grad()
-        regularizer(model, BATCH_MEAN).backward(losses_of(model), x, y)
-        reg.backward(losses_of(wrapped), x[own], y[own])
-        same_gradients(wrapped, model)
-    return found
-
-
-def refusals(rank, size):
-    """What would not be the batch's."""
-    x, y, rows = batch(size)
-    own = rows[rank]
-    _, wrapped = pair()
-    found = {}
-
-    def no_sync():
-        with wrapped.no_sync():
-            regularizer(wrapped, "zero").backward(losses_of(wrapped), x[own], y[own])
-
-    def rows_with_a_graph():
-        with bootgrad.record(wrapped) as rec:
-            losses = losses_of(wrapped)(x[own], y[own])
-        rec.per_sample_gradients(losses, create_graph=True)
-
-    def hooked():
-        _, hooked = pair()
-        hooked.register_comm_hook(None, lambda state, bucket: bucket.buffer())
-        bootgrad.record(hooked)
-
-    def ignoring():
-        model, _ = pair()
-        DDP._set_params_and_buffers_to_ignore_for_model(model, ["layers.0.bias"])
-        bootgrad.record(DDP(model))
-
-    def sparse():
-        model = DDP(nn.EmbeddingBag(5, 2, sparse=True, mode="sum").double())
-        reg = regularizer(model, "zero", reg2=0.0, method="random_signs", derivative="finite_difference")
-        reg.backward(lambda x: model(x).square().sum(1), torch.zeros(3, 2, dtype=torch.long))
-
-    found["no_sync"] = raised(no_sync)
-    found["graph"] = raised(rows_with_a_graph)
-    found["hook"] = raised(hooked)
-    found["ignored"] = raised(ignoring)
-    found["sparse"] = raised(sparse)
-    found["static"] = raised(lambda: bootgrad.record(pair(static_graph=True)[1]))
-    found["inside"] = raised(lambda: bootgrad.record(nn.Sequential(wrapped, nn.Linear(2, 2))))
-    found["beside"] = raised(lambda: bootgrad.record(wrapped, nn.Linear(2, 2)))
-    with bootgrad.record(wrapped) as rec:  # rows of its own samples are the rank's own
-        losses = losses_of(wrapped)(x[own], y[own])
-    assert rec.per_sample_gradients(losses).batch_size == SPLITS[size][rank]
-    return found
-
-
-ANY_NUMBER = (
-    statistics_of_a_backward_pass,
-    statistics_of_micro_batches,
-    exact_penalties,
-    other_penalties,
-    without_statistics,
-    losses_in_place_of_a_function,
-    what_some_ranks_do_not_reach,
-    half_precision_and_a_scaler,
-    each_rank_draws_its_own_signs,
-    numbers_keep_their_digits,
-    plain_steps_between,
-    buffers_come_from_rank_0,
-    failures,
-)
-TWO = (
-    *ANY_NUMBER,
-    fractions_averaged_over_all_subsets,
-    random_signs_averaged_over_all_signs,
-    collectives_of_a_step,
-    refusals,
-)
-
-
-@pytest.fixture(scope="module")
-def of_two(tmp_path_factory):
-    """What each of two ranks found, by case."""
-    return together(2, tmp_path_factory.mktemp("ranks") / "meeting", *TWO)
-
-
-def values_of(found, case):
-    """What each rank found, none of which is an error."""
-    errors = [value for value in found[case.__name__] if isinstance(value, str)]
-    assert not errors, errors[0]
-    return found[case.__name__]
-
-
-@pytest.mark.parametrize("case", TWO, ids=lambda case: case.__name__)
-def test_two_ranks_are_one_process(of_two, case):
-    values_of(of_two, case)
-
-
-@pytest.mark.slow
-def test_four_ranks_are_one_process(tmp_path):
-    found = together(4, tmp_path / "meeting", *ANY_NUMBER)
-    for case in ANY_NUMBER:
-        values_of(found, case)
-    check_what_was_told(found)
-
-
-def test_what_ranks_find_of_each_other(of_two):
-    check_what_was_told(of_two)
-
-
-def check_what_was_told(found):
-    """Parameters are the same on all, signs are not, and each knows who failed."""
-    first, *others = values_of(found, half_precision_and_a_scaler)
-    assert all(torch.equal(first, other) for other in others)
-    signs = values_of(found, each_rank_draws_its_own_signs)
-    assert len(set(map(tuple, signs))) == len(signs)
-    at_rank_1 = values_of(found, failures)[1]
-    assert {kind for kind, _ in at_rank_1.values()} == {"ArgumentError", "KeyError"}
-    for rank, of_rank in enumerate(values_of(found, failures)):
-        for place, (kind, text) in of_rank.items():
-            if rank != 1:
-                told = ": ".join(at_rank_1[place])
-                assert (kind, text) == ("DistributedError", f"rank 1 failed, and with it this step on all: {told}")
-
-
-def test_rounds_of_a_step(of_two):
-    """One, and one more where a penalty needs the mean gradient of all; of Reg1 alone there are two, the first without center."""
-    for counts in values_of(of_two, collectives_of_a_step):
-        assert counts == {
-            "statistics": 1,
-            "batch_mean": 2,
-            ("batch_mean", "reg1"): 4,
-            "zero": 2,
-            ("zero", "reg1"): 2,
-            "ema": 2,
-            ("ema", "reg1"): 3,
-            "window": 2,
-            ("window", "reg1"): 3,
-        }
-
-
-def test_what_is_refused(of_two):
-    for found in values_of(of_two, refusals):
-        assert {kind for kind, _ in found.values()} == {"UnsupportedError"}
-        for place, words in {
-            "no_sync": "a block of accumulate",
-            "graph": "GradientRegularizer",
-            "hook": "communication hook",
-            "ignored": "ignores, layers.0.bias",
-            "sparse": "parameter weight has a sparse gradient",
-            "static": "static_graph",
-            "inside": "wrap the whole",
-            "beside": "wrap all of them",
-        }.items():
-            assert words in found[place][1]
