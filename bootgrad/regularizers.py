@@ -257,9 +257,8 @@ class GradientRegularizer:
         scaling = Scaling(scaler, next(iter(parameters.values())).device)
         if ranks is not None:
             ranks.gather()
-        centers = center_pairs.values_of(self.centers, parameters)
-        if ranks is not None:
-            ranks.gather()  # of what a pass of a center's own has let go
+        with silent(ranks):  # passes of a center's own
+            centers = center_pairs.values_of(self.centers, parameters)
         taken, notes = {}, []
         for name, strength in strengths.items() if self.step % self.every == 0 else ():
             if strength and centers[name] is None and not isinstance(self.centers[name], BatchMean):
@@ -287,7 +286,8 @@ class GradientRegularizer:
         for name, strength in step.penalties.strengths.items():
             c = centers[name]
             if c is not None:
-                center_pairs.add_derivative(outcome, step.parameters, c, self.centers[name], strength)
+                with silent(step.ranks):
+                    center_pairs.add_derivative(outcome, step.parameters, c, self.centers[name], strength)
         grads = gated(step.scaling.scaled(outcome.grads), outcome.finite, step.scaling.skips)
         checks = [outcome.finite, torch.isfinite(distances.sq_mean) if outcome.mean else None]
         if step.scaling.skips:  # for the penalties alone, too

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -63,6 +64,11 @@ def parameters_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _kind_of(module: nn.Module) -> str | None:
     fsdp = _fsdp_module()
     for name, child in module.named_modules():
+        if isinstance(child, nn.SyncBatchNorm) and child.training and dist.is_available() and dist.is_initialized():
+            raise UnsupportedError(
+                f"{name} is a SyncBatchNorm, which couples the samples of all ranks, so that none has a gradient of its own: "
+                "bootgrad.replace_batchnorm puts group norms in place of batch norms"
+            )
         if isinstance(child, DDP) and child is not module:
             raise UnsupportedError(
                 f"{name} is a DistributedDataParallel inside of a module whose other parameters no rank tells the others of: "
@@ -102,13 +108,14 @@ class Wrapped(Ranks):
             )
         trained = {name for name, p in wrapper.module.named_parameters() if p.requires_grad}
         ignored = trained & set(wrapper.parameters_to_ignore)
-        options = {
-            "static_graph=True": wrapper.static_graph,
-            "a communication hook": bool(wrapper._comm_hooks),
-            "mixed_precision": wrapper.mixed_precision is not None,
-            f"parameters that it ignores, {', '.join(sorted(ignored))}": bool(ignored),
-        }
-        _refuse(options, "the DistributedDataParallel has")
+        without = "make it without"
+        _refuse(
+            "the DistributedDataParallel has",
+            ("static_graph=True", wrapper.static_graph, without),
+            ("a communication hook", wrapper._comm_hooks, without),
+            ("mixed_precision", wrapper.mixed_precision is not None, "take torch.autocast"),
+            (f"parameters that it ignores, {', '.join(sorted(ignored))}", ignored, without),
+        )
         super().__init__(wrapper.process_group)
         self._wrapper = wrapper
 
@@ -140,17 +147,13 @@ class Sharded(Ranks):
         self._states = list({id(s): s for s in (module._get_fsdp_state() for module in modules)}.values())
         self._groups = [group for state in self._states for group in _groups_of(state)]
         self._parts = [part for group in self._groups for part in group.fsdp_params]
+        one_mesh = "use one mesh, of data-parallel ranks"
         _refuse(
-            {
-                "mp_policy with a param_dtype, in place of torch.autocast,": any(
-                    s._mp_policy.param_dtype for s in self._states
-                ),
-                "an offload_policy": any(part.offload_to_cpu for part in self._parts),
-                "a mesh of more than one dimension, or tensor parallelism": any(
-                    part.is_dtensor or part.mesh_info.mesh.ndim > 1 for part in self._parts
-                ),
-            },
             "fully_shard was given",
+            ("a param_dtype", any(s._mp_policy.param_dtype for s in self._states), "take torch.autocast"),
+            ("an offload_policy", any(part.offload_to_cpu for part in self._parts), "leave it out"),
+            ("a mesh of several dimensions", any(part.mesh_info.mesh.ndim > 1 for part in self._parts), one_mesh),
+            ("parameters of tensor parallelism", any(part.is_dtensor for part in self._parts), one_mesh),
         )
         known = {id(t) for part in self._parts for t in (part.sharded_param, getattr(part, "_unsharded_param", None))}
         for name, p in root.named_parameters():
@@ -289,9 +292,10 @@ def _groups_of(state: Any) -> list:
     return list(groups) if groups is not None else [g for g in (state._fsdp_param_group,) if g is not None]
 
 
-def _refuse(options: dict[str, bool], subject: str) -> None:
-    for option, is_set in options.items():
+def _refuse(subject: str, *options: tuple[str, Any, str]) -> None:
+    """Raise for the first option, of name, whether it is set, and remedy, that is set."""
+    for name, is_set, remedy in options:
         if is_set:
             raise UnsupportedError(
-                f"{subject} {option}, which a reduction outside of its hooks would not follow: make it without"
+                f"{subject} {name}, which a reduction outside of its hooks would not follow: {remedy}"
             )

@@ -126,6 +126,7 @@ def refusals(rank, size):
     found["static"] = raised(lambda: bootgrad.record(pair(static_graph=True)[1]))
     found["inside"] = raised(lambda: bootgrad.record(nn.Sequential(wrapped, nn.Linear(2, 2))))
     found["beside"] = raised(lambda: bootgrad.record(wrapped, nn.Linear(2, 2)))
+    found["batch norm"] = raised(lambda: bootgrad.record(nn.Sequential(nn.Linear(3, 2), nn.SyncBatchNorm(2))))
     with bootgrad.record(wrapped) as rec:  # rows of its own samples are the rank's own
         losses = losses_of(wrapped)(x[own], y[own])
     assert rec.per_sample_gradients(losses).batch_size == SPLITS[size][rank]

@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 import bootgrad
 import bootgrad.methods.random_signs
 import bootgrad.steps
+from bootgrad.centers import FullBatchMean
 
 from ..methods.steps import CENTERS, Smooth, losses_of, regularizer
 from .failures import failures, raised
-from .models import SPLITS, batch, mesh_of, pair, same_gradients, same_steps, sharded, whole_of
+from .models import SPLITS, batch, mesh_of, pair, same_gradients, same_report, same_steps, sharded, whole_of
 from .steps import (
     exact_penalties,
     other_penalties,
@@ -69,6 +70,31 @@ def sharded_layers_of_other_kinds(rank, size):
             losses = losses_of(wrapped)(x[own], y[own])
         same_statistics(rec.backward(losses), expected, own)
         same_gradients(wrapped, model)
+
+
+def full_batch_centers(rank, size):
+    """Of which every rank goes through all samples; what it makes of them is no part of the step."""
+    x, y, rows = batch(size)
+    own = rows[rank]
+    for wrap, options in ((DDP, {}), (DDP, {"find_unused_parameters": True}), (sharded, {})):
+        for differentiable in (False, True):
+            model, wrapped = pair(wrap=wrap, **options)
+            whole, ours = (
+                regularizer(
+                    m,
+                    {
+                        "reg1": "zero",
+                        "reg2": FullBatchMean([(x.flip(0), y)], losses_of(m), differentiable=differentiable),
+                    },
+                )
+                for m in (model, wrapped)
+            )
+            for _ in range(2):
+                model.zero_grad()
+                wrapped.zero_grad()
+                expected = whole.backward(losses_of(model), x, y)
+                same_report(ours.backward(losses_of(wrapped), x[own], y[own]), expected)
+                same_gradients(wrapped, model)
 
 
 def sharded_training(rank, size):

@@ -6,6 +6,7 @@ import torch
 from .failures import failures, refusals
 from .processes import together
 from .sharding import (
+    full_batch_centers,
     refusals_of_sharding,
     sharded_failures,
     sharded_layers_of_other_kinds,
@@ -48,6 +49,7 @@ ANY_NUMBER = (
     sharded_statistics,
     sharded_penalties,
     sharded_layers_of_other_kinds,
+    full_batch_centers,
     sharded_training,
     sharded_failures,
 )
@@ -133,7 +135,8 @@ def test_what_is_refused(of_two):
             "sparse": "parameter weight has a sparse gradient",
             "static": "static_graph",
             "inside": "wrap the whole",
-            "beside": "wrap all of them",
+            "beside": "wrap all alike",
+            "batch norm": "SyncBatchNorm",
         }.items():
             assert words in found[place][1]
     for found in values_of(of_two, refusals_of_sharding):
@@ -143,7 +146,7 @@ def test_what_is_refused(of_two):
             "offload": "offload_policy",
             "around": "call fully_shard on the whole",
             "ignored": "parameter layers.0.bias is not sharded",
-            "mesh": "a mesh of more than one dimension",
+            "mesh": "a mesh of several dimensions",
             "tensor parallel": "parameter layers.0.weight is a DTensor",
             "tensor parallel, signs": "parameter layers.0.weight is a DTensor",
         }.items():
