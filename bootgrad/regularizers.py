@@ -64,6 +64,9 @@ class GradientRegularizer:
     the plain gradient is that of the whole batch always. A fraction has the variance (1 − m/B) S²/m in the penalties' gradient,
     S² that of the samples' own parts of it. Steps between penalties leave those of one step k times as large on every k-th.
 
+    Where several ranks train the model, by `DistributedDataParallel` or `fully_shard`, all is about the batch that they have
+    together, whatever the number of samples on each.
+
     Args:
         model: the module to regularize; frozen parameters are left out.
         reg1: λ₁ ≥ 0, a number or a function of the step; all steps count, with penalty or without, and it is asked at each.

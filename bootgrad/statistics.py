@@ -171,6 +171,9 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             That is g_i where no statistics are shared. Means and products are as ever; the samples are not checked to be
             independent of each other, for they are not.
 
+    Of a model that `DistributedDataParallel` or `fully_shard` was called on, `backward` fills ``.grad`` with the gradient of the
+    reduction over the samples of all ranks, and norms alone are about those of this one; see docs/distributed.md.
+
     Raises:
         ArgumentError, ArgumentTypeError: ``samples`` is not a long tensor, or has negative entries; an unknown ``batchnorm``.
         UnsupportedError: a ScriptModule among the modules, a complex parameter; in the forward pass, batch statistics.
