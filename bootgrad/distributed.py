@@ -4,16 +4,18 @@ A rank's samples are a part of the batch as a micro-batch is, of the share m_r/B
 
     t̄ = Σ_r (m_r/B) t_r      of gradients of the mean loss, of penalties, and of the mean gradient ḡ itself
 
-A `Round` is one all-reduce of one buffer, which holds Σ_r m_r t_r, and for numbers that are not to be rounded a row for each
-rank, zero in the buffers of the others: x + 0 = x. In float32 a float64 is the sum of three. The hooks of
-`DistributedDataParallel` are silent meanwhile: they wait for the first backward pass, and know of no derivative of it.
+A `Round` is an all-reduce of one buffer, which holds Σ_r m_r t_r, and for numbers that are not to be rounded a row for each
+rank, zero in the buffers of the others: x + 0 = x. In float32 a float64 is the sum of three. What is large goes out in pieces,
+the first of which do so while a backward pass still makes the last.
 
 A rank on which something fails takes part in its next round with nothing but a flag, and all raise what happened there.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,7 @@ from .errors import DistributedError, UnsupportedError
 from .ops.schema import accumulation_dtype
 
 Named = Mapping[str, Tensor | None]
+PIECE_BYTES = (2**20, 25 * 2**20)  # of the first piece of a buffer and of further ones, at least: those of torch's own
 
 
 class Ranks:
@@ -58,9 +61,9 @@ class Ranks:
         """The leaves whose ``.grad`` the optimizer reads, and what of the gradients belongs there."""
         return leaves, grads
 
-    def reduce(self, buffer: Tensor) -> None:
-        """Add up, in place."""
-        dist.all_reduce(buffer, group=self._group)
+    def reduce(self, piece: Tensor) -> Any:
+        """Begin to add up, in place; what comes back has to be waited for."""
+        return dist.all_reduce(piece, group=self._group, async_op=True)
 
     def error_of(self, rank: int, error: BaseException | None) -> str:
         """What failed on ``rank``, told by it to all."""
@@ -105,16 +108,14 @@ class Rounds:
     def __init__(self, ranks: Ranks, parameters: Mapping[str, Tensor], plan: Sequence[tuple[int, int]]):
         """Begin; nothing is said yet."""
         self.ranks, self._parameters, self._left = ranks, parameters, list(plan)
-        dtypes = {accumulation_dtype(p.dtype) for p in parameters.values()}
-        self._dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        self._device = next(iter(parameters.values())).device
+        self._buffer: _Buffer | None = None  # of the next round
 
     def fail(self, error: Exception) -> None:
         """Take part in the next round, if there is one, to say that this rank has failed."""
         if not self._left:
             return
         try:
-            self._take(0, [], [], 0, error)
+            self._take(0, [], [], 1.0, error)
         except RuntimeError:  # the others have ended, or are told now what is known here already
             pass
 
@@ -137,45 +138,138 @@ class Rounds:
             DistributedError: another rank has failed.
             UnsupportedError: a sparse gradient.
         """
-        return self._take(count, sets, numbers, count if weight is None else weight, None)
+        return self._take(count, sets, numbers, float(count) if weight is None else weight, None)
+
+    @contextmanager
+    def arriving(self, weight: float | Tensor) -> Iterator[None]:
+        """A backward pass that makes the first set of the next round: what is there goes out while it runs.
+
+        Args:
+            weight: as of `take`, which is to be given the same.
+        """
+        buffer = self._open()
+        handles = [
+            p.register_hook(lambda g, name=name: buffer.put(name, g, weight)) for name, p in self._parameters.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _open(self) -> "_Buffer":
+        if self._buffer is None:
+            self._buffer = _Buffer(self.ranks, self._parameters, *self._left[0])
+        return self._buffer
 
     @torch.no_grad()
     def _take(
         self, count: int, sets: Sequence[Named], numbers: Sequence, weight: float | Tensor, error: Exception | None
     ):
-        n_sets, n_numbers = self._left[0]
-        shapes = [p.shape for p in self._parameters.values()]
-        sizes = [*[shape.numel() for shape in shapes] * n_sets, len(shapes)]
-        words = 1 if self._dtype is torch.float64 else 3
-        rows = self.ranks.size * (2 + n_numbers) * words
-        buffer = torch.zeros(sum(sizes) + rows, dtype=self._dtype, device=self._device)
-        *slots, reached = buffer[: sum(sizes)].split(sizes)
-        table = buffer[sum(sizes) :].view(self.ranks.size, 2 + n_numbers, words)
+        buffer = self._open()
         if error is None:
-            tensors = [named.get(name) for named in sets for name in self._parameters]
-            _copy(slots, tensors, self._parameters)
-            if not isinstance(weight, float) or weight != 1:
-                buffer[: sum(sizes)].mul_(weight)
-            reached.copy_(torch.tensor([float(t is not None) for t in tensors[: len(shapes)]]))
-        own = [float(error is not None), float(count), *(numbers if error is None else [0.0] * n_numbers)]
-        table[self.ranks.rank].copy_(_words(_stacked(own, self._device), words))
-        left, self._left = self._left[1:], []  # nothing is left where the others are gone
-        self.ranks.reduce(buffer)
-        values = table.double().sum(2)
+            buffer.fill(sets, weight)
+            buffer.tell([0.0, float(count), *numbers])
+        else:
+            buffer.tell([1.0])
+        left, self._left, self._buffer = self._left[1:], [], None  # nothing is left where the others are gone
+        values = buffer.reduced()
         failed, counts = (column.tolist() for column in values[:, :2].unbind(1))
         if any(failed):
             first = failed.index(1.0)
             text = self.ranks.error_of(first, error)
             raise DistributedError(f"rank {first} failed, and with it this step on all: {text}")
         self._left = left
-        buffer[: -rows - len(shapes)].mul_(1 / sum(counts))
-        known = [*(reached > 0).tolist(), *[True] * (len(slots) - len(shapes))]
-        means: list[dict[str, Tensor | None]] = []
-        for k in range(n_sets):
-            part = slice(k * len(shapes), (k + 1) * len(shapes))
-            triples = zip(self._parameters.items(), slots[part], known[part], strict=True)
-            means.append({name: t.view_as(p).to(p.dtype) if is_known else None for (name, p), t, is_known in triples})
-        return Round(list(map(int, counts)), means, values[:, 2:])
+        return Round(list(map(int, counts)), buffer.means(sum(counts)), values[:, 2:])
+
+
+class _Buffer:
+    """What is added up in one round, in pieces that go out in their order, each when all of it is there.
+
+    The first set comes first, from the last parameter on, as a backward pass makes gradients; behind it are the other sets,
+    which of the parameters have any, and a row of numbers for each rank.
+    """
+
+    def __init__(self, ranks: Ranks, parameters: Mapping[str, Tensor], n_sets: int, n_numbers: int):
+        """Make room, filled with zeros."""
+        self._ranks, self._parameters = ranks, dict(reversed(list(parameters.items())))
+        dtypes = {accumulation_dtype(p.dtype) for p in parameters.values()}
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        words = 1 if dtype is torch.float64 else 3
+        shape = (ranks.size, 2 + n_numbers, words)
+        sizes = [p.numel() for p in self._parameters.values()]
+        total = n_sets * sum(sizes)
+        self._flat = torch.zeros(
+            total + len(sizes) + math.prod(shape), dtype=dtype, device=next(iter(parameters.values())).device
+        )
+        slots = self._flat[:total].split(sizes * n_sets)
+        self._sets = [
+            dict(zip(self._parameters, slots[k * len(sizes) : (k + 1) * len(sizes)], strict=True))
+            for k in range(n_sets)
+        ]
+        self._sums, self._reached = self._flat[:total], self._flat[total : total + len(sizes)]
+        self._table = self._flat[total + len(sizes) :].view(shape)
+        self._arrived: dict[str, bool] = {}
+        self._pieces = _pieces(dict(zip(self._parameters, sizes, strict=True)), self._flat)
+        self._works: list = []
+
+    @torch.no_grad()
+    def put(self, name: str, grad: Tensor, weight: float | Tensor) -> None:
+        """Take in a tensor of the first set, and let a piece go that is whole."""
+        _copy({name: self._sets[0][name]}, {name: grad}, weight)
+        self._arrived[name] = True
+        while len(self._works) < len(self._pieces) - 1 and self._pieces[len(self._works)][0] <= self._arrived.keys():
+            self._send()
+
+    def fill(self, sets: Sequence[Named], weight: float | Tensor) -> None:
+        """Take in all that has not come before."""
+        for slots, named in zip(self._sets, sets, strict=True):
+            is_first = slots is self._sets[0]
+            _copy(slots, {name: t for name, t in named.items() if not (is_first and name in self._arrived)}, weight)
+        reached = [float(name in self._arrived or sets[0].get(name) is not None) for name in self._parameters]
+        self._reached.copy_(torch.tensor(reached))
+
+    def tell(self, numbers: Sequence[Tensor | float]) -> None:
+        """Numbers of this rank."""
+        words = _words(_stacked(numbers, self._flat.device), self._table.size(2))
+        self._table[self._ranks.rank, : len(numbers)].copy_(words)
+
+    def reduced(self) -> Tensor:
+        """Let go of the rest and wait for all; the numbers of all ranks, (R, 2 + K), float64."""
+        while len(self._works) < len(self._pieces):
+            self._send()
+        for work in self._works:
+            work.wait()
+        return self._table.double().sum(2)
+
+    def means(self, count: float) -> list[dict[str, Tensor | None]]:
+        """The sums over ``count``, by parameter in their order; in the first set None for those that no rank has."""
+        self._sums.mul_(1 / count)
+        reached = dict(zip(self._parameters, (self._reached > 0).tolist(), strict=True))
+        return [
+            {
+                name: slots[name].view_as(p).to(p.dtype) if reached[name] or slots is not self._sets[0] else None
+                for name, p in reversed(self._parameters.items())
+            }
+            for slots in self._sets
+        ]
+
+    def _send(self) -> None:
+        self._works.append(self._ranks.reduce(self._pieces[len(self._works)][1]))
+
+
+def _pieces(sizes: Mapping[str, int], flat: Tensor) -> list[tuple[set[str], Tensor]]:
+    """The pieces of a buffer that begins with tensors of these sizes, with the names of those; the last has all the rest."""
+    pieces: list[tuple[set[str], Tensor]] = []
+    names: set[str] = set()
+    begin = end = 0
+    for name, size in sizes.items():
+        names.add(name)
+        end += size
+        if (end - begin) * flat.element_size() >= PIECE_BYTES[min(len(pieces), 1)]:
+            pieces.append((names, flat[begin:end]))
+            begin, names = end, set()
+    return [*pieces, (set(), flat[begin:])]
 
 
 @contextmanager
@@ -195,19 +289,21 @@ def guarded(rounds: Rounds | None, keep: bool = False) -> Iterator[None]:
             rounds.ranks.end()
 
 
-def _copy(slots: Sequence[Tensor], tensors: Sequence[Tensor | None], names: Mapping[str, Tensor]) -> None:
+def _copy(slots: Mapping[str, Tensor], named: Named, weight: float | Tensor) -> None:
+    """Fill slots with ``weight`` times tensors."""
     into, values = [], []
-    for k, (slot, t) in enumerate(zip(slots, tensors, strict=True)):
+    for name, t in named.items():
         if t is not None and t.layout != torch.strided:
-            name = list(names)[k % len(names)]
             raise UnsupportedError(
                 f"parameter {name} has a sparse gradient, which ranks do not exchange: make the embedding with sparse=False"
             )
         if t is not None:
-            into.append(slot)
+            into.append(slots[name])
             values.append(t.reshape(-1))
     if into:
         torch._foreach_copy_(into, values)
+        if not isinstance(weight, float) or weight != 1:
+            torch._foreach_mul_(into, weight)
 
 
 def _stacked(numbers: Sequence[Tensor | float], device: torch.device) -> Tensor:

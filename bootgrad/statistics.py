@@ -171,8 +171,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             That is g_i where no statistics are shared. Means and products are as ever; the samples are not checked to be
             independent of each other, for they are not.
 
-    Of a model that `DistributedDataParallel` or `fully_shard` was called on, `backward` fills ``.grad`` with the gradient of the
-    reduction over the samples of all ranks, and norms alone are about those of this one; see docs/distributed.md.
+    Of a model that `DistributedDataParallel` or `fully_shard` was called on, `backward` fills ``.grad`` with the gradient of
+    the reduction over the samples of all ranks, and norms alone are about those of this one; see docs/distributed.md.
 
     Raises:
         ArgumentError, ArgumentTypeError: ``samples`` is not a long tensor, or has negative entries; an unknown ``batchnorm``.
@@ -256,7 +256,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         weighted, factor = isinstance(reduction, Tensor), 1 / losses.numel() if reduction == "mean" else 1.0
         a: Number = 1.0 if reach.narrow is None else self._scale(reach).sample
         scaled = None if centers is None else {name: c * a for name, c in centers.items()}
-        grads, norms = self._first_order(losses, reach, seeds(losses, a), scaled, retain_graph or weighted)
+        with exchange.rounds.arriving(1 / a):
+            grads, norms = self._first_order(losses, reach, seeds(losses, a), scaled, retain_graph or weighted)
         sets = [dict(zip(reach.parameters, grads, strict=False))]
         leaves = [*reach.parameters.values(), *reach.other_leaves]
         if weighted:

@@ -9,15 +9,7 @@ import bootgrad.methods.random_signs
 import bootgrad.steps
 
 from ..methods.steps import losses_of, regularizer
-from .models import BATCH_MEAN, SPLITS, batch, pair, same_gradients
-
-
-def raised(function, *args):
-    try:
-        function(*args)
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return None
+from .models import BATCH_MEAN, SPLITS, batch, pair, raised, same_gradients
 
 
 def failures(rank, size, wrap=DDP):

@@ -96,3 +96,12 @@ def same_steps(whole, ours, size, own, parts=None, rtol=1e-9, atol=1e-12, option
         same_gradients(ours.model, whole.model, rtol, atol)
         same_report(report, expected, rtol)
     close(ours.state_dict(), whole.state_dict(), rtol=rtol, atol=1e-12)
+
+
+def raised(function, *args):
+    """The kind and the text of an error, or None."""
+    try:
+        function(*args)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None

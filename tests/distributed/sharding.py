@@ -15,8 +15,8 @@ import bootgrad.steps
 from bootgrad.centers import FullBatchMean
 
 from ..methods.steps import CENTERS, Smooth, losses_of, regularizer
-from .failures import failures, raised
-from .models import SPLITS, batch, mesh_of, pair, same_gradients, same_report, same_steps, sharded, whole_of
+from .failures import failures
+from .models import SPLITS, batch, mesh_of, pair, raised, same_gradients, same_report, same_steps, sharded, whole_of
 from .steps import (
     exact_penalties,
     other_penalties,

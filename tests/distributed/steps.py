@@ -10,11 +10,12 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import bootgrad
+import bootgrad.distributed
 import bootgrad.methods.random_signs
 import bootgrad.steps
 
 from ..methods.steps import CENTERS, SIGN_OPTIONS, flat, losses_of, regularizer, relative
-from .models import PENALTIES, SPLITS, Branches, batch, pair, same_gradients, same_report, same_steps
+from .models import PENALTIES, SPLITS, Branches, batch, pair, raised, same_gradients, same_report, same_steps
 
 close = torch.testing.assert_close
 
@@ -47,6 +48,41 @@ def same_statistics(stats, expected, own):
             close(getattr(ours, name), None if value is None else value[own], rtol=1e-9, atol=1e-12)
         for name in ("covariance_trace", "mean_sq_norm", "sq_mean_norm", "batch_size", "reg1", "reg2", "noise_scale"):
             close(getattr(ours, name), getattr(theirs, name), rtol=1e-9, atol=1e-12)
+
+
+def pieces_go_out_on_the_way(rank, size):
+    """Gradients of the last layer before those of the first are made; what is told is the same, and so is an error then."""
+    order, former = [], (bootgrad.distributed.PIECE_BYTES, bootgrad.distributed.dist.all_reduce)
+
+    def reduced(piece, **options):
+        order.append(piece.numel())
+        return former[1](piece, **options)
+
+    bootgrad.distributed.PIECE_BYTES, bootgrad.distributed.dist.all_reduce = (1, 1), reduced
+    try:
+        _, wrapped = pair()
+        x, y, rows = batch(size)
+        first, act, last = wrapped.module.layers
+
+        def backward(hook):
+            with bootgrad.record(wrapped, check="never") as rec:
+                between = act(first(x[rows[rank]]))
+                between.register_hook(hook)
+                losses = F.cross_entropy(last(between), y[rows[rank]], reduction="none")
+            rec.backward(losses)
+
+        def failing(g):
+            if rank == 1:
+                raise KeyError("between")
+
+        kind, _ = raised(lambda: backward(failing))
+        assert kind == ("KeyError" if rank == 1 else "DistributedError")
+        order.clear()
+        backward(lambda g: order.append("between"))
+        assert order[:3] == [2, 8, "between"] and order[3:5] == [4, 12] and len(order) == 6, order
+        statistics_of_a_backward_pass(rank, size)
+    finally:
+        bootgrad.distributed.PIECE_BYTES, bootgrad.distributed.dist.all_reduce = former
 
 
 def statistics_of_micro_batches(rank, size, wrap=DDP):
@@ -363,8 +399,6 @@ def buffers_come_from_rank_0(rank, size):
 
 def collectives_of_a_step(rank, size):
     """How often ranks wait for each other, beside plain steps' once."""
-    import bootgrad.distributed
-
     x, y, rows = batch(size)
     own, calls = rows[rank], []
     former = bootgrad.distributed.dist.all_reduce

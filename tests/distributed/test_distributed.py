@@ -24,6 +24,7 @@ from .steps import (
     losses_in_place_of_a_function,
     numbers_keep_their_digits,
     other_penalties,
+    pieces_go_out_on_the_way,
     plain_steps_between,
     random_signs_averaged_over_all_signs,
     statistics_of_a_backward_pass,
@@ -34,6 +35,7 @@ from .steps import (
 
 ANY_NUMBER = (
     statistics_of_a_backward_pass,
+    pieces_go_out_on_the_way,
     statistics_of_micro_batches,
     exact_penalties,
     other_penalties,
