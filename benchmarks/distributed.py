@@ -3,7 +3,8 @@
     (step ÷ plain DistributedDataParallel step, of R processes) ÷ (step ÷ plain step, of one process)
 
 In each round one process takes its steps while the others wait, then all take theirs; each process has one thread and a batch
-of its own. The number told is the median over rounds. Time between ranks is that of gloo, on one machine.
+of its own. The numbers told are medians over rounds, of seconds and of processor seconds of all threads of a process, which others
+on the machine disturb less, and which know nothing of waiting. Ranks meet by gloo, on one machine.
 
     python -m benchmarks.distributed [--model reference] [--batch 128] [--ranks 2] [--rounds 21]
 """
@@ -60,16 +61,16 @@ def work(rank: int, options: argparse.Namespace, meeting: str) -> None:
     model, shape = MODELS[options.model]()
     x, y = batch(shape, options.batch)
     alone, together = make_variants(model, x, y), make_variants(DDP(model), x, y)
-    times: dict[tuple[str, str], list[float]] = {}
+    times: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for k in range(-WARMUP, options.rounds):
         for name in alone:
             for kind, step in (("alone", alone[name]), ("together", together[name])):
                 model.zero_grad()
                 dist.barrier()
-                start = time.perf_counter()
+                start = time.perf_counter(), time.process_time()
                 if kind == "together" or rank == 0:
                     step()
-                elapsed = time.perf_counter() - start
+                elapsed = time.perf_counter() - start[0], time.process_time() - start[1]
                 dist.barrier()
                 if k >= 0:
                     times.setdefault((kind, name), []).append(elapsed)
@@ -78,37 +79,46 @@ def work(rank: int, options: argparse.Namespace, meeting: str) -> None:
     dist.destroy_process_group()
 
 
-def tell(times: dict[tuple[str, str], list[float]], options: argparse.Namespace) -> None:
+def tell(times: dict[tuple[str, str], list[tuple[float, float]]], options: argparse.Namespace) -> None:
     """Print the table and append to the CSV file."""
     rows = []
     print(f"\n{options.model}, batch {options.batch} on each of {options.ranks} ranks of one thread")
-    print(f"{'step':20}{'ms':>8}{'÷ plain':>9}{'alone':>8}{'quotient':>10}{'(10–90 %)':>14}")
+    print(f"{'step':20}{'ms':>8}{'÷ plain':>9}{'alone':>8}{'quotient':>10}{'(10–90 %)':>14}{'of processors':>15}")
     for kind, name in times:
         if kind == "alone" or name == "plain":
             continue
-        ratios = {
-            k: [a / b for a, b in zip(times[k, name], times[k, "plain"], strict=True)] for k in ("alone", "together")
-        }
-        quotients = sorted(a / b for a, b in zip(ratios["together"], ratios["alone"], strict=True))
-        spread = [quotients[len(quotients) // 10], quotients[-1 - len(quotients) // 10]]
+        seconds, processor = quotients(times, name, 0), quotients(times, name, 1)
         row = {
             "model": options.model,
             "batch": options.batch,
             "ranks": options.ranks,
             "step": name,
-            "milliseconds": f"{1e3 * statistics.median(times['together', name]):.1f}",
-            "ratio": f"{statistics.median(ratios['together']):.3f}",
-            "ratio_alone": f"{statistics.median(ratios['alone']):.3f}",
-            "quotient": f"{statistics.median(quotients):.3f}",
-            "quotient_low": f"{spread[0]:.3f}",
-            "quotient_high": f"{spread[1]:.3f}",
+            "milliseconds": f"{1e3 * statistics.median(t for t, _ in times[kind, name]):.1f}",
+            "ratio": f"{statistics.median(ratios(times, kind, name, 0)):.3f}",
+            "ratio_alone": f"{statistics.median(ratios(times, 'alone', name, 0)):.3f}",
+            "quotient": f"{statistics.median(seconds):.3f}",
+            "quotient_low": f"{seconds[len(seconds) // 10]:.3f}",
+            "quotient_high": f"{seconds[-1 - len(seconds) // 10]:.3f}",
+            "processor_quotient": f"{statistics.median(processor):.3f}",
         }
         rows.append(setting() | row)
-        low_to_high = f"{row['quotient_low']}–{row['quotient_high']}"
+        spread = f"{row['quotient_low']}–{row['quotient_high']}"
         print(
-            f"{name:20}{row['milliseconds']:>8}{row['ratio']:>9}{row['ratio_alone']:>8}{row['quotient']:>10}{low_to_high:>14}"
+            f"{name:20}{row['milliseconds']:>8}{row['ratio']:>9}{row['ratio_alone']:>8}{row['quotient']:>10}{spread:>14}"
+            f"{row['processor_quotient']:>15}"
         )
     append(options.csv, rows)
+
+
+def ratios(times, kind: str, name: str, clock: int) -> list[float]:
+    """Of a step to the plain one, by round."""
+    return [a[clock] / b[clock] for a, b in zip(times[kind, name], times[kind, "plain"], strict=True)]
+
+
+def quotients(times, name: str, clock: int) -> list[float]:
+    """Of these of all processes to those of one, in order of size."""
+    pairs = zip(ratios(times, "together", name, clock), ratios(times, "alone", name, clock), strict=True)
+    return sorted(a / b for a, b in pairs)
 
 
 def main() -> None:

@@ -191,7 +191,7 @@ class _Buffer:
     """
 
     def __init__(self, ranks: Ranks, parameters: Mapping[str, Tensor], n_sets: int, n_numbers: int):
-        """Make room, filled with zeros."""
+        """Make room."""
         self._ranks, self._parameters = ranks, dict(reversed(list(parameters.items())))
         dtypes = {accumulation_dtype(p.dtype) for p in parameters.values()}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -199,7 +199,7 @@ class _Buffer:
         shape = (ranks.size, 2 + n_numbers, words)
         sizes = [p.numel() for p in self._parameters.values()]
         total = n_sets * sum(sizes)
-        self._flat = torch.zeros(
+        self._flat = torch.empty(
             total + len(sizes) + math.prod(shape), dtype=dtype, device=next(iter(parameters.values())).device
         )
         slots = self._flat[:total].split(sizes * n_sets)
@@ -209,7 +209,8 @@ class _Buffer:
         ]
         self._sums, self._reached = self._flat[:total], self._flat[total : total + len(sizes)]
         self._table = self._flat[total + len(sizes) :].view(shape)
-        self._arrived: dict[str, bool] = {}
+        self._flat[total:] = 0
+        self._arrived: set[str] = set()
         self._pieces = _pieces(dict(zip(self._parameters, sizes, strict=True)), self._flat)
         self._works: list = []
 
@@ -217,15 +218,15 @@ class _Buffer:
     def put(self, name: str, grad: Tensor, weight: float | Tensor) -> None:
         """Take in a tensor of the first set, and let a piece go that is whole."""
         _copy({name: self._sets[0][name]}, {name: grad}, weight)
-        self._arrived[name] = True
-        while len(self._works) < len(self._pieces) - 1 and self._pieces[len(self._works)][0] <= self._arrived.keys():
+        self._arrived.add(name)
+        while len(self._works) < len(self._pieces) - 1 and self._pieces[len(self._works)][0] <= self._arrived:
             self._send()
 
     def fill(self, sets: Sequence[Named], weight: float | Tensor) -> None:
         """Take in all that has not come before."""
-        for slots, named in zip(self._sets, sets, strict=True):
-            is_first = slots is self._sets[0]
-            _copy(slots, {name: t for name, t in named.items() if not (is_first and name in self._arrived)}, weight)
+        for k, (slots, named) in enumerate(zip(self._sets, sets, strict=True)):
+            left = {name: named.get(name) for name in slots if k or name not in self._arrived}
+            _copy(slots, left, weight)
         reached = [float(name in self._arrived or sets[0].get(name) is not None) for name in self._parameters]
         self._reached.copy_(torch.tensor(reached))
 
@@ -290,14 +291,16 @@ def guarded(rounds: Rounds | None, keep: bool = False) -> Iterator[None]:
 
 
 def _copy(slots: Mapping[str, Tensor], named: Named, weight: float | Tensor) -> None:
-    """Fill slots with ``weight`` times tensors."""
+    """Fill slots with ``weight`` times tensors, zeros for None."""
     into, values = [], []
     for name, t in named.items():
-        if t is not None and t.layout != torch.strided:
+        if t is None:
+            slots[name].zero_()
+        elif t.layout != torch.strided:
             raise UnsupportedError(
                 f"parameter {name} has a sparse gradient, which ranks do not exchange: make the embedding with sparse=False"
             )
-        if t is not None:
+        else:
             into.append(slots[name])
             values.append(t.reshape(-1))
     if into:
