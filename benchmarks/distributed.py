@@ -3,8 +3,8 @@
     (step ÷ plain DistributedDataParallel step, of R processes) ÷ (step ÷ plain step, of one process)
 
 In each round one process takes its steps while the others wait, then all take theirs; each process has one thread and a batch
-of its own. The numbers told are medians over rounds, of seconds and of processor seconds of all threads of a process, which others
-on the machine disturb less, and which know nothing of waiting. Ranks meet by gloo, on one machine.
+of its own. The numbers told are medians over rounds, of seconds and of processor seconds of all threads of a process, which
+others on the machine disturb less, and which know nothing of waiting. Ranks meet by gloo, on one machine.
 
     python -m benchmarks.distributed [--model reference] [--batch 128] [--ranks 2] [--rounds 21]
 """
