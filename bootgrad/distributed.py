@@ -123,7 +123,7 @@ class Rounds:
         self,
         count: int,
         sets: Sequence[Named],
-        numbers: Sequence[Tensor | float],
+        numbers: Tensor | Sequence[Tensor | float],
         weight: float | Tensor | None = None,
     ) -> Round:
         """Put together what this rank has of ``count`` samples with what the others have.
@@ -131,7 +131,7 @@ class Rounds:
         Args:
             count: m.
             sets: tensors by parameter name, zero where they are None or not there.
-            numbers: of this rank, () each.
+            numbers: of this rank, () each, or (K,) in float64.
             weight: what tensors are multiplied by in the sum that is divided by B; None for m, where they are means.
 
         Raises:
@@ -163,15 +163,14 @@ class Rounds:
         return self._buffer
 
     @torch.no_grad()
-    def _take(
-        self, count: int, sets: Sequence[Named], numbers: Sequence, weight: float | Tensor, error: Exception | None
-    ):
+    def _take(self, count: int, sets: Sequence[Named], numbers: Any, weight: float | Tensor, error: Exception | None):
         buffer = self._open()
         if error is None:
             buffer.fill(sets, weight)
-            buffer.tell([0.0, float(count), *numbers])
+            own = _stacked(numbers, buffer.device)
+            buffer.tell(torch.cat([own.new_tensor([0.0, float(count)]), own]))
         else:
-            buffer.tell([1.0])
+            buffer.tell(torch.ones(1, dtype=torch.float64, device=buffer.device))
         left, self._left, self._buffer = self._left[1:], [], None  # nothing is left where the others are gone
         values = buffer.reduced()
         failed, counts = (column.tolist() for column in values[:, :2].unbind(1))
@@ -207,12 +206,17 @@ class _Buffer:
             dict(zip(self._parameters, slots[k * len(sizes) : (k + 1) * len(sizes)], strict=True))
             for k in range(n_sets)
         ]
-        self._sums, self._reached = self._flat[:total], self._flat[total : total + len(sizes)]
+        self._reached = self._flat[total : total + len(sizes)]
         self._table = self._flat[total + len(sizes) :].view(shape)
         self._flat[total:] = 0
         self._arrived: set[str] = set()
         self._pieces = _pieces(dict(zip(self._parameters, sizes, strict=True)), self._flat)
         self._works: list = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._flat.device
 
     @torch.no_grad()
     def put(self, name: str, grad: Tensor, weight: float | Tensor) -> None:
@@ -230,10 +234,9 @@ class _Buffer:
         reached = [float(name in self._arrived or sets[0].get(name) is not None) for name in self._parameters]
         self._reached.copy_(torch.tensor(reached))
 
-    def tell(self, numbers: Sequence[Tensor | float]) -> None:
-        """Numbers of this rank."""
-        words = _words(_stacked(numbers, self._flat.device), self._table.size(2))
-        self._table[self._ranks.rank, : len(numbers)].copy_(words)
+    def tell(self, numbers: Tensor) -> None:
+        """Numbers of this rank, float64."""
+        self._table[self._ranks.rank, : numbers.numel()].copy_(_words(numbers, self._table.size(2)))
 
     def reduced(self) -> Tensor:
         """Let go of the rest and wait for all; the numbers of all ranks, (R, 2 + K), float64."""
@@ -244,16 +247,21 @@ class _Buffer:
         return self._table.double().sum(2)
 
     def means(self, count: float) -> list[dict[str, Tensor | None]]:
-        """The sums over ``count``, by parameter in their order; in the first set None for those that no rank has."""
-        self._sums.mul_(1 / count)
-        reached = dict(zip(self._parameters, (self._reached > 0).tolist(), strict=True))
-        return [
-            {
-                name: slots[name].view_as(p).to(p.dtype) if reached[name] or slots is not self._sets[0] else None
-                for name, p in reversed(self._parameters.items())
-            }
-            for slots in self._sets
-        ]
+        """The sums over ``count``, each in memory of its own; in the first set None for those that no rank has."""
+        reached = self._reached.tolist()
+        means = []
+        for slots in self._sets:
+            shaped = [slot.view_as(p) for slot, p in zip(slots.values(), self._parameters.values(), strict=True)]
+            named = dict(zip(slots, torch._foreach_mul(shaped, 1 / count), strict=True))
+            is_first = slots is self._sets[0]
+            is_known = dict(zip(slots, (not is_first or k > 0 for k in reached), strict=True))
+            means.append(
+                {
+                    name: named[name].to(p.dtype) if is_known[name] else None
+                    for name, p in reversed(self._parameters.items())
+                }
+            )
+        return means
 
     def _send(self) -> None:
         self._works.append(self._ranks.reduce(self._pieces[len(self._works)][1]))
@@ -309,8 +317,10 @@ def _copy(slots: Mapping[str, Tensor], named: Named, weight: float | Tensor) -> 
             torch._foreach_mul_(into, weight)
 
 
-def _stacked(numbers: Sequence[Tensor | float], device: torch.device) -> Tensor:
+def _stacked(numbers: Tensor | Sequence[Tensor | float], device: torch.device) -> Tensor:
     """(K,), float64."""
+    if isinstance(numbers, Tensor):
+        return numbers
     if any(isinstance(x, Tensor) for x in numbers):
         return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device).reshape(()) for x in numbers])
     return torch.tensor(numbers, dtype=torch.float64, device=device)

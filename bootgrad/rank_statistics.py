@@ -55,8 +55,8 @@ class Exchange:
     def meet(self, sq_norms: Sequence[Tensor], deviations: Sequence[Tensor] | None) -> list[Everywhere]:
         """Take the round, with ‖g_i‖² and ‖g_i − c‖² of this rank, (m,) by parameter; those of all come back as means."""
         rows = torch.stack([*sq_norms, *(deviations or ())]).double().mean(1)
-        finite = 1.0 if self._finite is None else self._finite
-        self._round = self.rounds.take(sq_norms[0].numel(), self._sets, [finite, *rows.unbind()], self._weight)
+        finite = rows.new_ones(1) if self._finite is None else self._finite.to(rows).reshape(1)
+        self._round = self.rounds.take(sq_norms[0].numel(), self._sets, torch.cat([finite, rows]), self._weight)
         means = self._round.averages()[1:].view(self._kinds, -1)
         return [Everywhere(self._round.count, *column.unbind()) for column in means.unbind(1)]
 
