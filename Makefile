@@ -71,6 +71,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.cost_model
 	$(BIN)/python -m benchmarks.ceilings
 	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.distributed
 
 # PEERS: options, as --quick or --data cifar.npz; --help names them.
 bench-peers:

@@ -24,6 +24,10 @@ class UnsupportedError(RecordingError):
     """A model for which per-sample gradients do not exist or would come out wrong."""
 
 
+class DistributedError(BootgradError, RuntimeError):
+    """Another rank has failed, and with it the step of all."""
+
+
 class DataError(BootgradError, ValueError):
     """A file that is missing, damaged, or not of the expected form."""
 

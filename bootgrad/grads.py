@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import graph
 
@@ -36,7 +37,7 @@ def add_to_grads(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> No
             if grad is None:
                 continue
             if leaf.grad is None:
-                sums.append((leaf, _owned(grad, leaf, taken), False))
+                sums.append((leaf, grad if is_traceable_wrapper_subclass(grad) else _owned(grad, leaf, taken), False))
             elif _is_writable(leaf.grad):
                 sums.append((leaf, grad, True))
             else:

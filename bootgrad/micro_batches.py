@@ -13,15 +13,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .distributed import Rounds, guarded
 from .errors import ArgumentError, RecordingError
 from .grads import add_to_grads, call_hooks, gated
 from .ops.distances import sq_distances
 from .ops.schema import accumulation_dtype
 from .per_sample import Direction, as_parameter_dict
+from .rank_statistics import Exchange
 from .recording import named_parameters
 from .running_mean import RunningMean
 from .scaling import Scaling, multiplied, seeds, without_autocast
-from .statistics import Statistics, summarized
+from .statistics import Statistics, answered, summarized
 from .statistics import record as Record
 
 AnyBlock = TypeVar("AnyBlock", bound="Block")
@@ -53,6 +55,7 @@ class Block(ABC):
             None  # of the parameters after the last call; None where the block is not open
         )
         self._used = self._in_call = False
+        self._rounds: Rounds | None = None  # where several ranks take part
 
     def __enter__(self: AnyBlock) -> AnyBlock:
         """Begin."""
@@ -63,19 +66,22 @@ class Block(ABC):
         self._versions = self._present_versions()
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind, error, _) -> None:
         """Finish, or drop all where there was an error."""
         try:
-            if kind is None:
-                self._check_block()
-                if not self.calls or (self.n is not None and self.calls < self.n):
-                    raise RecordingError(
-                        f"the block ended after {self.calls} micro-batches; expected {self.n or 'one or more'}: nothing was "
-                        "done with them; leave n out where their number is not known before"
-                    )
-                self._finish()
+            with guarded(self._rounds):
+                if kind is None:
+                    self._check_block()
+                    if not self.calls or (self.n is not None and self.calls < self.n):
+                        raise RecordingError(
+                            f"the block ended after {self.calls} micro-batches; expected {self.n or 'one or more'}: nothing "
+                            "was done with them; leave n out where their number is not known before"
+                        )
+                    self._finish()
+                elif self._rounds is not None and isinstance(error, Exception):
+                    self._rounds.fail(error)
         finally:
-            self._versions = None
+            self._versions = self._rounds = None
             self._drop()
 
     def _before_call(self) -> None:
@@ -95,7 +101,8 @@ class Block(ABC):
         self._versions = self._present_versions()
 
     def _present_versions(self) -> list[int]:
-        return [p._version for p in self._parameters.values()]
+        own = [] if self._rounds is None else self._rounds.ranks.versions()
+        return own + [p._version for p in self._parameters.values()]
 
     def _check_block(self) -> None:
         if self._in_call:
@@ -157,12 +164,15 @@ class accumulate(Block):  # noqa: N801 — used as a verb, like record
     ):
         """Check the arguments; nothing is computed yet."""
         self._record = partial(Record, *modules, check=check, batchnorm=batchnorm)
-        self._record()  # raises what it would raise
+        self._ranks = self._record().ranks  # raises what it would raise
+        if self._ranks is not None:
+            self._ranks.end()
         super().__init__(n, modules)
         self._scaler = scaler
         self._centers = None if center is None else as_parameter_dict(center, self._parameters, "center")
         self._statistics: Statistics | None = None
         self._recording: Record | None = None
+        self._exchange: Exchange | None = None
         self._drop()
 
     @property
@@ -197,6 +207,9 @@ class accumulate(Block):  # noqa: N801 — used as a verb, like record
 
     def _begin(self) -> None:
         self._scaling = Scaling(self._scaler, next((p.device for p in self._parameters.values()), None))
+        if self._ranks is not None:
+            self._exchange = exchange = Exchange(self._ranks, self._parameters, self._centers is not None)
+            self._rounds = exchange.rounds
 
     def _take(self, losses: Tensor, recording: Record) -> None:
         recording.scaling = self._scaling
@@ -215,15 +228,29 @@ class accumulate(Block):  # noqa: N801 — used as a verb, like record
             self._finite.append(reach.finite)
 
     def _finish(self) -> None:
-        grads, scaling = self._grads.values, self._scaling
+        grads: dict[Hashable, Tensor | None] = dict(self._grads.values)
+        scaling = self._scaling
         means = {name: grads.get(id(p)) for name, p in self._parameters.items()}
         finite = torch.stack(self._finite).all() if self._finite else None
         losses, norms = torch.cat(self._losses), self._all_norms()
-        self._statistics = summarized(self._parameters, means, norms, losses, 1.0, 1.0, self._centers, scaling, finite)
+        exchange = self._exchange
+        if exchange is not None:
+            finite = answered(losses, finite, scaling)
+            exchange.bring([means], float(losses.numel()), finite)
+        self._statistics = summarized(
+            self._parameters, means, norms, losses, 1.0, 1.0, self._centers, scaling, finite, exchange
+        )
+        if exchange is not None:
+            finite = exchange.finite
+            for name, p in self._parameters.items():
+                self._leaves[id(p)], grads[id(p)] = p, exchange.mean()[name]
         leaves = list(self._leaves.values())
-        cast = [grads[k].to(leaf.dtype) if k in grads else None for k, leaf in self._leaves.items()]
-        add_to_grads(leaves, gated(scaling.scaled(cast), finite, scaling.skips))
-        call_hooks(leaves, cast)
+        cast = [None if (g := grads.get(k)) is None else g.to(leaf.dtype) for k, leaf in self._leaves.items()]
+        sums = gated(scaling.scaled(cast), finite, scaling.skips)
+        if self._ranks is not None:
+            leaves, sums = self._ranks.stored(leaves, sums)
+        add_to_grads(leaves, sums)
+        call_hooks(leaves, sums)
 
     def _all_norms(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """‖g_i‖² and ‖g_i − c‖² of all samples, by parameter that one reaches; of one that does not, g_i is zero."""
@@ -247,4 +274,5 @@ class accumulate(Block):  # noqa: N801 — used as a verb, like record
         self._grads = RunningMean()
         self._norms: list[dict[str, tuple[Tensor, Tensor | None]]] = []
         self._losses: list[Tensor] = []
+        self._exchange = None
         self._finite: list[Tensor] = []

@@ -9,7 +9,7 @@ whether samples are dimension 0 of every operation.
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -20,6 +20,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
 from .derived import TRANSPOSITIONS, Call, Derived, check_repeats, is_batch_free, may_be_batch_free, pull_back
+from .distributed import Ranks
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .graph import (
     Uses,
@@ -50,6 +51,7 @@ from .rules.samples import Reading, Samples
 from .rules.stand_ins import OF_PARAMETERS, is_in_transform, run_plain
 from .rules.terms import Term
 from .scaling import Scale, Scaling, narrowest, seeds
+from .wrappers import parameters_of, ranks_of, silent
 
 _IN_COMPILED = (
     "a forward pass is recorded inside of a compiled function: compile what is recorded, the model or a function that computes "
@@ -95,6 +97,8 @@ class Reach:
 class Recording(Returning):
     """The record of one forward pass of one or more modules."""
 
+    ranks: Ranks | None = None  # that the modules are trained by together
+
     def __init__(
         self, *modules: nn.Module, check: str = "first", samples: Tensor | None = None, batchnorm: str = "refuse"
     ):
@@ -129,6 +133,9 @@ class Recording(Returning):
         self.check, self.batchnorm = check, batchnorm
         self.modules = modules
         self._state = _states.setdefault(modules[0], _ModelState())
+        self.ranks = ranks_of(*modules)
+        if self.ranks is not None:
+            self.ranks.gather()
         others = (t for child in self._children for t in (*child._buffers.values(), *child._parameters.values()))
         self._begin(named_parameters(*modules), others, None if samples is None else Samples(samples))
 
@@ -152,6 +159,7 @@ class Recording(Returning):
         self._centers: dict[str, Tensor] | None = None
         self._compiled: set[Any] = set()  # nodes of functions that were compiled to be differentiated more than once
         self._saved: dict[int, tuple[Tensor, ...]] = {}
+        self._around = ExitStack()
         self._used = self.freed = self._runs_again = self._has_contributions = self._keeps_buffers = False
 
     # Recording
@@ -163,16 +171,20 @@ class Recording(Returning):
                 "this recording was used already: make a new one with record(model) for every forward pass"
             )
         self._used = True
-        self._stance = self._compiler_stance()
-        try:
-            self._stance.__enter__()
-        except RuntimeError as error:  # torch refuses it nowhere else
-            raise RecordingError(_IN_COMPILED) from error
+        with ExitStack() as around:
+            try:
+                around.enter_context(self._compiler_stance())
+            except RuntimeError as error:  # torch refuses it nowhere else
+                raise RecordingError(_IN_COMPILED) from error
+            around.enter_context(silent(self.ranks))
+            self._around = around.pop_all()
         return super().__enter__()
 
     def __exit__(self, *exc):
         """Stop recording."""
-        self._stance.__exit__(*exc)
+        self._around.close()
+        if self.ranks is not None and exc[0] is not None:
+            self.ranks.end()
         return super().__exit__(*exc)
 
     def _compiler_stance(self) -> AbstractContextManager:
@@ -856,7 +868,7 @@ def named_parameters(*modules: nn.Module) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     seen: set[int] = set()
     for k, module in enumerate(modules):
-        for name, p in module.named_parameters():
+        for name, p in parameters_of(module):
             if p.requires_grad and id(p) not in seen:
                 seen.add(id(p))
                 out[name if len(modules) == 1 else f"{k}.{name}"] = p

@@ -5,8 +5,8 @@ Reg1 = (1/B) Σ_i ‖g_i − c‖²        Reg2 = ‖ḡ − c‖²
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import center_pairs, graph
 from .centers import BatchMean
 from .compiled import is_compiled
+from .distributed import guarded
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from .grads import add_to_grads, call_hooks, gated
 from .methods.base import Penalties
@@ -28,6 +29,7 @@ from .rules.stand_ins import StandIns
 from .scaling import Scaling
 from .statistics import record as Record
 from .steps import Step
+from .wrappers import ranks_of, silent
 
 __all__ = ["GradientRegularizer", "Report", "reg1", "reg2"]
 
@@ -63,6 +65,9 @@ class GradientRegularizer:
     With ``fraction=m/B`` a price u becomes 3 + (m/B)(u − 3), and with ``every=k`` 3 + (u − 3)/k on average. Both are unbiased:
     the plain gradient is that of the whole batch always. A fraction has the variance (1 − m/B) S²/m in the penalties' gradient,
     S² that of the samples' own parts of it. Steps between penalties leave those of one step k times as large on every k-th.
+
+    Where several ranks train the model, by `DistributedDataParallel` or `fully_shard`, all is about the batch that they have
+    together, whatever the number of samples on each.
 
     Args:
         model: the module to regularize; frozen parameters are left out.
@@ -161,7 +166,7 @@ class GradientRegularizer:
         record = partial(Record, samples=samples, batchnorm=self.batchnorm, compiled=self.step % self.every != 0)
         self._recording = record(self.model) if self._method.records else None
         self._awaits_losses = True
-        return self._recording or StandIns()
+        return self._recording or _unrecorded(self.model)
 
     def backward(self, losses: Tensor | Callable[..., Tensor], *batch: Any, scaler: Any = None) -> Report:
         """Accumulate the gradient of ``losses.mean() + λ₁ Reg1 + λ₂ Reg2`` into ``.grad``, move the centers, and report.
@@ -192,20 +197,21 @@ class GradientRegularizer:
             step = block._next()
         else:
             raise ArgumentError("the scaler of a whole batch is given to its block: reg.accumulate(n, scaler=scaler)")
-        if callable(losses):
-            step.add(losses, batch)
-        elif batch:
-            raise ArgumentTypeError(
-                "a batch was given along with losses: pass the function that computes the losses instead"
-            )
-        elif not awaited:
-            raise RecordingError(
-                "nothing was recorded: compute the losses inside `with reg.record():`, or pass a function"
-            )
-        else:
-            step.add_losses(losses, recording)
-        if block is None:
-            return self._end(step)
+        with guarded(step.rounds if block is None else None):  # of a block, at its end
+            if callable(losses):
+                step.add(losses, batch)
+            elif batch:
+                raise ArgumentTypeError(
+                    "a batch was given along with losses: pass the function that computes the losses instead"
+                )
+            elif not awaited:
+                raise RecordingError(
+                    "nothing was recorded: compute the losses inside `with reg.record():`, or pass a function"
+                )
+            else:
+                step.add_losses(losses, recording)
+            if block is None:
+                return self._end(step)
         block._after_call()
         return step.report_of_call()
 
@@ -245,16 +251,20 @@ class GradientRegularizer:
     def _begin(self, scaler: Any, alone: bool = True) -> Step:
         """The step that comes: what is taken in it, and about which centers."""
         strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
-        generator = torch.Generator()
+        ranks, generator = ranks_of(self.model), torch.Generator()
         if self._seed is not None:
-            generator.manual_seed((self._seed + self.step) % 2**63)
+            of_rank = 0 if ranks is None else 0x9E3779B9 * ranks.rank  # each draws for its own samples
+            generator.manual_seed((self._seed + self.step + of_rank) % 2**63)
         parameters = named_parameters(self.model)
         if not parameters:
             raise RecordingError(
                 "no parameter of the model requires grad any more: there is nothing to take gradients of"
             )
         scaling = Scaling(scaler, next(iter(parameters.values())).device)
-        centers = center_pairs.values_of(self.centers, parameters)
+        if ranks is not None:
+            ranks.gather()
+        with silent(ranks):  # passes of a center's own
+            centers = center_pairs.values_of(self.centers, parameters)
         taken, notes = {}, []
         for name, strength in strengths.items() if self.step % self.every == 0 else ():
             if strength and centers[name] is None and not isinstance(self.centers[name], BatchMean):
@@ -266,7 +276,7 @@ class GradientRegularizer:
         )
         penalties = Penalties(taken, centers, generator, self.statistics, wants_mean)
         method, fraction = self._method, self.fraction
-        step = Step(self.model, parameters, method, fraction, penalties, scaling, notes, alone, self.batchnorm)
+        step = Step(self.model, parameters, method, fraction, penalties, scaling, notes, alone, self.batchnorm, ranks)
         runs_again = step.takes_two_sweeps or self._method.repeats
         if taken and (self._seed is not None or runs_again) and graph.is_capturing():
             raise UnsupportedError(
@@ -282,7 +292,8 @@ class GradientRegularizer:
         for name, strength in step.penalties.strengths.items():
             c = centers[name]
             if c is not None:
-                center_pairs.add_derivative(outcome, step.parameters, c, self.centers[name], strength)
+                with silent(step.ranks):
+                    center_pairs.add_derivative(outcome, step.parameters, c, self.centers[name], strength)
         grads = gated(step.scaling.scaled(outcome.grads), outcome.finite, step.scaling.skips)
         checks = [outcome.finite, torch.isfinite(distances.sq_mean) if outcome.mean else None]
         if step.scaling.skips:  # for the penalties alone, too
@@ -290,12 +301,14 @@ class GradientRegularizer:
             checks.append(torch.isfinite(seen))
         known = [t for t in checks if t is not None]
         finite = torch.stack(known).all() if known else None
-        report = step.report(outcome, distances, finite)
-        add_to_grads(outcome.leaves, grads)
+        report, leaves = step.report(outcome, distances, finite), outcome.leaves
+        if step.ranks is not None:
+            leaves, grads = step.ranks.stored(leaves, grads)
+        add_to_grads(leaves, grads)
         if outcome.mean and finite is not None:
             center_pairs.move(self.centers, outcome.mean, centers, finite)
         self.step += 1
-        call_hooks(outcome.leaves, grads)
+        call_hooks(leaves, grads)
         return report
 
     def _strength(self, name: str, strength: Strength) -> float:
@@ -331,6 +344,12 @@ class GradientRegularizer:
         self.step, self._seed = step, seed
 
 
+@contextmanager
+def _unrecorded(model: nn.Module) -> Iterator[None]:
+    with StandIns(), silent(ranks_of(model)):
+        yield
+
+
 class Accumulation(Block):
     """A block of `GradientRegularizer.accumulate`."""
 
@@ -352,6 +371,7 @@ class Accumulation(Block):
         if self._regularizer._block is not None:
             raise RecordingError("a block of micro-batches is open already: end it before the next one")
         self._step = self._regularizer._begin(self._scaler, alone=self.n == 1)
+        self._rounds = self._step.rounds
         self._regularizer._block = self
 
     def _next(self) -> Step:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import graph
 from .compiled import compiling_for, refuse_compiled
+from .distributed import guarded
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .grads import add_to_grads, call_hooks, gated
 from .graph import as_met, filled, refuse_marked
@@ -22,6 +23,7 @@ from .heap import keep_freed_memory
 from .ops.distances import sq_distances
 from .ops.schema import accumulation_dtype
 from .per_sample import Direction, PerSampleGradients, as_parameter_dict, grouped
+from .rank_statistics import Everywhere, Exchange
 from .recording import Reach, Recording
 from .rules.base import Phase
 from .rules.process_wide import eager
@@ -33,36 +35,43 @@ from .scaling import Number, Scaling, multiplied, peak_of, seeds, without_autoca
 class Moments:
     """Per-sample squared norms of one parameter, or of all, and the norm of their mean.
 
+    Where several ranks train a model together, norms (B,) are those of the samples on this one, and all else that of the batch.
+
     Attributes:
         sq_norms: ‖g_i‖², (B,).
         sq_mean_norm: ‖ḡ‖², ().
         deviation_sq_norms: ‖g_i − c‖², (B,), where a center was given.
         sq_mean_deviation: ‖ḡ − c‖², (), where a center was given.
+        everywhere: means over the samples of all ranks, where there are several.
     """
 
     sq_norms: Tensor
     sq_mean_norm: Tensor
     deviation_sq_norms: Tensor | None = None
     sq_mean_deviation: Tensor | None = None
+    everywhere: Everywhere | None = None
 
     @property
     def batch_size(self) -> int:
         """B."""
-        return self.sq_norms.numel()
+        return self.sq_norms.numel() if self.everywhere is None else self.everywhere.batch_size
 
     @property
     def mean_sq_norm(self) -> Tensor:
         """(1/B) Σ_i ‖g_i‖²."""
-        return self.sq_norms.mean()
+        return self.sq_norms.mean() if self.everywhere is None else self.everywhere.mean_sq_norm.to(self.sq_norms)
 
     @property
     def covariance_trace(self) -> Tensor:
         """Γ = (1/B) Σ_i ‖g_i − ḡ‖², subtracted about zero or about the center: what ḡ is nearer to keeps more digits."""
-        about_zero = difference(self.sq_norms, self.sq_mean_norm)
-        if self.deviation_sq_norms is None or self.sq_mean_deviation is None:
-            return about_zero
-        about_center = difference(self.deviation_sq_norms, self.sq_mean_deviation)
-        return torch.where(self.sq_mean_deviation < self.sq_mean_norm, about_center, about_zero)
+        norms, deviations = self.sq_norms, self.deviation_sq_norms
+        if self.everywhere is not None:
+            norms, deviations = self.everywhere.mean_sq_norm, self.everywhere.mean_sq_deviation
+        covariance = difference(norms, self.sq_mean_norm)
+        if deviations is not None and self.sq_mean_deviation is not None:
+            about_center = difference(deviations, self.sq_mean_deviation)
+            covariance = torch.where(self.sq_mean_deviation < self.sq_mean_norm, about_center, covariance)
+        return covariance.to(self.sq_norms.dtype)
 
     @property
     def minibatch_covariance_trace(self) -> Tensor:
@@ -77,7 +86,9 @@ class Moments:
     @property
     def reg1(self) -> Tensor | None:
         """(1/B) Σ_i ‖g_i − c‖², where a center was given."""
-        return None if self.deviation_sq_norms is None else self.deviation_sq_norms.mean()
+        if self.deviation_sq_norms is None or self.everywhere is None or self.everywhere.mean_sq_deviation is None:
+            return None if self.deviation_sq_norms is None else self.deviation_sq_norms.mean()
+        return self.everywhere.mean_sq_deviation.to(self.deviation_sq_norms)
 
     @property
     def reg2(self) -> Tensor | None:
@@ -125,6 +136,10 @@ def combine(parts: Mapping[str, Moments], unchecked: Tensor | None = None) -> St
 
     fields = ("sq_norms", "sq_mean_norm", "deviation_sq_norms", "sq_mean_deviation")
     totals = {f: total(getattr(m, f) for m in parts.values()) for f in fields}
+    shares = [m.everywhere for m in parts.values() if m.everywhere is not None]
+    if shares:
+        means = (total(getattr(e, f) for e in shares) for f in ("mean_sq_norm", "mean_sq_deviation"))
+        totals["everywhere"] = Everywhere(shares[0].batch_size, *means)
     return Statistics(**totals, per_parameter=dict(parts), unchecked=unchecked)
 
 
@@ -160,6 +175,9 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             independent of each other, for they are not.
         compiled: whether compiled functions stay compiled: then `backward` has what it has elsewhere, but for a center, and
             there are no per-sample gradients. If not, or with ``samples`` or contributions, they run as they were written.
+
+    Of a model that `DistributedDataParallel` or `fully_shard` was called on, `backward` fills ``.grad`` with the gradient of
+    the reduction over the samples of all ranks, and norms alone are about those of this one; see docs/distributed.md.
 
     Raises:
         ArgumentError, ArgumentTypeError: ``samples`` is not a long tensor, or has negative entries; an unknown ``batchnorm``.
@@ -235,8 +253,48 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             RecordingError: nothing recorded, a freed graph, or losses that do not depend on the model.
             UnsupportedError: per-sample gradients would not exist or would come out wrong. ``.grad`` is untouched by errors.
         """
-        with without_autocast(losses):
-            return self._backward(losses, reduction, center, retain_graph, scaler)
+        if self.ranks is None:
+            with without_autocast(losses):
+                return self._backward(losses, reduction, center, retain_graph, scaler)
+        sets = 1 + isinstance(reduction, Tensor)
+        exchange = Exchange(self.ranks, self.parameters, center is not None, sets)
+        with without_autocast(losses), guarded(exchange.rounds, keep=retain_graph):
+            return self._backward_of_ranks(losses, reduction, center, retain_graph, scaler, exchange)
+
+    def _backward_of_ranks(self, losses, reduction, center, retain_graph, scaler, exchange: Exchange) -> Statistics:
+        """The same where this is one rank of several, with the gradient of the reduction over the batch of all."""
+        exchange.rounds.ranks.gather()
+        self.scaling = Scaling(scaler, losses.device if isinstance(losses, Tensor) else None)
+        reach, (weights, _) = self.reach(losses), _weights(reduction, losses)
+        centers = None if center is None else as_parameter_dict(center, self.parameters, "center")
+        weighted, factor = isinstance(reduction, Tensor), 1 / losses.numel() if reduction == "mean" else 1.0
+        a: Number = 1.0 if reach.narrow is None else self._scale(reach).sample
+        scaled = None if centers is None else {name: c * a for name, c in centers.items()}
+        with exchange.rounds.arriving(1 / a):
+            grads, norms = self._first_order(losses, reach, seeds(losses, a), scaled, retain_graph or weighted)
+        sets = [dict(zip(reach.parameters, grads, strict=False))]
+        leaves = [*reach.parameters.values(), *reach.other_leaves]
+        if weighted:
+            peak = 1.0 if reach.narrow is None else peak_of(weights)
+            grads = self.gradients(losses, leaves, weights / peak * a, retain_graph=retain_graph, allow_unused=True)
+            grads = multiplied(grads, peak)
+            sets.append(dict(zip(reach.parameters, grads, strict=False)))
+        others = multiplied(grads[len(reach.parameters) :], factor / a)
+        if reach.narrow is not None:
+            norms = {name: (s / a**2, None if d is None else d / a**2) for name, (s, d) in norms.items()}
+        exchange.bring(sets, 1 / a, answered(losses, reach.finite, self.scaling))
+        statistics = summarized(
+            self.parameters, {}, norms, losses, 1.0, 1.0, centers, self.scaling, reach.finite, exchange
+        )
+        own = multiplied(list(exchange.mean(-1).values()), 1.0 if reduction == "mean" else float(statistics.batch_size))
+        leaves, grads = [*self.parameters.values(), *reach.other_leaves], self.scaling.scaled([*own, *others])
+        grads = gated(grads, exchange.finite, self.scaling.skips)
+        leaves, grads = exchange.rounds.ranks.stored(leaves, grads)
+        add_to_grads(leaves, grads)
+        if not retain_graph:
+            self.release()
+        call_hooks(leaves, grads)
+        return statistics
 
     def _backward(self, losses, reduction, center, retain_graph, scaler) -> Statistics:
         self.scaling = Scaling(scaler, losses.device if isinstance(losses, Tensor) else None)
@@ -323,7 +381,14 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         Raises:
             As `backward`.
         """
+        if create_graph and self.ranks is not None:
+            raise UnsupportedError(
+                "a penalty made of per-sample gradients would be this rank's own, and its gradient stay here: take "
+                "GradientRegularizer, or record the module inside of the DistributedDataParallel and average .grad over ranks"
+            )
         with without_autocast(losses):
+            if self.ranks is not None:
+                self.ranks.gather()
             return self._per_sample_gradients(losses, self.reach(losses), create_graph)
 
     def _per_sample_gradients(
@@ -366,6 +431,7 @@ def summarized(
     scaled: Mapping[str, Tensor] | None,
     scaling: Scaling,
     finite: Tensor | None,
+    exchange: Exchange | None = None,
 ) -> Statistics:
     """The statistics of the g_i.
 
@@ -379,27 +445,49 @@ def summarized(
         scaled: a c by name, or None.
         scaling: whether what is not finite is an error, or a number that is none.
         finite: whether the losses are, where that was not waited for.
+        exchange: with the other ranks, from which ``grads`` come then.
     """
     if scaling.skips and finite is not None:
         scale = torch.where(finite, scale, torch.nan)
-    rows, dense, parts = [], [], {}
+    rows, parts = [], {}
     for name, p in parameters.items():
-        g = grads.get(name)
-        dense.append(torch.zeros_like(p) if g is None else g)
         rows.append(norms[name][0] if name in norms else p.new_zeros(losses.numel(), dtype=accumulation_dtype(p.dtype)))
-    sq_means = (sq_distances(dense) / (scale / ratio) ** 2).unbind()
     sq_norms = grouped(rows, lambda s: torch.stack(s) / scale**2)
+    deviations: list[Tensor] | None = None
     if scaled is not None:
-        centers = [scaled[name] for name in parameters]
-        mean_deviations = (sq_distances(dense, centers, ratio) / scale**2).unbind()
-    for k, (name, s) in enumerate(zip(parameters, rows, strict=True)):
-        deviation = mean_deviation = None
-        if scaled is not None:
-            deviation = norms[name][1] if name in norms else s + sq_distances([centers[k]])[0].to(s.dtype)
+        deviations = []
+        for name, s in zip(parameters, rows, strict=True):
+            deviation = norms[name][1] if name in norms else s + sq_distances([scaled[name]])[0].to(s.dtype)
             assert deviation is not None
-            deviation, mean_deviation = deviation / scale**2, mean_deviations[k].to(s.dtype)
-        parts[name] = Moments(sq_norms[k], sq_means[k].to(s.dtype), deviation, mean_deviation)
+            deviations.append(deviation / scale**2)
+    everywhere: list[Everywhere] | None = None
+    if exchange is not None:
+        everywhere, grads = exchange.meet(sq_norms, deviations), exchange.mean()
+    dense = [torch.zeros_like(p) if (g := grads.get(name)) is None else g for name, p in parameters.items()]
+    sq_means = (sq_distances(dense) / (scale / ratio) ** 2).unbind()
+    if scaled is not None:
+        mean_deviations = (sq_distances(dense, [scaled[name] for name in parameters], ratio) / scale**2).unbind()
+    for k, (name, s) in enumerate(zip(parameters, rows, strict=True)):
+        parts[name] = Moments(
+            sq_norms[k],
+            sq_means[k].to(s.dtype),
+            None if deviations is None else deviations[k],
+            None if deviations is None else mean_deviations[k].to(s.dtype),
+            None if everywhere is None else everywhere[k],
+        )
     return combine(parts, losses.detach() if finite is not None and not scaling.skips else None)
+
+
+def answered(losses: Tensor, finite: Tensor | None, scaling: Scaling) -> Tensor | None:
+    """Whether losses are finite, asked for at once, as between ranks, who wait for each other anyway; None where they are.
+
+    Raises:
+        ArgumentError: they are not, and no scaler skips the step.
+    """
+    if finite is not None and not scaling.skips:
+        graph.refuse_losses(losses)
+        return None
+    return finite
 
 
 def _weights(reduction: str | Tensor, losses: Tensor) -> tuple[Tensor, float | None]:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from . import graph
+from .distributed import Ranks, Rounds
 from .errors import ArgumentError
 from .methods.base import Forward, Gradients, Method, Penalties, Whole
 from .methods.parts import Known, Total, WithRest
+from .methods.ranks import OfRanks, Together
 from .methods.subsets import check_leaves, draw, rows, versions_of
 from .ops.schema import accumulation_dtype
 from .penalties import Distances, Report
@@ -19,7 +21,9 @@ from .rules.base import autocast_now
 from .rules.stand_ins import StandIns
 from .scaling import Scaling, without_autocast
 from .second_pass import Replay, Snapshot, check_second, same_buffers
+from .statistics import answered
 from .statistics import record as Record
+from .wrappers import silent
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Step:
         notes: for the report.
         alone: whether one call brings all samples.
         batchnorm: as of `record`.
+        ranks: that take the step together, each with its own samples; None for one process.
     """
 
     def __init__(
@@ -69,15 +74,23 @@ class Step:
         notes: list[str],
         alone: bool,
         batchnorm: str,
+        ranks: Ranks | None = None,
     ):
         """Begin; nothing is run yet."""
         self.model, self.parameters, self.method, self.fraction = model, parameters, method, fraction
         self.penalties, self.scaling, self.notes, self.batchnorm = penalties, scaling, notes, batchnorm
         self.takes_two_sweeps = not alone and penalties.needs_mean
+        self.ranks = ranks
+        self._together = None if ranks is None else Together(ranks, parameters, penalties)
         self._total = Total(parameters, penalties.statistics)
         self._kept: list[_Kept] = []
         self._former = 0  # parts of former calls
         self._subset = 0  # samples that penalties were taken on, where these are not all
+
+    @property
+    def rounds(self) -> Rounds | None:
+        """What passes between ranks."""
+        return None if self._together is None else self._together.rounds
 
     def add(self, function: Callable[..., Tensor], batch: tuple) -> None:
         """Run the user's function of the batch, as often as it takes; nothing of the user's is changed.
@@ -88,7 +101,7 @@ class Step:
         autocast = autocast_now(parameter.device)
 
         def run(*batch: Any) -> Tensor:
-            with autocast():
+            with autocast(), silent(self.ranks):
                 return function(*batch)
 
         with without_autocast(parameter):
@@ -113,7 +126,10 @@ class Step:
     def finish(self) -> Gradients:
         """What came of all samples, after the second sweep where there is one."""
         if self._kept:
-            whole, apart = Known(self._total.mean()), []
+            mean = self._total.mean()
+            if self._together is not None:
+                mean = self._together.mean(mean, self._total.count)
+            whole, apart = Known(mean), []
             with without_autocast(self._kept[0].losses):
                 for kept in self._kept:
                     apart.append(self._again(kept, whole))
@@ -123,7 +139,11 @@ class Step:
                     "arguments and the model alone; pass what changes from call to call, as in reg.backward(loss_fn, x, y), in "
                     "place of a lambda that sees the variables of a loop"
                 )
-        return self._total.result()
+        outcome = self._total.result()
+        if self._together is None:
+            return outcome
+        outcome = replace(outcome, finite=answered(outcome.losses, outcome.finite, self.scaling))
+        return self._together.joined(outcome)
 
     def _add(self, function: Callable[..., Tensor], batch: tuple) -> None:
         penalized = bool(self.penalties.strengths)
@@ -180,6 +200,9 @@ class Step:
         if not self.penalties.strengths:
             self._total.add(self.method.plain(forward))
         elif not self.takes_two_sweeps:
+            if self._together is not None:
+                rest = whole.rest.losses.numel() if isinstance(whole, WithRest) else 0
+                whole = OfRanks(whole, forward.losses.numel() + rest, self._together)
             self._total.add(whole.complete(self.method.penalized(forward, self.penalties, whole)))
         else:
             before = self._total.count
@@ -231,7 +254,7 @@ class Step:
 
         A penalty that was not taken follows from (1/B) Σ ‖g_i − c‖² = Γ + ‖ḡ − c‖².
         """
-        covariance, losses = outcome.covariance, outcome.losses
+        covariance, losses, B = outcome.covariance, outcome.losses, outcome.batch_size
         if covariance is None:
             covariance = torch.full_like(distances.sq_mean, torch.nan)
         reg1 = covariance + distances.about if outcome.reg1 is None else outcome.reg1
@@ -250,13 +273,13 @@ class Step:
             skipped = ", and the scaler skips the step" if self.scaling.skips else ""
             notes.append(f"the centers were left alone: the gradient is not finite{skipped}")
         return Report(
-            loss=losses.mean(dtype=dtype),
+            loss=losses.mean(dtype=dtype) if outcome.loss is None else outcome.loss.to(dtype),
             reg1=told(reg1),
             reg2=None if reg2 is None else told(reg2),
             covariance_trace=told(covariance),
             mean_sq_norm=told(covariance + distances.sq_mean),
             sq_mean_norm=told(distances.sq_mean),
-            batch_size=losses.numel(),
+            batch_size=B,
             method=self.method.name if self.penalties.strengths else "plain",
             notes=tuple(notes),
             finite=finite if self.scaling.skips else None,

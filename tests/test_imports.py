@@ -20,12 +20,13 @@ LAYERS = (
     ("per_sample", "centers", "per_sample_pass"),
     ("compiled",),
     ("traced",),
-    ("recording", "derived", "graph", "grads", "scaling", "running_mean"),
+    ("recording", "derived", "graph", "grads", "scaling", "running_mean", "rank_statistics", "wrappers"),
     ("rules",),
     ("ops",),
     ("ops.backends", "ops.library"),
     ("kernels",),
     ("planning", "costs", "plan_tables"),
+    ("distributed",),
     ("ops.schema", "errors", "reference", "heap", "noise_scale", "modes"),
 )
 ABOVE_ALL = {"bootgrad", "bootgrad.__main__"}

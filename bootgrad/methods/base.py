@@ -105,12 +105,20 @@ class Gradients(FirstOrder):
         reg1: (1/m) Σ_S ‖g_i − c₁‖², (), where it is known otherwise than as Γ + ‖ḡ − c‖².
         spread: (1/m) Σ_S ‖g_i − ḡ‖² about the mean of the whole batch, (), or an estimate, where the pass tells it: averaged
             over the parts of a batch that is Γ.
+        count, loss: of the whole batch, where losses are those of one rank of several.
         notes: for the report.
     """
 
     reg1: Tensor | None = None
     spread: Tensor | None = None
     notes: tuple[str, ...] = ()
+    count: int | None = None
+    loss: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.losses.numel() if self.count is None else self.count
 
 
 class Whole:

@@ -146,9 +146,10 @@ class Total:
         grads = [sums[key].to(leaf.dtype) if key in sums else None for key, leaf in self._leaves.items()]
         taken = self._again or [(part.losses.numel(), part) for part in first if isinstance(part, Gradients)]
         notes = tuple(dict.fromkeys(note for _, part in taken for note in part.notes))
+        about_whole = self._again or (taken if len(first) == 1 else [])
         reg1, spread = (
             _mean([(n, part.reg1) for n, part in taken]),
-            _mean([(n, part.spread) for n, part in self._again]),
+            _mean([(n, part.spread) for n, part in about_whole]),
         )
         if again and self._covariance is not None and sum(part.losses.numel() for part in again) < self.count:
             reg1 = spread = None  # of a fraction, where the first sweep has told of all
