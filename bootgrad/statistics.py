@@ -313,7 +313,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         grads, norms = self._first_order(losses, reach, seeds(losses, a), scaled, retain_graph or uniform is None)
         by_name = dict(zip(reach.parameters, grads, strict=False))
         if centers is None and graph.answers_at_once(losses):  # zeros have no part in a norm
-            by_name |= {name: by_name[name][rows] for name, rows in self._few_rows(reach).items()}
+            by_name |= {name: by_name[name].index_select(0, rows) for name, rows in self._few_rows(reach).items()}
         ratio = 1 / losses.numel()
         statistics = summarized(self.parameters, by_name, norms, losses, a, ratio, scaled, self.scaling, reach.finite)
         leaves = [*reach.parameters.values(), *reach.other_leaves]
