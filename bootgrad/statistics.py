@@ -312,7 +312,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         scaled = None if centers is None else {name: c * a for name, c in centers.items()}
         grads, norms = self._first_order(losses, reach, seeds(losses, a), scaled, retain_graph or uniform is None)
         by_name = dict(zip(reach.parameters, grads, strict=False))
-        if centers is None and graph.answers_at_once(losses):  # zeros have no part in a norm
+        # Zeros have no part in a norm; a single sample's gradient may come past the record, too.
+        if centers is None and self.batch_size > 1 and graph.answers_at_once(losses):
             by_name |= {name: by_name[name][rows] for name, rows in self._few_rows(reach).items()}
         ratio = 1 / losses.numel()
         statistics = summarized(self.parameters, by_name, norms, losses, a, ratio, scaled, self.scaling, reach.finite)
