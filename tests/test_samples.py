@@ -98,6 +98,17 @@ class Bags(nn.Module):
         return self.head(torch.tanh(self.maxima(tokens)))
 
 
+class OwnBags(nn.Module):
+    """A bag of each sample's, of both other kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.sums, self.means = (nn.EmbeddingBag(7, D, mode=mode, padding_idx=2) for mode in ("sum", "mean"))
+
+    def forward(self, tokens):
+        return self.sums(tokens, per_sample_weights=tokens.double() - 2) * self.means(tokens)
+
+
 class Images(nn.Module):
     """Images, several of a user."""
 
@@ -152,6 +163,7 @@ def cases():
     yield "look-ups of packed tokens", lambda: case(LookUps(), [torch.randint(7, (1, 11))], RAGGED, by_index(RAGGED))
     yield "look-ups by user", lambda: case(LookUps(), [torch.randint(7, (12, 3))], SHUFFLED, by_index(SHUFFLED))
     yield "bags", lambda: case(Bags(), [torch.randint(7, (11, 3))], RAGGED[0], by_index(RAGGED[0]))
+    yield "a bag each", lambda: case(OwnBags(), [torch.randint(7, (B, 3))], torch.arange(B), by_index(torch.arange(B)))
     yield "encoder", lambda: case(encoder(), [x(5, B)], sequence_first(5), over_steps)
     yield "encoder, T = B", lambda: case(encoder(), [x(B, B)], sequence_first(B), over_steps)
     yield "packed", lambda: case(Attention(same_document(RAGGED)), [x(1, 11)], RAGGED, by_index(RAGGED))
