@@ -251,8 +251,10 @@ class Recording(Returning):
 
     def finder(self) -> "Callable[[], Recording]":
         """What finds this recording as long as it is there: it may hold the graph."""
-        reference, modules, batchnorm = weakref.ref(self), self.modules, self.batchnorm
-        return lambda: reference() or Recording(*modules, check="never", batchnorm=batchnorm)
+        reference, modules = weakref.ref(self), self.modules
+        samples = None if self.samples is None else self.samples.index
+        options: dict[str, Any] = dict(check="never", samples=samples, batchnorm=self.batchnorm)
+        return lambda: reference() or Recording(*modules, **options)
 
     def _run_plain(self, func, args, kwargs):
         """Run a call without parameters."""

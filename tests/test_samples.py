@@ -411,6 +411,18 @@ def test_checkpointed_sequences():
     torch.testing.assert_close(rec.backward(losses).sq_norms, expected)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_sequences_whose_recording_is_gone(reentrant):
+    model, data = Stack(5, 1).double(), x(5, B).requires_grad_()
+    expected = torch.autograd.grad(over_steps(model(data)).sum(), list(model.parameters()))
+    rec, losses = record(
+        model, lambda: over_steps(checkpoint(model, data, use_reentrant=reentrant)), samples=sequence_first(5)
+    )
+    del rec
+    ours = torch.autograd.grad(losses.sum(), list(model.parameters()))
+    torch.testing.assert_close(ours, expected)
+
+
 def test_sequences_in_half_precision():
     model, data = encoder().float(), x(5, B).float()
 
