@@ -601,6 +601,8 @@ class Recording(Returning):
                 self._graph,
                 None if self.samples is None else (self.samples.index.shape, self.samples.changing.shape),
                 tuple((o.name, tuple(map(self.name_of, o.tracked)), o.output_shape[: o.row_dims]) for o in operations),
+                # By an index of other numbers, other readings are alike.
+                tuple(reading.place for of_one in readings for reading in of_one if reading is not None),
             )
         )
         settled = self._state.choices.get(signature)

@@ -352,6 +352,31 @@ def test_where_shapes_are_ambiguous_the_reading_is_remembered_once_it_is_known(m
     ]  # of which the fourth step in all is checked anyway
 
 
+def test_what_is_remembered_is_a_reading_and_not_how_many_others_were_unlike_it():
+    """Of documents of one length, two readings are one."""
+
+    class Queries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(D, D), nn.Linear(D, 3)
+
+        def forward(self, x, index):  # two rows of each document's mean behind its tokens
+            means = x.new_zeros(2, D).index_add(0, index[0], self.first(x).tanh()[0])
+            return (
+                smooth(self.second(means.repeat_interleave(2, 0) * x.new_tensor([1, 2, 1, 2])[:, None]))
+                .view(2, -1)
+                .sum(1)
+            )
+
+    torch.manual_seed(0)
+    model = Queries().double()
+    for lengths in ([1, 3], [2, 2], [3, 1]):
+        index, data = torch.arange(2).repeat_interleave(torch.tensor(lengths))[None], x(1, 4)
+        run = lambda data=data, index=index: model(data, index)  # noqa: E731
+        rec, losses = record(model, run, samples=index)
+        torch.testing.assert_close(rec.backward(losses).sq_norms, Oracle(model, run).matrix.square().sum(1))
+
+
 @pytest.mark.parametrize("name", ["as many steps as samples", "encoder, T = B", "as many tokens as features"])
 def test_readings_are_told_apart_where_the_first_weights_do_not(name, monkeypatch):
     monkeypatch.setattr("bootgrad.recording.powers_of_two", lambda batch_size, seed: torch.ones(batch_size))

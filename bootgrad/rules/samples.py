@@ -23,9 +23,12 @@ from ..errors import ArgumentError, ArgumentTypeError
 class Reading:
     """The sample of every row: how tensors (leading …, …) become (B, M, …), without a copy where samples are a dimension."""
 
-    def __init__(self, owner: Tensor, batch_size: int):
-        """Take the samples' numbers, long, of the shape of the leading dimensions, on the CPU."""
-        self.owner, self.batch_size = owner, batch_size
+    def __init__(self, owner: Tensor, batch_size: int, place: int = 0):
+        """Take the samples' numbers, long, of the shape of the leading dimensions, on the CPU.
+
+        ``place`` is the reading's among all that a shape allows, of which some may be alike.
+        """
+        self.owner, self.batch_size, self.place = owner, batch_size, place
         self._moved: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
 
     @classmethod
@@ -162,11 +165,11 @@ class Samples:
         """The possible readings of outputs with these leading dimensions, in the order in which they are to be tried."""
         key = leading, batch_size
         if key not in self._readings:
-            owners: list[Tensor] = []
-            for owner in self._owners(leading, batch_size):
-                if not any(torch.equal(owner, other) for other in owners):
-                    owners.append(owner)
-            self._readings[key] = [Reading(owner, batch_size) for owner in owners]
+            found: list[Reading] = []
+            for place, owner in enumerate(self._owners(leading, batch_size)):
+                if not any(torch.equal(owner, other.owner) for other in found):
+                    found.append(Reading(owner, batch_size, place))
+            self._readings[key] = found
         return self._readings[key]
 
     def _owners(self, leading: torch.Size, batch_size: int) -> list[Tensor]:
