@@ -669,12 +669,16 @@ class Recording(Returning):
         if any(len(right) != 1 for right in found):
             b = unlike(self.batch_size, count).to(losses)
             scaled_b = self._row_norms(losses, ones * b, operations)
+            c, scaled_c = b, scaled_b
+            if not all(found):  # a row of two samples may look like a third's, but not by weights in another order, too
+                c = unlike(self.batch_size, -count).to(losses)
+                scaled_c = self._row_norms(losses, ones * c, operations)
             for k, (operation, right) in enumerate(zip(operations, found, strict=True)):
                 if right:
                     found[k] = _told_apart(readings[k], right, plain[k], scaled_b[k], b, tolerance)
                     continue
                 operation.reading = reading = Reading.told(plain[k][0], scaled_b[k][0], b)
-                for weights, norms in ((a, scaled[k]), (b, scaled_b[k])):
+                for weights, norms in ((a, scaled[k]), (b, scaled_b[k]), (c, scaled_c[k])):
                     if (_apart(reading, plain[k], norms, weights) > allowed[k]).any():
                         self._refuse_rows(operation)
                 self._state.sorts = True

@@ -1,5 +1,7 @@
 """Rows that are in no order of the samples, of which gradients tell whose they are, against the oracle."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,8 @@ from torch import nn
 
 import bootgrad
 from bootgrad.errors import UnsupportedError
+from bootgrad.graph import unlike
+from bootgrad.rules.samples import Reading
 
 from .oracle import Oracle, record
 from .quantities import Case, deviation, norms, products, second_order, transposed_products
@@ -136,6 +140,27 @@ def test_rows_of_several_samples_are_refused(rows, losses_of, message):
     with pytest.raises(UnsupportedError, match=message):
         rec.backward(losses)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(range(8), 2)))
+def test_one_row_of_two_samples_is_refused(pair):
+    """Also where its gradient scales as if it were a third sample's."""
+    model, x = nn.Linear(3, 2).double(), torch.randn(9, 3).double()
+    both = torch.zeros(8).double().index_fill(0, torch.tensor(pair), 1)
+    rec, losses = record(model, lambda: smooth(model(x)[:8]).sum(1) + both * smooth(model(x)[8]).sum())
+    with pytest.raises(UnsupportedError, match="samples are coupled|puts out 9 rows"):
+        rec.backward(losses)
+
+
+def test_rows_without_a_gradient_take_no_room():
+    """As dropped tokens: no sample has them all."""
+    a = unlike(4, 1)
+    owners = torch.tensor([1, 0, 3, 2])
+    norms = torch.tensor([0.0, 0, 2, 0, 1, 3, 0, 0, 0, 0, 0, 4])
+    weights = torch.zeros(12).index_copy(0, norms.nonzero().squeeze(1), a[owners])
+    reading = Reading.told(norms, norms * weights, a)
+    assert reading.owner[norms > 0].tolist() == owners.tolist()
+    assert reading.data(norms).shape == (4, 3)
 
 
 def test_what_cannot_be_told_is_refused():

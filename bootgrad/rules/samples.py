@@ -35,12 +35,15 @@ class Reading:
     def told(cls, norms: Tensor, norms_a: Tensor, a: Tensor) -> "Reading":
         """The samples of rows (N,), from the norms of their gradients, plain and with the samples' losses times ``a``, (B,).
 
-        A row of sample i has a_i times the norm; of the weights no two may be alike. Rows without a gradient are sample 0's.
+        A row of sample i has a_i times the norm; of the weights no two may be alike. Rows without a gradient are anybody's: as
+        many of each sample, for all have room for as many as the one that has the most.
         """
         ordered, numbers = a.sort()
-        ratios = torch.where(norms > 0, norms_a / norms, ordered[0])
-        nearest = torch.bucketize(ratios.to(a.dtype), (ordered[1:] + ordered[:-1]) / 2)
-        return cls(numbers[nearest].cpu(), a.numel())
+        nearest = torch.bucketize((norms_a / norms).to(a.dtype), (ordered[1:] + ordered[:-1]) / 2)
+        owner, none = numbers[nearest].cpu(), (norms == 0).cpu()
+        count = int(none.sum())
+        owner[none] = torch.arange(count, device="cpu") * a.numel() // max(count, 1)
+        return cls(owner, a.numel())
 
     def data(self, t: Tensor) -> Tensor:
         """Each sample's rows of an input; where it has fewer than M, some of the others' again."""
