@@ -349,7 +349,7 @@ class Recording(Returning):
             return None
         source = derived.source
         if derived.func is Tensor.expand and (source.dim() < dims or source.size(0) == 1):
-            return self.expand(source, (n,), dims).expand(tracked.shape)
+            return self.expand(source, tracked.shape[: self.leading(tracked.shape)], dims).expand(tracked.shape)
         rows = derived.one_period(self.run)
         if rows is None:  # in a memory of their own: what they are taken from may be changed in place
             rows = self.run(Tensor.clone, self.run(_getitem, tracked, slice(0, k)))

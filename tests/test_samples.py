@@ -109,6 +109,17 @@ class OwnBags(nn.Module):
         return self.sums(tokens, per_sample_weights=tokens.double() - 2) * self.means(tokens)
 
 
+class Beside(nn.Module):
+    """Features that all positions share, beside their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.head = nn.Parameter(torch.randn(2)), nn.Linear(D + 2, 3)
+
+    def forward(self, x):
+        return self.head(torch.cat([x, self.shared.expand(*x.shape[:-1], 2)], -1).tanh())
+
+
 class Images(nn.Module):
     """Images, several of a user."""
 
@@ -154,6 +165,7 @@ ROWS = torch.tensor([[0, 0, 1, 1, 1], [2, 2, 2, 2, 3]])  # documents in two rows
 def cases():
     yield "sequence first", lambda: case(Stack(1, 1), [x(5, B)], sequence_first(5), over_steps)
     yield "steps of its own", lambda: case(Stack(5, 1), [x(5, B)], sequence_first(5), over_steps)
+    yield "beside others", lambda: case(Beside(), [x(5, B)], sequence_first(5), over_steps)
     yield "as many steps as samples", lambda: case(Stack(B, 1), [x(B, B)], sequence_first(B), over_steps)
     yield "twice as many steps", lambda: case(Stack(2 * B, 1), [x(2 * B, B)], sequence_first(2 * B), over_steps)
     yield (
