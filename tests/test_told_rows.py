@@ -44,19 +44,20 @@ class Words(nn.Module):
 
 
 class Experts(nn.Module):
-    """A mixture of experts: each of a sample's tokens goes to the two that its own features choose."""
+    """A mixture of experts: each of a sample's tokens goes to those that its own features choose."""
 
-    def __init__(self, experts=3):
+    def __init__(self, experts=3, chosen=2):
         super().__init__()
+        self.chosen = chosen
         self.router, self.inside = nn.Linear(D, experts), nn.Linear(D, D)
         self.up, self.bias = nn.Parameter(torch.randn(experts, 5, D) / 2), nn.Parameter(torch.randn(experts, 5))
         self.down = nn.ParameterList([nn.Parameter(torch.randn(D, 5) / 2) for _ in range(experts)])
 
     def forward(self, x):  # (B, T, D)
         tokens = self.inside(x).flatten(0, 1)
-        weights, chosen = self.router(tokens).softmax(1).topk(2)
+        weights, chosen = self.router(tokens).softmax(1).topk(self.chosen)
         out = torch.zeros_like(tokens)
-        for number in chosen.unique():
+        for number in range(len(self.up)):  # one may have no tokens
             place, slot = torch.where(chosen == number)
             y = F.gelu(F.linear(tokens[place], self.up[number], self.bias[number])) @ self.down[number].t()
             out = out.index_add(0, place, y * weights[place, slot, None])
@@ -92,6 +93,7 @@ CASES = {
     "images": (Images, lambda: torch.randn(9, 2, 4, 4), by_index(UNLIKE)),
     "words": (Words, lambda: torch.randint(0, 7, (9,)), by_index(UNLIKE)),
     "experts": (Experts, lambda: torch.randn(B, 3, D), lambda y: smooth(y).sum((1, 2))),
+    "many experts": (lambda: Experts(9, chosen=1), lambda: torch.randn(B, 2, D), lambda y: smooth(y).sum((1, 2))),
     "sorted experts": (SortedExperts, lambda: torch.randn(B, 3, D), lambda y: smooth(y).sum((1, 2))),
     "more rows than samples": (lambda: Stack(), lambda: torch.randn(7, D), lambda y: smooth(y[:B]).sum(1)),
     "pairs": (lambda: Stack(), lambda: torch.randn(2 * B, D), lambda y: smooth(y[:B] * y[B:]).sum(1)),
@@ -119,6 +121,18 @@ def test_another_order_in_every_step():
         stats = rec.backward(losses)
         oracle = Oracle(model, lambda x=x, order=order: smooth(model(x))[order].sum(1))
         torch.testing.assert_close(stats.sq_norms, oracle.matrix.square().sum(1))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_experts_of_few_samples_in_many_steps(seed):
+    """Where an expert's tokens are as many as the samples, and look like theirs under weights of which some are alike."""
+    torch.manual_seed(seed)
+    model = Experts(3, chosen=1).double()
+    for _ in range(12):
+        x = 2 * torch.randn(B, 3, D).double()
+        rec, losses = record(model, lambda x=x: smooth(model(x)).sum((1, 2)))
+        oracle = Oracle(model, lambda x=x: smooth(model(x)).sum((1, 2)))
+        torch.testing.assert_close(rec.backward(losses).sq_norms, oracle.matrix.square().sum(1))
 
 
 def shared(y):

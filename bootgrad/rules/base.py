@@ -279,7 +279,7 @@ class Operation(ABC):
         """The probe's gradient from the norms of the rows of gy."""
         assert self.probe is not None
         out = torch.zeros_like(self.probe, requires_grad=False)
-        out[0] = torch.linalg.vector_norm(gy.reshape(self.output_rows, -1), dim=1, dtype=out.dtype)
+        out[0] = norms_of_rows(gy, self.output_rows, out.dtype)
         return out
 
     @property
@@ -505,6 +505,11 @@ def row_statistics(rows: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor 
     """‖g_i‖² and ‖g_i − c‖² of rows (B, *shape)."""
     term = DenseTerm(rows)
     return term.sq_norms(), None if center is None else term.sq_norms(center)
+
+
+def norms_of_rows(gy: Tensor, rows: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The norms of the ``rows`` of gy, (N,), of which there may be none."""
+    return torch.linalg.vector_norm(gy.reshape(rows, gy.numel() // max(1, rows)), dim=1, dtype=dtype)
 
 
 def per_sample_sum(rows: Tensor, batch_size: int, shape: torch.Size) -> Tensor:
