@@ -519,7 +519,7 @@ def per_sample_sum(rows: Tensor, batch_size: int, shape: torch.Size) -> Tensor:
     """
     if rows.shape == (batch_size, *shape):
         return rows
-    merged = rows.reshape(batch_size, -1, *rows.shape[1:])  # (B, N/B, …)
+    merged = rows.unflatten(0, (batch_size, rows.size(0) // batch_size))  # (B, N/B, …)
     aligned = (1,) * (rows.dim() - len(shape)) + tuple(shape)
     dims = [1] + [k + 1 for k in range(1, rows.dim()) if aligned[k] == 1]
     return merged.sum(dims).reshape(batch_size, *shape)
