@@ -417,6 +417,14 @@ def test_ambiguous_shapes_wait_for_a_check_before_a_graph_of_kernels(monkeypatch
     torch.testing.assert_close(step(), expected, rtol=0, atol=0)
 
 
+def test_an_index_is_taken_as_it_was():
+    model, data, index = nn.Linear(D, D).double(), x(1, 11), RAGGED.clone()
+    expected = Oracle(model, lambda: by_index(RAGGED)(model(data))).matrix.square().sum(1)
+    rec, losses = record(model, lambda: by_index(RAGGED)(model(data)), samples=index, check="never")
+    index.zero_()
+    torch.testing.assert_close(rec.backward(losses).sq_norms, expected)
+
+
 def test_without_a_check_the_index_is_believed():
     model, data = Stack(1, 1).double(), x(B, B)
     expected = Oracle(model, lambda: over_steps(model(data))).matrix.square().sum(1)

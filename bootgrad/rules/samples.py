@@ -139,7 +139,7 @@ class Samples:
             raise ArgumentError(
                 f"samples must have the shape of the data's leading dimensions, and entries; got shape {tuple(index.shape)}"
             )
-        index = index.detach().cpu()
+        index = index.detach().to("cpu", copy=True)  # theirs may be written to, for the next batch
         self.index, self._least, self._most = index, int(index.min()), int(index.max())
         if self._least < 0:
             raise ArgumentError(f"samples must be numbers from 0 on; got {self._least}")
