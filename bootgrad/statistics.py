@@ -155,7 +155,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         check: when to check that samples are dimension 0 of every operation and independent of each other, at the price of
             two backward passes: ``"first"``, second, fourth, eighth … step of a model with these shapes (every step, where
             positions are merged into the batch or samples are of unlike size), ``"always"``, or
-            ``"never"``.
+            ``"never"``. Where the model puts samples in an order that changes with the data, and that may be their own in the
+            first steps, ``"always"`` is needed.
         samples: where samples are not dimension 0, a long tensor of the shape of the data's leading dimensions, whose entries
             are the numbers 0 … B − 1 of the sample that each row or position belongs to; losses stay (B,). For data (T, B, …)
             that is ``torch.arange(B).expand(T, B)``, for documents that are packed into (1, N, …) the document of each token,
@@ -172,7 +173,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                 c_i = ∂ Σ_j ℓ_j(θ_1, …, θ_B) / ∂θ_i  at  θ_1 = … = θ_B = θ,        (1/B) Σ_i c_i = ∇L.
 
             That is g_i where no statistics are shared. Means and products are as ever; the samples are not checked to be
-            independent of each other, for they are not.
+            independent of each other, for they are not, and so nothing finds a batch that is not dimension 0 and has no index.
         compiled: whether compiled functions stay compiled: then `backward` has what it has elsewhere, but for a center, and
             there are no per-sample gradients. If not, or with ``samples`` or contributions, they run as they were written.
 
