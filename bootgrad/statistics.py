@@ -5,7 +5,7 @@
 Statistics always speak of the per-sample gradients g_i themselves, whatever weights the losses were reduced with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -373,6 +373,29 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                 norms[name] = (term.sq_norms(), None if scaled is None else term.sq_norms(scaled[name]))
         return leaf_grads, norms
 
+    def _refuse_rows_of_nobody(self, reach: Reach, gys: Sequence[Tensor]) -> None:
+        """Raise if rows that have no gradient, so that nothing tells whose they are, would have one at other parameters.
+
+        A norm's derivative is then another with another owner. Rows that ReLUs or routers leave out have none anywhere.
+        """
+        found = {}
+        for operation, gy in zip(reach.operations, gys, strict=True):
+            nobody = None if operation.reading is None else operation.reading.nobody
+            if nobody is not None and gy.requires_grad:
+                rows = gy[nobody.to(gy.device)]
+                unlike = torch.arange(1, rows.numel() + 1, device=gy.device).sin().view(rows.shape)
+                found[operation] = (rows * unlike.to(rows.dtype)).sum()
+        if not found:
+            return
+        leaves = list(reach.parameters.values())
+        grads = torch.autograd.grad(list(found.values()), leaves, retain_graph=True, allow_unused=True)
+        if any(g is not None and bool(g.any()) for g in grads):
+            raise UnsupportedError(
+                f"some rows of {' and '.join(map(self.describe, found))} have no gradient here, so that nothing tells which "
+                "sample they are of, but would have one at other parameters, which penalties ask for: tell the recording, by "
+                "record(model, samples=index), or lay out the rows in the samples' order"
+            )
+
     def per_sample_gradients(self, losses: Tensor, create_graph: bool = False) -> PerSampleGradients:
         """The implicit B×P matrix of the per-sample gradients.
 
@@ -414,6 +437,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             visits = self.visitable(reach.operations) if visited and create_graph else []
             gys = self.output_gradients(losses, weights, reach.operations, create_graph, visits)
             refuse_marked(gys)
+            if create_graph:
+                self._refuse_rows_of_nobody(reach, gys)
             with torch.set_grad_enabled(create_graph), self.in_phase(Phase.OUTPUTS, visits):
                 terms = self.terms(reach.operations, gys)
         if not create_graph:

@@ -177,6 +177,30 @@ def test_rows_without_a_gradient_take_no_room():
     assert reading.data(norms).shape == (4, 3)
 
 
+def test_rows_whose_gradient_is_zero_here_alone_have_no_penalties():
+    """Norms have no part of them, but the norms' derivative has one, and it would be of any sample."""
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double(), torch.randn(9, 3).double()
+    targets = model(x).detach() + torch.tensor([1.0, 1, 1, 0, 1, 1, 0, 1, 1])[:, None]
+
+    def run():
+        return torch.zeros(B).double().index_add(0, UNLIKE, (model(x) - targets).square().sum(1))
+
+    oracle = Oracle(model, run)
+    rec, losses = record(model, run)
+    torch.testing.assert_close(rec.backward(losses).sq_norms, oracle.matrix.square().sum(1))
+    reg = bootgrad.GradientRegularizer(model, reg1=0.1)
+    model.zero_grad()
+    with pytest.raises(UnsupportedError, match="have no gradient here, .*by record"):
+        reg.backward(run)
+    assert all(p.grad is None for p in model.parameters())
+    with reg.record(samples=UNLIKE):
+        losses = run()
+    reg.backward(losses)
+    expected = oracle.gradient(oracle.losses.mean() + 0.1 * oracle.reg1())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name])
+
+
 def test_what_cannot_be_told_is_refused():
     """Without a check, and where more samples are to be told apart than half precision can."""
     model, x = nn.Linear(3, 2), torch.randn(41, 3)

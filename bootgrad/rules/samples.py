@@ -29,6 +29,7 @@ class Reading:
         ``place`` is the reading's among all that a shape allows, of which some may be alike.
         """
         self.owner, self.batch_size, self.place = owner, batch_size, place
+        self.nobody: Tensor | None = None  # (N,), which rows nothing could be told of, if any
         self._moved: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
 
     @classmethod
@@ -43,7 +44,9 @@ class Reading:
         owner, none = numbers[nearest].cpu(), (norms == 0).cpu()
         count = int(none.sum())
         owner[none] = torch.arange(count, device="cpu") * a.numel() // max(count, 1)
-        return cls(owner, a.numel())
+        reading = cls(owner, a.numel())
+        reading.nobody = none if count else None
+        return reading
 
     def data(self, t: Tensor) -> Tensor:
         """Each sample's rows of an input; where it has fewer than M, some of the others' again."""
