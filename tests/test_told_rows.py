@@ -123,6 +123,16 @@ def test_another_order_in_every_step():
         torch.testing.assert_close(stats.sq_norms, oracle.matrix.square().sum(1))
 
 
+@pytest.mark.parametrize("pair", list(itertools.combinations(range(5), 2)))
+def test_two_samples_in_exchange(pair):
+    """From the first step on, of few samples, by weights of which no two are alike."""
+    model, x, order = nn.Linear(3, 2).double(), torch.randn(5, 3).double(), list(range(5))
+    order[pair[0]], order[pair[1]] = pair[::-1]
+    rec, losses = record(model, lambda: smooth(model(x))[order].sum(1))
+    oracle = Oracle(model, lambda: smooth(model(x))[order].sum(1))
+    torch.testing.assert_close(rec.backward(losses).sq_norms, oracle.matrix.square().sum(1))
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_experts_of_few_samples_in_many_steps(seed):
     """Where an expert's tokens are as many as the samples, and look like theirs under weights of which some are alike."""
