@@ -189,8 +189,8 @@ def is_capturing() -> bool:
 
 
 def powers_of_two(batch_size: int, seed: int) -> Tensor:
-    """Weights ½, 1 or 2, as many of each: scaling is exact, so that even rounding errors of independent samples scale."""
-    return 2.0 ** (_order(batch_size, seed) % 3 - 1)
+    """Weights ¼ to 4, as many of each: scaling is exact, so that even rounding errors of independent samples scale."""
+    return 2.0 ** (_order(batch_size, seed) % 5 - 2)
 
 
 def unlike(batch_size: int, seed: int) -> Tensor:

@@ -80,9 +80,15 @@ class NoiseScale:
         return {"decay": self.decay, "steps": self.steps, "parts": [self._weight, self._trace, self._sq_norm]}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Go on from a `state_dict`."""
+        """Go on from a `state_dict`; on an error, all is as before."""
         try:
-            decay, steps, (weight, trace, sq_norm) = state["decay"], state["steps"], state["parts"]
+            decay, steps, (weight, trace, sq_norm) = (
+                float(state["decay"]),
+                int(state["steps"]),
+                map(float, state["parts"]),
+            )
+            if not 0 < decay <= 1 or steps < 0 or (steps and not weight > 0):
+                raise ValueError(f"decay {decay}, {steps} steps of weight {weight}")
         except (KeyError, TypeError, ValueError) as error:
             raise ArgumentError(f"not a state_dict of a NoiseScale: {error!r}") from None
         self.decay, self.steps = decay, steps

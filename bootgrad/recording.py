@@ -38,7 +38,7 @@ from .modes import Mode
 from .ops.piecewise import is_seen
 from .ops.product import Product
 from .planning import as_number
-from .rules.base import RULES, Operation, Phase, ProductOperation, is_in_place
+from .rules.base import RULES, Operation, Phase, ProductOperation, is_in_place, norms_of_rows
 from .rules.checkpointed import Returning, comes_back
 from .rules.expanded import ExpandOperation
 from .rules.fallback import FallbackOperation
@@ -251,8 +251,10 @@ class Recording(Returning):
 
     def finder(self) -> "Callable[[], Recording]":
         """What finds this recording as long as it is there: it may hold the graph."""
-        reference, modules, batchnorm = weakref.ref(self), self.modules, self.batchnorm
-        return lambda: reference() or Recording(*modules, check="never", batchnorm=batchnorm)
+        reference, modules = weakref.ref(self), self.modules
+        samples = None if self.samples is None else self.samples.index
+        options: dict[str, Any] = dict(check="never", samples=samples, batchnorm=self.batchnorm)
+        return lambda: reference() or Recording(*modules, **options)
 
     def _run_plain(self, func, args, kwargs):
         """Run a call without parameters."""
@@ -347,7 +349,7 @@ class Recording(Returning):
             return None
         source = derived.source
         if derived.func is Tensor.expand and (source.dim() < dims or source.size(0) == 1):
-            return self.expand(source, (n,), dims).expand(tracked.shape)
+            return self.expand(source, tracked.shape[: self.leading(tracked.shape)], dims).expand(tracked.shape)
         rows = derived.one_period(self.run)
         if rows is None:  # in a memory of their own: what they are taken from may be changed in place
             rows = self.run(Tensor.clone, self.run(_getitem, tracked, slice(0, k)))
@@ -599,6 +601,8 @@ class Recording(Returning):
                 self._graph,
                 None if self.samples is None else (self.samples.index.shape, self.samples.changing.shape),
                 tuple((o.name, tuple(map(self.name_of, o.tracked)), o.output_shape[: o.row_dims]) for o in operations),
+                # By an index of other numbers, other readings are alike.
+                tuple(reading.place for of_one in readings for reading in of_one if reading is not None),
             )
         )
         settled = self._state.choices.get(signature)
@@ -658,19 +662,28 @@ class Recording(Returning):
                     stacklevel=5,
                 )
             found.append([k for k, _ in enumerate(of_one) if not coupled[k]])
-            can_be_told = self.samples is None and operation.reads_samples and operation.row_dims == 1
-            if not found[-1] and not (can_be_told and 2 * self.batch_size * tolerance < 1):
+            if not found[-1] and not self._can_be_told(operation, tolerance):
                 errors = [_apart(r, plain[n], scaled[n], a) / scaled[n].norm(dim=1) for r in of_one[:1]]
                 self._refuse_rows(operation, *(operation.normed[int(e.nan_to_num().argmax())] for e in errors))
-        if any(len(right) != 1 for right in found):
+        if self._state.sorts or any(len(right) != 1 for right in found):
             b = unlike(self.batch_size, count).to(losses)
             scaled_b = self._row_norms(losses, ones * b, operations)
+            # Another order may look like the samples' own where weights are alike.
+            for k, operation in enumerate(operations):
+                if found[k] and readings[k][0] is None and (_apart(None, plain[k], scaled_b[k], b) > allowed[k]).any():
+                    found[k] = []
+                    if not self._can_be_told(operation, tolerance):
+                        self._refuse_rows(operation)
+            c, scaled_c = b, scaled_b
+            if not all(found):  # a row of two samples may look like a third's, but not by weights in another order, too
+                c = unlike(self.batch_size, -count).to(losses)
+                scaled_c = self._row_norms(losses, ones * c, operations)
             for k, (operation, right) in enumerate(zip(operations, found, strict=True)):
                 if right:
                     found[k] = _told_apart(readings[k], right, plain[k], scaled_b[k], b, tolerance)
                     continue
                 operation.reading = reading = Reading.told(plain[k][0], scaled_b[k][0], b)
-                for weights, norms in ((a, scaled[k]), (b, scaled_b[k])):
+                for weights, norms in ((a, scaled[k]), (b, scaled_b[k]), (c, scaled_c[k])):
                     if (_apart(reading, plain[k], norms, weights) > allowed[k]).any():
                         self._refuse_rows(operation)
                 self._state.sorts = True
@@ -680,6 +693,11 @@ class Recording(Returning):
         if is_open and all(len(right) == 1 for right in found):
             self._state.choices[signature] = [k for (k,) in found]
         self._state.counted(signature, count)
+
+    def _can_be_told(self, operation: Operation, tolerance: float) -> bool:
+        """Whether unlike weights can say which sample each of an output's rows is of."""
+        reads = self.samples is None and operation.reads_samples and operation.row_dims == 1
+        return reads and 2 * self.batch_size * tolerance < 1
 
     def _row_norms(self, losses: Tensor, weights: Tensor, operations: Sequence[Operation]) -> list[Tensor]:
         """The norms of the rows of each operation's gy under the losses Σ w_i ℓ_i."""
@@ -691,7 +709,7 @@ class Recording(Returning):
             if g is None
             else o.norms_in(g)
             if o.probe is not None
-            else torch.linalg.vector_norm(g.reshape(1, o.output_rows, -1), dim=2)
+            else norms_of_rows(g, o.output_rows).unsqueeze(0)
             for o, g in zip(operations, grads, strict=True)
         ]
 

@@ -48,7 +48,9 @@ class RunningMean:
                     t.to(accumulation_dtype(t.dtype)), new[key].to(accumulation_dtype(t.dtype)), share
                 )
         for key in (old | new).keys() - set(dense):
-            parts = [t[key] * w for t, w in ((old, 1 - share), (new, share)) if key in t]
+            parts = [
+                t[key].to(accumulation_dtype(t[key].dtype)) * w for t, w in ((old, 1 - share), (new, share)) if key in t
+            ]
             old[key] = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         self._owned = True
 

@@ -5,7 +5,7 @@
 Statistics always speak of the per-sample gradients g_i themselves, whatever weights the losses were reduced with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +155,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         check: when to check that samples are dimension 0 of every operation and independent of each other, at the price of
             two backward passes: ``"first"``, second, fourth, eighth … step of a model with these shapes (every step, where
             positions are merged into the batch or samples are of unlike size), ``"always"``, or
-            ``"never"``.
+            ``"never"``. Where the model puts samples in an order that changes with the data, and that may be their own in the
+            first steps, ``"always"`` is needed.
         samples: where samples are not dimension 0, a long tensor of the shape of the data's leading dimensions, whose entries
             are the numbers 0 … B − 1 of the sample that each row or position belongs to; losses stay (B,). For data (T, B, …)
             that is ``torch.arange(B).expand(T, B)``, for documents that are packed into (1, N, …) the document of each token,
@@ -172,7 +173,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                 c_i = ∂ Σ_j ℓ_j(θ_1, …, θ_B) / ∂θ_i  at  θ_1 = … = θ_B = θ,        (1/B) Σ_i c_i = ∇L.
 
             That is g_i where no statistics are shared. Means and products are as ever; the samples are not checked to be
-            independent of each other, for they are not.
+            independent of each other, for they are not, and so nothing finds a batch that is not dimension 0 and has no index.
         compiled: whether compiled functions stay compiled: then `backward` has what it has elsewhere, but for a center, and
             there are no per-sample gradients. If not, or with ``samples`` or contributions, they run as they were written.
 
@@ -312,7 +313,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         scaled = None if centers is None else {name: c * a for name, c in centers.items()}
         grads, norms = self._first_order(losses, reach, seeds(losses, a), scaled, retain_graph or uniform is None)
         by_name = dict(zip(reach.parameters, grads, strict=False))
-        if centers is None and graph.answers_at_once(losses):  # zeros have no part in a norm
+        # Zeros have no part in a norm; a single sample's gradient may come past the record, too.
+        if centers is None and self.batch_size > 1 and graph.answers_at_once(losses):
             by_name |= {name: by_name[name].index_select(0, rows) for name, rows in self._few_rows(reach).items()}
         ratio = 1 / losses.numel()
         statistics = summarized(self.parameters, by_name, norms, losses, a, ratio, scaled, self.scaling, reach.finite)
@@ -371,6 +373,29 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                 norms[name] = (term.sq_norms(), None if scaled is None else term.sq_norms(scaled[name]))
         return leaf_grads, norms
 
+    def _refuse_rows_of_nobody(self, reach: Reach, gys: Sequence[Tensor]) -> None:
+        """Raise if rows that have no gradient, so that nothing tells whose they are, would have one at other parameters.
+
+        A norm's derivative is then another with another owner. Rows that ReLUs or routers leave out have none anywhere.
+        """
+        found = {}
+        for operation, gy in zip(reach.operations, gys, strict=True):
+            nobody = None if operation.reading is None else operation.reading.nobody
+            if nobody is not None and gy.requires_grad:
+                rows = gy[nobody.to(gy.device)]
+                unlike = torch.arange(1, rows.numel() + 1, device=gy.device).sin().view(rows.shape)
+                found[operation] = (rows * unlike.to(rows.dtype)).sum()
+        if not found:
+            return
+        leaves = list(reach.parameters.values())
+        grads = torch.autograd.grad(list(found.values()), leaves, retain_graph=True, allow_unused=True)
+        if any(g is not None and bool(g.any()) for g in grads):
+            raise UnsupportedError(
+                f"some rows of {' and '.join(map(self.describe, found))} have no gradient here, so that nothing tells which "
+                "sample they are of, but would have one at other parameters, which penalties ask for: tell the recording, by "
+                "record(model, samples=index), or lay out the rows in the samples' order"
+            )
+
     def per_sample_gradients(self, losses: Tensor, create_graph: bool = False) -> PerSampleGradients:
         """The implicit B×P matrix of the per-sample gradients.
 
@@ -412,6 +437,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             visits = self.visitable(reach.operations) if visited and create_graph else []
             gys = self.output_gradients(losses, weights, reach.operations, create_graph, visits)
             refuse_marked(gys)
+            if create_graph:
+                self._refuse_rows_of_nobody(reach, gys)
             with torch.set_grad_enabled(create_graph), self.in_phase(Phase.OUTPUTS, visits):
                 terms = self.terms(reach.operations, gys)
         if not create_graph:

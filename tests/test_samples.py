@@ -98,6 +98,28 @@ class Bags(nn.Module):
         return self.head(torch.tanh(self.maxima(tokens)))
 
 
+class OwnBags(nn.Module):
+    """A bag of each sample's, of both other kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.sums, self.means = (nn.EmbeddingBag(7, D, mode=mode, padding_idx=2) for mode in ("sum", "mean"))
+
+    def forward(self, tokens):
+        return self.sums(tokens, per_sample_weights=tokens.double() - 2) * self.means(tokens)
+
+
+class Beside(nn.Module):
+    """Features that all positions share, beside their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.head = nn.Parameter(torch.randn(2)), nn.Linear(D + 2, 3)
+
+    def forward(self, x):
+        return self.head(torch.cat([x, self.shared.expand(*x.shape[:-1], 2)], -1).tanh())
+
+
 class Images(nn.Module):
     """Images, several of a user."""
 
@@ -143,6 +165,7 @@ ROWS = torch.tensor([[0, 0, 1, 1, 1], [2, 2, 2, 2, 3]])  # documents in two rows
 def cases():
     yield "sequence first", lambda: case(Stack(1, 1), [x(5, B)], sequence_first(5), over_steps)
     yield "steps of its own", lambda: case(Stack(5, 1), [x(5, B)], sequence_first(5), over_steps)
+    yield "beside others", lambda: case(Beside(), [x(5, B)], sequence_first(5), over_steps)
     yield "as many steps as samples", lambda: case(Stack(B, 1), [x(B, B)], sequence_first(B), over_steps)
     yield "twice as many steps", lambda: case(Stack(2 * B, 1), [x(2 * B, B)], sequence_first(2 * B), over_steps)
     yield (
@@ -152,6 +175,7 @@ def cases():
     yield "look-ups of packed tokens", lambda: case(LookUps(), [torch.randint(7, (1, 11))], RAGGED, by_index(RAGGED))
     yield "look-ups by user", lambda: case(LookUps(), [torch.randint(7, (12, 3))], SHUFFLED, by_index(SHUFFLED))
     yield "bags", lambda: case(Bags(), [torch.randint(7, (11, 3))], RAGGED[0], by_index(RAGGED[0]))
+    yield "a bag each", lambda: case(OwnBags(), [torch.randint(7, (B, 3))], torch.arange(B), by_index(torch.arange(B)))
     yield "encoder", lambda: case(encoder(), [x(5, B)], sequence_first(5), over_steps)
     yield "encoder, T = B", lambda: case(encoder(), [x(B, B)], sequence_first(B), over_steps)
     yield "packed", lambda: case(Attention(same_document(RAGGED)), [x(1, 11)], RAGGED, by_index(RAGGED))
@@ -340,6 +364,31 @@ def test_where_shapes_are_ambiguous_the_reading_is_remembered_once_it_is_known(m
     ]  # of which the fourth step in all is checked anyway
 
 
+def test_what_is_remembered_is_a_reading_and_not_how_many_others_were_unlike_it():
+    """Of documents of one length, two readings are one."""
+
+    class Queries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(D, D), nn.Linear(D, 3)
+
+        def forward(self, x, index):  # two rows of each document's mean behind its tokens
+            means = x.new_zeros(2, D).index_add(0, index[0], self.first(x).tanh()[0])
+            return (
+                smooth(self.second(means.repeat_interleave(2, 0) * x.new_tensor([1, 2, 1, 2])[:, None]))
+                .view(2, -1)
+                .sum(1)
+            )
+
+    torch.manual_seed(0)
+    model = Queries().double()
+    for lengths in ([1, 3], [2, 2], [3, 1]):
+        index, data = torch.arange(2).repeat_interleave(torch.tensor(lengths))[None], x(1, 4)
+        run = lambda data=data, index=index: model(data, index)  # noqa: E731
+        rec, losses = record(model, run, samples=index)
+        torch.testing.assert_close(rec.backward(losses).sq_norms, Oracle(model, run).matrix.square().sum(1))
+
+
 @pytest.mark.parametrize("name", ["as many steps as samples", "encoder, T = B", "as many tokens as features"])
 def test_readings_are_told_apart_where_the_first_weights_do_not(name, monkeypatch):
     monkeypatch.setattr("bootgrad.recording.powers_of_two", lambda batch_size, seed: torch.ones(batch_size))
@@ -366,6 +415,14 @@ def test_ambiguous_shapes_wait_for_a_check_before_a_graph_of_kernels(monkeypatch
     expected = step()
     monkeypatch.setattr("bootgrad.recording.is_capturing", lambda: True)
     torch.testing.assert_close(step(), expected, rtol=0, atol=0)
+
+
+def test_an_index_is_taken_as_it_was():
+    model, data, index = nn.Linear(D, D).double(), x(1, 11), RAGGED.clone()
+    expected = Oracle(model, lambda: by_index(RAGGED)(model(data))).matrix.square().sum(1)
+    rec, losses = record(model, lambda: by_index(RAGGED)(model(data)), samples=index, check="never")
+    index.zero_()
+    torch.testing.assert_close(rec.backward(losses).sq_norms, expected)
 
 
 def test_without_a_check_the_index_is_believed():
@@ -397,6 +454,18 @@ def test_checkpointed_sequences():
     rec, losses = record(model, run, samples=sequence_first(5))
     torch.testing.assert_close(rec.per_sample_gradients(losses).sq_norms(), expected)
     torch.testing.assert_close(rec.backward(losses).sq_norms, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_sequences_whose_recording_is_gone(reentrant):
+    model, data = Stack(5, 1).double(), x(5, B).requires_grad_()
+    expected = torch.autograd.grad(over_steps(model(data)).sum(), list(model.parameters()))
+    rec, losses = record(
+        model, lambda: over_steps(checkpoint(model, data, use_reentrant=reentrant)), samples=sequence_first(5)
+    )
+    del rec
+    ours = torch.autograd.grad(losses.sum(), list(model.parameters()))
+    torch.testing.assert_close(ours, expected)
 
 
 def test_sequences_in_half_precision():

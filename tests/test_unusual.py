@@ -1010,3 +1010,18 @@ def test_layers_and_positions_that_are_none(shape):
     torch.testing.assert_close(stats.sq_norms, reference.sq_norms(reference.matrix(rows)))
     for p, of_p in zip(model.parameters(), rows.values(), strict=True):
         torch.testing.assert_close(p.grad, of_p.mean(0))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3), (0, 3)])
+def test_layers_that_are_handed_nothing(shape):
+    """No positions of the samples, or none of their rows, as an expert that nobody chose."""
+    model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(3, 4), nn.LayerNorm(3), nn.RMSNorm(3), nn.PReLU()]).double()
+    x, nothing = torch.randn(2, 3, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    with bootgrad.record(model) as rec:
+        losses = model[0](x).tanh().sum(1)
+        for layer in model[1:]:
+            losses = losses + layer(nothing.requires_grad_()).sum()
+    rows = reference.per_sample_gradients_of(losses, dict(model.named_parameters()))
+    G = rec.per_sample_gradients(losses, create_graph=True)
+    torch.testing.assert_close(G.sq_norms(), reference.sq_norms(reference.matrix(rows)))
+    torch.testing.assert_close(rec.backward(losses).sq_norms, G.sq_norms())

@@ -279,7 +279,7 @@ class Operation(ABC):
         """The probe's gradient from the norms of the rows of gy."""
         assert self.probe is not None
         out = torch.zeros_like(self.probe, requires_grad=False)
-        out[0] = torch.linalg.vector_norm(gy.reshape(self.output_rows, -1), dim=1, dtype=out.dtype)
+        out[0] = norms_of_rows(gy, self.output_rows, out.dtype)
         return out
 
     @property
@@ -507,6 +507,11 @@ def row_statistics(rows: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor 
     return term.sq_norms(), None if center is None else term.sq_norms(center)
 
 
+def norms_of_rows(gy: Tensor, rows: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The norms of the ``rows`` of gy, (N,), of which there may be none."""
+    return torch.linalg.vector_norm(gy.reshape(rows, gy.numel() // max(1, rows)), dim=1, dtype=dtype)
+
+
 def per_sample_sum(rows: Tensor, batch_size: int, shape: torch.Size) -> Tensor:
     """``rows`` (N, …) summed to (B, *shape): over N/B consecutive rows and over what ``shape`` was broadcast along.
 
@@ -514,7 +519,7 @@ def per_sample_sum(rows: Tensor, batch_size: int, shape: torch.Size) -> Tensor:
     """
     if rows.shape == (batch_size, *shape):
         return rows
-    merged = rows.reshape(batch_size, -1, *rows.shape[1:])  # (B, N/B, …)
+    merged = rows.unflatten(0, (batch_size, rows.size(0) // batch_size))  # (B, N/B, …)
     aligned = (1,) * (rows.dim() - len(shape)) + tuple(shape)
     dims = [1] + [k + 1 for k in range(1, rows.dim()) if aligned[k] == 1]
     return merged.sum(dims).reshape(batch_size, *shape)

@@ -118,7 +118,7 @@ class LookUpOperation(Operation):
 
     def term(self, gy: Tensor, weights: Tensor | None, batch_size: int) -> LookUpTerm:
         """The table's term; of one sample that of them all."""
-        if self.reading is None or batch_size == 1:
+        if self.reading is None or self.is_bag or batch_size == 1:  # bags are the samples' own, in their order
             own = self.look_ups.merged(batch_size), self.of_look_ups(gy, weights)
             return LookUpTerm(*own, self.table_shape, self.inner)
         tokens = self.look_ups.tokens.view(*self.output_shape[: self.row_dims], -1)

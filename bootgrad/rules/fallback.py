@@ -138,7 +138,7 @@ class _Call:
         def of_samples(t: Tensor, is_gradient: bool = False) -> Tensor:
             reading = self.reading
             if reading is None:
-                return t.reshape(batch_size, -1, *t.shape[1:])[index]
+                return t.unflatten(0, (batch_size, t.size(0) // batch_size))[index]
             return reading.restored(reading.gradients(t) if is_gradient else reading.data(t))[index]
 
         def one(gy_i, *samples):

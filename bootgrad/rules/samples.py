@@ -23,21 +23,30 @@ from ..errors import ArgumentError, ArgumentTypeError
 class Reading:
     """The sample of every row: how tensors (leading …, …) become (B, M, …), without a copy where samples are a dimension."""
 
-    def __init__(self, owner: Tensor, batch_size: int):
-        """Take the samples' numbers, long, of the shape of the leading dimensions, on the CPU."""
-        self.owner, self.batch_size = owner, batch_size
+    def __init__(self, owner: Tensor, batch_size: int, place: int = 0):
+        """Take the samples' numbers, long, of the shape of the leading dimensions, on the CPU.
+
+        ``place`` is the reading's among all that a shape allows, of which some may be alike.
+        """
+        self.owner, self.batch_size, self.place = owner, batch_size, place
+        self.nobody: Tensor | None = None  # (N,), which rows nothing could be told of, if any
         self._moved: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
 
     @classmethod
     def told(cls, norms: Tensor, norms_a: Tensor, a: Tensor) -> "Reading":
         """The samples of rows (N,), from the norms of their gradients, plain and with the samples' losses times ``a``, (B,).
 
-        A row of sample i has a_i times the norm; of the weights no two may be alike. Rows without a gradient are sample 0's.
+        A row of sample i has a_i times the norm; of the weights no two may be alike. Rows without a gradient are anybody's: as
+        many of each sample, for all have room for as many as the one that has the most.
         """
         ordered, numbers = a.sort()
-        ratios = torch.where(norms > 0, norms_a / norms, ordered[0])
-        nearest = torch.bucketize(ratios.to(a.dtype), (ordered[1:] + ordered[:-1]) / 2)
-        return cls(numbers[nearest].cpu(), a.numel())
+        nearest = torch.bucketize((norms_a / norms).to(a.dtype), (ordered[1:] + ordered[:-1]) / 2)
+        owner, none = numbers[nearest].cpu(), (norms == 0).cpu()
+        count = int(none.sum())
+        owner[none] = torch.arange(count, device="cpu") * a.numel() // max(count, 1)
+        reading = cls(owner, a.numel())
+        reading.nobody = none if count else None
+        return reading
 
     def data(self, t: Tensor) -> Tensor:
         """Each sample's rows of an input; where it has fewer than M, some of the others' again."""
@@ -133,7 +142,7 @@ class Samples:
             raise ArgumentError(
                 f"samples must have the shape of the data's leading dimensions, and entries; got shape {tuple(index.shape)}"
             )
-        index = index.detach().cpu()
+        index = index.detach().to("cpu", copy=True)  # theirs may be written to, for the next batch
         self.index, self._least, self._most = index, int(index.min()), int(index.max())
         if self._least < 0:
             raise ArgumentError(f"samples must be numbers from 0 on; got {self._least}")
@@ -162,11 +171,11 @@ class Samples:
         """The possible readings of outputs with these leading dimensions, in the order in which they are to be tried."""
         key = leading, batch_size
         if key not in self._readings:
-            owners: list[Tensor] = []
-            for owner in self._owners(leading, batch_size):
-                if not any(torch.equal(owner, other) for other in owners):
-                    owners.append(owner)
-            self._readings[key] = [Reading(owner, batch_size) for owner in owners]
+            found: list[Reading] = []
+            for place, owner in enumerate(self._owners(leading, batch_size)):
+                if not any(torch.equal(owner, other.owner) for other in found):
+                    found.append(Reading(owner, batch_size, place))
+            self._readings[key] = found
         return self._readings[key]
 
     def _owners(self, leading: torch.Size, batch_size: int) -> list[Tensor]:

@@ -53,6 +53,14 @@ def rows_of(model, *args):
     return reference.per_sample_gradients_of(model(*args), {"table": model.table})["table"]
 
 
+def test_a_single_sample_s_gradient_has_all_rows_that_the_losses_reach():
+    """Also those that they reach outside of the recording, as one sample's may."""
+    model = Model(lambda m, x: F.embedding(x, m.table))
+    rec, losses = recorded(model, TOKENS[1:2])
+    stats = rec.backward(losses + model.table.square().sum())
+    torch.testing.assert_close(stats.sq_mean_norm, stats.sq_norms[0])
+
+
 CALLS = {
     "embedding": (lambda m, x: F.embedding(x, m.table), "embedding"),
     "its padding": (lambda m, x: F.embedding(x, m.table, padding_idx=2), "embedding"),
