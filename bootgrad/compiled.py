@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,10 +54,6 @@ class _Active(threading.local):
 _active = _Active()
 
 
-# A thread without a recording is handed graphs, too, while another one records: they run as they were written there.
-_stance = Stance(lambda: torch.compiler.set_stance("default", force_backend=backend))
-
-
 @contextmanager
 def compiling_for(recording: Recording) -> Iterator[None]:
     """A context in which compiled functions take statistics for ``recording``."""
@@ -78,6 +75,10 @@ def backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..
     """Compile a graph for the recording that is active: what `torch.compile` is made to take as its backend."""
     with without_hooks():  # of a checkpoint around the function, which what is traced here is no part of
         return _compiled(_users_backend(), graph, example_inputs)
+
+
+# A thread without a recording is handed graphs, too, while another one records: they run as they were written there.
+_stance = Stance(partial(torch.compiler.set_stance, "default", force_backend=backend))
 
 
 def _compiled(inner: Callable[..., Any], graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
@@ -45,7 +46,8 @@ class Stance(AbstractContextManager):
     """What becomes of compiled functions while any thread is in it; torch is told the first made of those that some are in.
 
     Args:
-        make: makes the context that tells torch. Nothing is compiled where dynamo was never imported.
+        make: makes the context that tells torch, no function of Python's own, which would be compiled where torch refuses it.
+            Nothing is told where dynamo was never imported.
     """
 
     _lock = threading.RLock()
@@ -90,4 +92,4 @@ class Stance(AbstractContextManager):
 
 
 # Compiled code would run what the rules did once.
-eager = Stance(lambda: torch.compiler.set_stance("force_eager"))
+eager = Stance(partial(torch.compiler.set_stance, "force_eager"))
