@@ -98,10 +98,13 @@ class Step:
         The function runs under the autocast of now, and nothing else does.
         """
         parameter = next(iter(self.parameters.values()))
-        autocast = autocast_now(parameter.device)
+        autocast, ranks = (
+            autocast_now(parameter.device),
+            self.ranks,
+        )  # not this object, which keeps what holds the function
 
         def run(*batch: Any) -> Tensor:
-            with autocast(), silent(self.ranks):
+            with autocast(), silent(ranks):
                 return function(*batch)
 
         with without_autocast(parameter):

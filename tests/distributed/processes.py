@@ -2,7 +2,9 @@
 
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -13,7 +15,9 @@ def together(size: int, path, *cases: Callable) -> dict[str, list]:
 
     A case is called with the rank and the number of ranks. It has to be a function of a module.
     """
-    mp.start_processes(_work, (size, str(path), cases), size, start_method="spawn")
+    with pytest.MonkeyPatch.context() as patch:  # new processes import the cases, and have the path of this one
+        patch.syspath_prepend(Path(__file__).parents[2])
+        mp.start_processes(_work, (size, str(path), cases), size, start_method="spawn")
     found = [torch.load(f"{path}.{rank}", weights_only=False) for rank in range(size)]
     return {case.__name__: [of_rank[case.__name__] for of_rank in found] for case in cases}
 
