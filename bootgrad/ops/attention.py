@@ -3,7 +3,7 @@
     P = softmax(s Q Kᵀ + M)        O = P V
 
 The kernels make O and its first derivatives without holding a T×T number. Here the derivatives of these are made from q, k, v
-and gO alone, for as few heads at a time that the T×T numbers held are few, too. With A = gO Vᵀ and ⟨·⟩ a row's mean under P,
+and gO alone, a few heads at a time, so that the T×T numbers held are few, too. With A = gO Vᵀ and ⟨·⟩ a row's mean under P,
 
     gV = Pᵀ gO        gS = P∘(A − ⟨A⟩)        gQ = s gS K        gK = s gSᵀ Q
 
@@ -12,22 +12,18 @@ hS = P∘(E − ⟨E⟩), the derivatives of Σ ⟨u, g⟩ are
 
     by gO   P' V + P u_V        by v   P'ᵀ gO        by q   s (gS u_K + hS K)        by k   s (gSᵀ u_Q + hSᵀ Q)
 
-Fourteen products of L·S·D where the forward pass has two. Letters: ``N`` samples, ``H`` heads, ``L`` queries, ``S`` keys, ``D``
+Twelve products of L·S·D where the forward pass has two. Letters: ``N`` samples, ``H`` heads, ``L`` queries, ``S`` keys, ``D``
 features; s the scale, M a constant mask, added to what it masks.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .backends.eager_attention import weights
 from .schema import accumulation_dtype
-
-# T×T numbers that are held at a time: on a CPU they stay in its caches, which takes two thirds of the time.
-CHUNK_BYTES = 32 * 2**20
-CPU_CHUNK_BYTES = 4 * 2**20
 
 
 class FusedAttention(Function):
@@ -91,63 +87,29 @@ def attention_double_backward(
         is_causal: whether query l counts keys up to l alone.
         scale: s; 1/√D when None.
     """
-    like = (q, k, v)
-    uq, uk, uv = (torch.zeros_like(t) if u is None else u for u, t in zip(cotangents, like, strict=True))
-    out = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (g, *like))
-    s, dtype = _scale(q, scale), accumulation_dtype(q.dtype)
-    for at in _chunks(q, k):
-        qc, kc, vc, gc, uqc, ukc, uvc = (t[at].to(dtype) for t in (q, k, v, g, uq, uk, uv))
-        P = _weights(qc, kc, _part(mask, at, q, k), is_causal, s)
-        T = (torch.cat([uqc, qc], -1) * s) @ torch.cat([kc, ukc], -1).mT
-        A = gc @ vc.mT
-        for t in (T, A):
-            t.sub_((P * t).sum(-1, keepdim=True))
-        E = (gc @ uvc.mT).addcmul_(T, A)
-        E.sub_((P * E).sum(-1, keepdim=True))
-        tangent, gS, hS = T.mul_(P), A.mul_(P), E.mul_(P)  # P', and the gradients by S
-        out[0][at] = tangent @ vc + P @ uvc
-        out[1][at] = (gS @ ukc + hS @ kc) * s
-        out[2][at] = (gS.mT @ uqc + hS.mT @ qc) * s
-        out[3][at] = tangent.mT @ gc
-    return out
-
-
-def _chunks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Samples and heads whose T×T numbers, eight of a pair, fit into the budget."""
-    N, H, L, _ = q.shape
-    head = 8 * accumulation_dtype(q.dtype).itemsize * L * k.size(2)
-    budget = CPU_CHUNK_BYTES if q.device.type == "cpu" else CHUNK_BYTES
-    heads = max(1, min(H, budget // max(1, head)))
-    samples = max(1, budget // max(1, head * H)) if heads == H else 1
-    for n in range(0, N, samples):
-        for h in range(0, H, heads):
-            yield slice(n, n + samples), slice(h, h + heads)
-
-
-def _part(mask: Tensor | None, at: tuple[slice, slice], q: Tensor, k: Tensor) -> Tensor | None:
-    return None if mask is None else mask.expand(*q.shape[:3], k.size(2))[at]
-
-
-def _weights(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, s: float) -> Tensor:
-    """P, (…, L, S); zeros where no key counts."""
-    scores = (q * s) @ k.mT
-    if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is None:
-        return scores.softmax(-1)
-    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    nothing = (scores == -math.inf).all(-1, keepdim=True)
-    return scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
+    if mask is not None:
+        mask = _added(mask, q).expand(*q.shape[:3], k.size(2))
+    grads = torch.ops.bootgrad.attention_double_backward(*cotangents, g, q, k, v, mask, is_causal, _scale(q, scale))
+    return tuple(t.transpose(1, 2) for t in grads)
 
 
 def _by_torch(cotangents, g, q, k, v, mask, is_causal, scale):
     """`attention_double_backward` in operations that can be differentiated further."""
     # Aliases, so that a path from one to another outside of this function is not walked here.
     g, q, k, v = (t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (g, q, k, v))
-    y = _weights(q, k, mask, is_causal, _scale(q, scale)) @ v
+    mask = None if mask is None else _added(mask, q)
+    y = weights(q, k, mask, is_causal, _scale(q, scale)) @ v
     first = torch.autograd.grad(y, (q, k, v), g, create_graph=True)
     total = torch.stack([(t * u).sum() for t, u in zip(first, cotangents, strict=True) if u is not None]).sum()
     return torch.autograd.grad(total, (g, q, k, v), create_graph=True, allow_unused=True)
+
+
+def _added(mask: Tensor, q: Tensor) -> Tensor:
+    """A mask as what is added to the scores, in their dtype."""
+    dtype = accumulation_dtype(q.dtype)
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

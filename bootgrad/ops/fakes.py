@@ -9,6 +9,7 @@ from .schema import (
     NAMESPACE,
     accumulation_dtype,
     check_applied,
+    check_attention,
     check_bias_center,
     check_conv,
     check_conv3x3,
@@ -315,3 +316,9 @@ def _(gy, index, blocked, size):
 @_fake("max_pool2d_gather")
 def _(h, index, blocked):
     return h.new_empty(index.shape)
+
+
+@_fake("attention_double_backward")
+def _(uq, uk, uv, g, q, k, v, mask, is_causal, scale):
+    check_attention(uq, uk, uv, g, q, k, v, mask)
+    return tuple(t.new_empty((t.size(0), t.size(2), t.size(1), t.size(3))) for t in (g, q, k, v))

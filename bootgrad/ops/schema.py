@@ -153,6 +153,17 @@ PARAMETER_SCHEMAS = {
     "sq_distances": "(Tensor[] a, Tensor[] b, float scale) -> Tensor",
 }
 
+# Attention, in plain torch on GPUs.
+ATTENTION_SCHEMAS = {
+    # For q (N, H, L, D), k (N, H, S, D), v (N, H, S, D'), g = gO (N, H, L, D'), u as q, k and v or absent: derivatives of
+    # ⟨u_Q, gQ⟩ + ⟨u_K, gK⟩ + ⟨u_V, gV⟩ by g, q, k and v, in their dtype, laid out as (N, ·, H, ·). To the scores is added mask
+    # (N, H, L, S), of the accumulation dtype
+    "attention_double_backward": (
+        "(Tensor? uq, Tensor? uk, Tensor? uv, Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal,"
+        " float scale) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+
 library = torch.library.Library(NAMESPACE, "DEF")
 # The same ops as the compiled library for GPUs implements them, which may be some: `backends.gpu` calls them. They are no
 # part of a graph, so they have no fakes.
@@ -161,7 +172,13 @@ for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     cuda_library.define(_name + _schema)
 for _name, _schema in (
-    APPLIED_SCHEMAS | EMBEDDING_SCHEMAS | POOLING_SCHEMAS | RELU_SCHEMAS | CONVOLUTION_SCHEMAS | PARAMETER_SCHEMAS
+    APPLIED_SCHEMAS
+    | EMBEDDING_SCHEMAS
+    | POOLING_SCHEMAS
+    | RELU_SCHEMAS
+    | CONVOLUTION_SCHEMAS
+    | PARAMETER_SCHEMAS
+    | ATTENTION_SCHEMAS
 ).items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -401,3 +418,42 @@ def check_pairs(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
                 f"got {tuple(s.shape)} and {tuple(t.shape)}"
             ),
         )
+
+
+def check_attention(
+    uq: Tensor | None,
+    uk: Tensor | None,
+    uv: Tensor | None,
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+) -> None:
+    """Raise unless these are the inputs of one attention, its output's gradient, and cotangents of its inputs' gradients."""
+    for name, t in {"g": g, "q": q, "k": k, "v": v}.items():
+        torch._check(
+            t.dim() == 4 and t.is_floating_point(),
+            lambda name=name, t=t: (
+                f"{name} must be floating point, (N, H, ·, ·); got {t.dtype} of shape {tuple(t.shape)}"
+            ),
+        )
+    (N, H, L, D), S, values = q.shape, k.size(2), v.size(3)
+    keys, of_values = (N, H, S, D), (N, H, S, values)
+    expected = {
+        "g": (g, (N, H, L, values)),
+        "k": (k, keys),
+        "v": (v, of_values),
+        "uq": (uq, q.shape),
+        "uk": (uk, keys),
+        "uv": (uv, of_values),
+    }
+    for name, (tensor, shape) in expected.items():
+        check_shape(name, tensor, shape)
+        if tensor is not None:
+            torch._check(
+                tensor.dtype == q.dtype,
+                lambda name=name, tensor=tensor: f"{name} must have the dtype of q, {q.dtype}; got {tensor.dtype}",
+            )
+            check_device(name, tensor, q)
+    check_layer("mask", mask, (N, H, L, S), q)

@@ -19,10 +19,18 @@
 #include "bootgrad/kernels.hpp"
 
 namespace bootgrad {
-const Kernels kAvx2Kernels{
-    "avx2",         avx2::conv,          avx2::conv_product, avx2::linear_rank1, avx2::group_norm,
-    avx2::max_pool, avx2::max_pool_grad, avx2::winograd,     avx2::winograd_sum, avx2::sq_distances,
-    avx2::embedding};
+const Kernels kAvx2Kernels{"avx2",
+                           avx2::conv,
+                           avx2::conv_product,
+                           avx2::linear_rank1,
+                           avx2::group_norm,
+                           avx2::max_pool,
+                           avx2::max_pool_grad,
+                           avx2::winograd,
+                           avx2::winograd_sum,
+                           avx2::sq_distances,
+                           avx2::embedding,
+                           avx2::attention_double_backward};
 }  // namespace bootgrad
 
 #if defined(__clang__)

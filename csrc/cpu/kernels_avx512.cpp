@@ -20,10 +20,18 @@
 #include "bootgrad/kernels.hpp"
 
 namespace bootgrad {
-const Kernels kAvx512Kernels{
-    "avx512",         avx512::conv,          avx512::conv_product, avx512::linear_rank1, avx512::group_norm,
-    avx512::max_pool, avx512::max_pool_grad, avx512::winograd,     avx512::winograd_sum, avx512::sq_distances,
-    avx512::embedding};
+const Kernels kAvx512Kernels{"avx512",
+                             avx512::conv,
+                             avx512::conv_product,
+                             avx512::linear_rank1,
+                             avx512::group_norm,
+                             avx512::max_pool,
+                             avx512::max_pool_grad,
+                             avx512::winograd,
+                             avx512::winograd_sum,
+                             avx512::sq_distances,
+                             avx512::embedding,
+                             avx512::attention_double_backward};
 }  // namespace bootgrad
 
 #if defined(__clang__)

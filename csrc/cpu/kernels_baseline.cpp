@@ -11,8 +11,16 @@
 #include "bootgrad/kernels.hpp"
 
 namespace bootgrad {
-const Kernels kBaselineKernels{
-    "baseline",         baseline::conv,          baseline::conv_product, baseline::linear_rank1, baseline::group_norm,
-    baseline::max_pool, baseline::max_pool_grad, baseline::winograd,     baseline::winograd_sum, baseline::sq_distances,
-    baseline::embedding};
+const Kernels kBaselineKernels{"baseline",
+                               baseline::conv,
+                               baseline::conv_product,
+                               baseline::linear_rank1,
+                               baseline::group_norm,
+                               baseline::max_pool,
+                               baseline::max_pool_grad,
+                               baseline::winograd,
+                               baseline::winograd_sum,
+                               baseline::sq_distances,
+                               baseline::embedding,
+                               baseline::attention_double_backward};
 }  // namespace bootgrad

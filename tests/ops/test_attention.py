@@ -3,11 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.library import opcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bootgrad.ops import attention
-from bootgrad.ops.attention import FusedAttention, attention_double_backward
+from bootgrad.ops.attention import FusedAttention
+from bootgrad.ops.backends import eager_attention
 from bootgrad.rules.stand_ins import StandIns
+
+OP = torch.ops.bootgrad.attention_double_backward
 
 N, H, L, S, D = 3, 2, 5, 4, 6
 nothing_counts = torch.ones(L, S, dtype=torch.bool)
@@ -41,9 +44,7 @@ def derivatives(function, tensors, further=False):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("chunk", [attention.CPU_CHUNK_BYTES, 1, 8 * 8 * L * S * H * 2])
-def test_derivatives(case, chunk, monkeypatch):
-    monkeypatch.setattr(attention, "CPU_CHUNK_BYTES", chunk)
+def test_derivatives(case):
     options = dict(CASES[case])
     tensors = inputs(options.pop("keys", S))
     with sdpa_kernel(SDPBackend.MATH):
@@ -88,17 +89,76 @@ def test_some_inputs_alone(wanted):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_precision(dtype):
-    tensors = [t.detach().to(dtype) for t in inputs()]
-    u, g = [torch.randn_like(t) for t in tensors], torch.randn_like(tensors[0])
-    exact = attention_double_backward(
-        [t.double() for t in u], g.double(), *(t.double() for t in tensors), None, False, None
-    )
-    ours = attention_double_backward(u, g, *tensors, None, False, None)
-    for a, b in zip(ours, exact, strict=True):
+def raw(L, S, D, values, dtype=torch.float64, masked=False):
+    """Inputs of the op for three samples of two heads: some laid out as a projection of heads puts them out."""
+    generator = torch.Generator().manual_seed(L)
+    heads = (N, H)
+    q, uq, g = (torch.randn(N, L, H, n, generator=generator).transpose(1, 2) for n in (D, D, values))
+    k, uk, v, uv = (torch.randn(*heads, S, n, generator=generator) for n in (D, D, values, values))
+    v = torch.cat([v, v], -1)[..., ::2] if values > 1 else v  # with gaps
+    mask = None
+    if masked:
+        mask = torch.randn(1, H, L, S, generator=generator)
+        mask[torch.rand(1, H, L, S, generator=generator) < 0.3] = -torch.inf
+        mask[:, :, L // 2 : L // 2 + 1] = -torch.inf
+        mask = mask.to(torch.promote_types(dtype, torch.float32)).expand(*heads, L, S)
+    return [*(t.to(dtype) for t in (uq, uk, uv, g, q, k, v)), mask]
+
+
+SIZES = [(5, 4, 6, 6), (1, 1, 1, 3), (130, 33, 17, 5), (3, 700, 8, 16), (2, 0, 3, 3), (0, 2, 3, 3)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "causal", "masked", "some"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_implementations_agree(size, kind, monkeypatch):
+    tensors, causal = raw(*size, masked=kind == "masked"), kind == "causal"
+    if kind == "some":
+        tensors[0] = tensors[2] = None
+    compiled = OP(*tensors, causal, 0.7)
+    for chunk in (eager_attention.CHUNK_BYTES["cpu"], 1, 8 * 8 * size[0] * size[1] * H * 2):
+        monkeypatch.setitem(eager_attention.CHUNK_BYTES, "cpu", chunk)
+        eager = eager_attention.attention_double_backward(*tensors, causal, 0.7)
+        for a, b in zip(compiled, eager, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", [OP, eager_attention.attention_double_backward], ids=["compiled", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.2, 30.0])
+def test_precision(backend, dtype, scale):
+    tensors = raw(70, 45, 24, 24, dtype, masked=True)
+    exact = backend(*(t.double() for t in tensors), False, scale)
+    for a, b in zip(backend(*tensors, False, scale), exact, strict=True):
         assert a.dtype == dtype
-        assert float((a.double() - b).norm()) <= (2e-6 if dtype == torch.float32 else 2**-8) * float(b.norm())
+        # A score of some hundreds has an error of 2⁻²⁴ of that, and its weight the same one relatively.
+        tolerance = {torch.float32: 4e-6 * max(1, scale), torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+        assert float((a.double() - b).norm()) <= tolerance * float(b.norm())
+
+
+def test_what_is_no_number_comes_out_as_none():
+    for place in range(8):
+        tensors = raw(5, 4, 6, 6, masked=True)
+        tensors[place] = tensors[place].clone()
+        tensors[place][1, 1, 2, 3] = torch.nan
+        compiled, eager = OP(*tensors, False, 0.5), eager_attention.attention_double_backward(*tensors, False, 0.5)
+        assert any(torch.isnan(t[1, :, 1]).any() for t in compiled)
+        for a, b in zip(compiled, eager, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_schema_and_errors():
+    opcheck(OP.default, (*raw(5, 4, 6, 3, masked=True), False, 0.5))
+    opcheck(OP.default, (None, *raw(3, 4, 2, 2)[1:], True, 0.5))
+    for place, wrong in ((0, (3, 2, 5, 7)), (3, (3, 2, 5, 6, 1)), (5, (3, 2, 3, 6)), (7, (3, 1, 5, 4)), (4, (6, 5))):
+        tensors = raw(5, 4, 6, 6, masked=True)
+        tensors[place] = torch.zeros(wrong, dtype=torch.float64)
+        for backend in (OP, eager_attention.attention_double_backward):
+            with pytest.raises(RuntimeError, match="must have|must be|four dimensions"):
+                backend(*tensors, False, 0.5)
+    tensors = raw(5, 4, 6, 6)
+    for backend in (OP, eager_attention.attention_double_backward):
+        with pytest.raises(RuntimeError, match="dtype"):
+            backend(*tensors[:5], tensors[5].float(), *tensors[6:], False, 0.5)
 
 
 def test_the_graph_goes_when_it_was_used():

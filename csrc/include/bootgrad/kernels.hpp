@@ -29,6 +29,8 @@
 
 #include "bootgrad/embedding.hpp"
 
+#include "bootgrad/attention.hpp"
+
 namespace bootgrad::BOOTGRAD_ISA {
 
 template <class In>

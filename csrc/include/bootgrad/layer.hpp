@@ -192,6 +192,24 @@ struct EmbeddingCall {
   void* sum;                       // [V, D], zeros  Σ_i w_i E_i
 };
 
+// The second derivative of attention: L queries, S keys, D features of them and Dv of values.
+struct AttentionCall {
+  // One row of features for each (sample, head, position), or null for zeros; strides in elements.
+  struct Rows {
+    const void* data;
+    int64_t stride[3];
+  };
+  const Runtime* runtime;
+  DType dtype;
+  int64_t N, H, L, S, D, Dv;
+  Rows uq, uk, uv, g, q, k, v;
+  const void* mask;  // added to the scores, (N, H, L, S) of the compute type, or null
+  int64_t mask_stride[4];
+  bool is_causal;
+  double scale;
+  void *dg, *dq, *dk, *dv;  // (N, L, H, Dv), (N, L, H, D), (N, S, H, D), (N, S, H, Dv)
+};
+
 // One instruction set's implementations.
 struct Kernels {
   const char* name;
@@ -208,6 +226,7 @@ struct Kernels {
   void (*winograd_sum)(const WinogradSumCall&);
   void (*sq_distances)(const SqDistancesCall&);
   void (*embedding)(const EmbeddingCall&);
+  void (*attention_double_backward)(const AttentionCall&);
 };
 
 }  // namespace bootgrad
