@@ -6,6 +6,7 @@ is met otherwise reached the losses unseen: an error that names it.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,18 @@ from torch.autograd.graph import GradientEdge
 
 from .errors import ArgumentError, ArgumentTypeError, RecordingError, UnsupportedError
 from .rules.base import CHANGED, Operation
+
+
+@dataclass
+class Reach:
+    """What losses depend on: recorded operations, parameters by name, and leaves outside of the model."""
+
+    operations: list[Operation]
+    parameters: dict[str, Tensor]
+    other_leaves: list[Tensor]
+    graph: int  # a number for the nodes' names in their order
+    finite: Tensor | None = None  # whether the losses are, where that was not waited for
+    narrow: torch.dtype | None = None  # the narrowest half precision between the losses and the parameters
 
 
 class Uses:

@@ -2,16 +2,15 @@
 
 Known operations are replaced by ones that keep (x, gy); functions of parameters and of the model's constants alone (buffers,
 frozen parameters, ranges) are followed; the rest falls back to ``vmap`` or is refused. After the forward pass the recording
-knows, for losses (B,), which operations and parameters they reach (`graph`), and by one backward pass under other weights
-whether samples are dimension 0 of every operation.
+knows, for losses (B,), which operations and parameters they reach (`graph`), and by backward passes under other weights whether
+samples are the rows of every operation (`batch_check`).
 """
 
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +18,16 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
+from .batch_check import BatchCheck, ModelState
 from .derived import TRANSPOSITIONS, Call, Derived, check_repeats, is_batch_free, may_be_batch_free, pull_back
 from .distributed import Ranks
 from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
-from .graph import (
-    Uses,
-    as_met,
-    check_losses,
-    filled,
-    gradients,
-    is_capturing,
-    keeping_buffers,
-    powers_of_two,
-    unlike,
-    walk,
-)
+from .graph import Reach, Uses, as_met, check_losses, filled, gradients, keeping_buffers, walk
 from .modes import Mode
 from .ops.piecewise import is_seen
 from .ops.product import Product
 from .planning import as_number
-from .rules.base import RULES, Operation, Phase, ProductOperation, is_in_place, norms_of_rows
+from .rules.base import RULES, Operation, Phase, ProductOperation, is_in_place
 from .rules.checkpointed import Returning, comes_back
 from .rules.expanded import ExpandOperation
 from .rules.fallback import FallbackOperation
@@ -47,10 +36,10 @@ from .rules.normalization import apart, is_apart, is_over_batch, refuse_batch_st
 from .rules.opened import opened
 from .rules.process_wide import eager
 from .rules.reentrant import not_reentrant
-from .rules.samples import Reading, Samples
+from .rules.samples import Samples
 from .rules.stand_ins import OF_PARAMETERS, is_in_transform, run_plain
 from .rules.terms import Term
-from .scaling import Scale, Scaling, narrowest, seeds
+from .scaling import Scale, Scaling, narrowest
 from .wrappers import parameters_of, ranks_of, silent
 
 _IN_COMPILED = (
@@ -63,35 +52,7 @@ _getitem = Tensor.__getitem__
 _DIFFERENTIATION = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
-@dataclass
-class _ModelState:
-    """What is remembered of a model from one recording to the next."""
-
-    uses: dict = field(default_factory=dict)  # how often each signature was seen
-    sorts: bool = False  # whether rows were met that are not in the samples' order
-    choices: dict = field(default_factory=dict)  # of each operation's readings the only one that was right
-    warned: set = field(default_factory=set)
-
-    def counted(self, signature: Any, count: int) -> None:
-        """Remember that the signature was seen this often without an objection."""
-        if len(self.uses) > 4096:  # shapes that change with every batch
-            self.uses.clear()
-            self.choices.clear()
-        self.uses[signature] = count
-
-
-_states: "weakref.WeakKeyDictionary[nn.Module, _ModelState]" = weakref.WeakKeyDictionary()
-
-
-@dataclass
-class Reach:
-    """What losses depend on: recorded operations, parameters by name, and leaves outside of the model."""
-
-    operations: list[Operation]
-    parameters: dict[str, Tensor]
-    other_leaves: list[Tensor]
-    finite: Tensor | None = None  # whether the losses are, where that was not waited for
-    narrow: torch.dtype | None = None  # the narrowest half precision between the losses and the parameters
+_states: "weakref.WeakKeyDictionary[nn.Module, ModelState]" = weakref.WeakKeyDictionary()
 
 
 class Recording(Returning):
@@ -132,7 +93,7 @@ class Recording(Returning):
             raise ArgumentError(f"batchnorm must be one of {', '.join(BATCHNORM)}; got {batchnorm!r}")
         self.check, self.batchnorm = check, batchnorm
         self.modules = modules
-        self._state = _states.setdefault(modules[0], _ModelState())
+        self.state = _states.setdefault(modules[0], ModelState())
         self.ranks = ranks_of(*modules)
         if self.ranks is not None:
             self.ranks.gather()
@@ -160,7 +121,7 @@ class Recording(Returning):
         self._compiled: set[Any] = set()  # nodes of functions that were compiled to be differentiated more than once
         self._saved: dict[int, tuple[Tensor, ...]] = {}
         self._around = ExitStack()
-        self._used = self.freed = self._runs_again = self._has_contributions = self._keeps_buffers = False
+        self._used = self.freed = self._runs_again = self.has_contributions = self._keeps_buffers = False
 
     # Recording
 
@@ -202,7 +163,7 @@ class Recording(Returning):
         if has_data and is_over_batch(func, args, kwargs):
             if self.batchnorm == "refuse":
                 refuse_batch_statistics()
-            self._has_contributions = True
+            self.has_contributions = True
         if (
             has_data and is_tracked and is_apart(func, args, kwargs)
         ):  # then scale and shift have a rule, and it has none
@@ -331,8 +292,7 @@ class Recording(Returning):
 
     def warn(self, message: str, stacklevel: int = 3) -> None:
         """Say something about the model once, whatever the number of its recordings."""
-        if message not in self._state.warned:
-            self._state.warned.add(message)
+        if self.state.is_new(message):
             warnings.warn(message, BootgradWarning, stacklevel)
 
     def _rows_by_sample(self, tracked: Sequence[Tensor], others: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -506,13 +466,12 @@ class Recording(Returning):
         if self.samples is not None:
             self.samples.check(self.batch_size)
         if self.batch_size > 1:
-            self._check_batch(losses, reach, [self._readings(o) for o in reach.operations])
+            BatchCheck(self, losses, reach).run()
         return reach
 
     def walk(self, losses: Tensor) -> Reach:
         """What ``losses`` reach."""
         nodes, shared, leaves = walk(losses, self._uses, self._names, alone=self.batch_size == 1)
-        self._graph = hash(tuple(nodes.values()))
         compiled = {node for node, name in nodes.items() if name == "CompiledFunctionBackward"}
         self._keeps_buffers = bool(compiled) and compiled <= self._compiled
         operations = [o for o in self.operations if o.edge.node in nodes]
@@ -527,7 +486,8 @@ class Recording(Returning):
         parameters = {name: p for name, p in self.parameters.items() if id(p) in used}
         own = self._names.keys() | {id(o.probe) for o in self.operations}
         narrow = narrowest([losses.dtype, *(o.output_dtype for o in operations)])
-        return Reach(operations, parameters, [t for t in leaves if id(t) not in own], narrow=narrow)
+        other_leaves = [t for t in leaves if id(t) not in own]
+        return Reach(operations, parameters, other_leaves, graph=hash(tuple(nodes.values())), narrow=narrow)
 
     def _scale(self, reach: Reach) -> Scale:
         """What the losses are multiplied by in a backward pass."""
@@ -538,180 +498,10 @@ class Recording(Returning):
         names = [self.name_of(t) for t in (operation.tracked if tracked is None else tracked)]
         return f"{operation.name} (parameter {', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
 
-    def _readings(self, operation: Operation) -> Sequence[Reading | None]:
-        """The ways in which an output's rows may belong to the samples, by its shape."""
-        if self.samples is None:  # if not as in the batch, gradients may tell
-            return (None,) if operation.fits(self.batch_size) else ()
-        readings = self.samples.readings(operation.output_shape[: operation.row_dims], self.batch_size)
-        if not operation.reads_samples:
-            readings = [r for r in readings if r.dimension == 0 and r.owner.dim() == 1]
-            if not readings:
-                raise UnsupportedError(
-                    f"{self.describe(operation)} is recorded with samples in dimension 0 alone: lay out its input so, or "
-                    "freeze the parameter"
-                )
-        if not readings:
-            raise UnsupportedError(
-                f"{self.describe(operation)} puts out {tuple(operation.output_shape)}: expected the leading dimensions of "
-                f"`samples`, {tuple(self.samples.index.shape)}, or in dimension 0 a row for each of its "
-                f"{self.samples.index.numel()} entries or for each of the {self.batch_size} losses"
-            )
-        return readings
-
-    def _remedy(self) -> str:
-        """What to do where samples seem to be dimension 1."""
-        lengths = [o.output_shape[0] for o in self.operations if o.output_shape[1:2] == (self.batch_size,)]
-        if not lengths:
-            return ""
-        T, B = lengths[0], self.batch_size
-        return f". If samples are dimension 1, tell the recording: record(model, samples=torch.arange({B}).expand({T}, {B}))"
-
-    def _refuse_rows(self, operation: Operation, tracked: Sequence[Tensor] | None = None) -> NoReturn:
-        """Raise for an output whose rows are those of no sample, or of none that can be told; ``tracked``: for these alone."""
-        remedy = "" if self.samples is not None else operation.remedy or self._remedy()
-        if self.samples is None and not operation.fits(self.batch_size):
-            raise UnsupportedError(
-                f"{self.describe(operation)} puts out {operation.output_rows} rows in dimension 0 for "
-                f"{self.batch_size} losses: samples must be dimension 0 of every operation on a parameter, or each row one "
-                "sample's; and what they share, as an index of positions that is kept from pass to pass, a buffer of the model"
-                + remedy
-            )
-        where = "in dimension 0" if self.samples is None else "where `samples` says"
-        raise UnsupportedError(
-            f"samples are coupled after {self.describe(operation, tracked)}, or not {where} there: scaling one "
-            "sample's loss changes other samples' gradients, so per-sample gradients do not exist. Look for batch "
-            "statistics, in-batch contrasts, or a batch in another dimension than 0 between it and the losses" + remedy
-        )
-
-    def _check_batch(self, losses: Tensor, reach: Reach, readings: Sequence[Sequence[Reading | None]]) -> None:
-        """Raise unless the losses Σ a_i ℓ_i give every recorded output the rows of its plain gradient scaled by a.
-
-        Norms of rows are compared, so that no gradient is kept; they scale exactly where samples are independent, but for what
-        is below float16's range, or has a square below float32's, of which nothing can be told. Of several readings of an
-        output's rows one under which they do is taken, by further weights, of which no two are alike, if need be; and where
-        there is none, these say which sample each row is of, as of tokens that are sorted by their experts.
-        """
-        operations = reach.operations
-        modes = tuple(child.training for child in self._children)
-        # A number, for what is kept of it: shapes may change with every batch.
-        signature = hash(
-            (
-                self.batch_size,
-                modes,
-                self._graph,
-                None if self.samples is None else (self.samples.index.shape, self.samples.changing.shape),
-                tuple((o.name, tuple(map(self.name_of, o.tracked)), o.output_shape[: o.row_dims]) for o in operations),
-                # By an index of other numbers, other readings are alike.
-                tuple(reading.place for of_one in readings for reading in of_one if reading is not None),
-            )
-        )
-        settled = self._state.choices.get(signature)
-        is_open = settled is None and any(len(of_one) > 1 for of_one in readings)
-        choices = settled or [0] * len(readings)
-        for operation, of_one, choice in zip(operations, readings, choices, strict=True):
-            operation.reading = of_one[choice] if of_one else None
-        # Which rows are whose may change with the data.
-        varies = self._state.sorts or any(
-            o.is_merged(self.batch_size) if o.reading is None else not o.reading.is_fixed for o in operations
-        )
-        if is_open and is_capturing():
-            raise UnsupportedError(
-                "which rows are whose is not known, and cannot be found out while a graph of kernels is captured: take a step "
-                "before that"
-            )
-        if self.check == "never" or is_capturing() or self._has_contributions:
-            for operation, of_one in zip(operations, readings, strict=True):
-                if not of_one:
-                    self._refuse_rows(operation)
-            return
-        count = self._state.uses.get(signature, 0) + 1
-        is_due = not count & (count - 1)  # what was zero at first may grow
-        if self.check == "first" and not (is_due or varies or is_open):
-            return self._state.counted(signature, count)
-        a = powers_of_two(self.batch_size, count).to(losses)
-        tolerance = 1e-4 if reach.narrow is None else 2e-2
-        ones = torch.ones_like(losses) if reach.narrow is None else seeds(losses, self._scale(reach).sample)
-        plain = self._row_norms(losses, ones, operations)
-        scaled = self._row_norms(losses, ones * a, operations)
-        checks, allowed = [], []
-        for operation, of_one, norms, norms_a in zip(operations, readings, plain, scaled, strict=True):
-            # The smallest number of float16 for each entry, by which rounding may be off on the way through a few operations;
-            # else the smallest entry whose square is in the norm's range.
-            half = reach.narrow is torch.float16
-            least = 2.0**-24 if half else torch.finfo(norms.dtype).tiny ** 0.5
-            lost = least * operation.output_shape.numel() ** 0.5
-            size = norms_a.norm(dim=1)
-            checks += [~torch.isfinite(size).all(), ((size > 0) & (tolerance * size < lost)).any() & half]
-            allowed.append(tolerance * size + 4 * lost)
-            checks += [(_apart(reading, norms, norms_a, a) > allowed[-1]).any() for reading in of_one]
-        answers = iter(torch.stack(checks).tolist())
-        verdicts = [(next(answers), next(answers), [next(answers) for _ in of_one]) for of_one in readings]
-        if any(unknown for unknown, _, _ in verdicts):  # losses that are not finite: the next ones will be asked
-            for operation, of_one in zip(operations, readings, strict=True):
-                if not of_one:
-                    self._refuse_rows(operation)
-            return
-        found: list[list[int]] = []
-        for n, (operation, of_one, (_, vague, coupled)) in enumerate(zip(operations, readings, verdicts, strict=True)):
-            if vague and ("float16", operation.name) not in self._state.warned:
-                self._state.warned.add(("float16", operation.name))
-                warnings.warn(
-                    f"gradients at {self.describe(operation)} are so small that float16 rounds them away, and norms with "
-                    "them: scale the losses, by backward(..., scaler=torch.amp.GradScaler(...)) for example",
-                    BootgradWarning,
-                    stacklevel=5,
-                )
-            found.append([k for k, _ in enumerate(of_one) if not coupled[k]])
-            if not found[-1] and not self._can_be_told(operation, tolerance):
-                errors = [_apart(r, plain[n], scaled[n], a) / scaled[n].norm(dim=1) for r in of_one[:1]]
-                self._refuse_rows(operation, *(operation.normed[int(e.nan_to_num().argmax())] for e in errors))
-        if self._state.sorts or any(len(right) != 1 for right in found):
-            b = unlike(self.batch_size, count).to(losses)
-            scaled_b = self._row_norms(losses, ones * b, operations)
-            # Another order may look like the samples' own where weights are alike.
-            for k, operation in enumerate(operations):
-                if found[k] and readings[k][0] is None and (_apart(None, plain[k], scaled_b[k], b) > allowed[k]).any():
-                    found[k] = []
-                    if not self._can_be_told(operation, tolerance):
-                        self._refuse_rows(operation)
-            c, scaled_c = b, scaled_b
-            if not all(found):  # a row of two samples may look like a third's, but not by weights in another order, too
-                c = unlike(self.batch_size, -count).to(losses)
-                scaled_c = self._row_norms(losses, ones * c, operations)
-            for k, (operation, right) in enumerate(zip(operations, found, strict=True)):
-                if right:
-                    found[k] = _told_apart(readings[k], right, plain[k], scaled_b[k], b, tolerance)
-                    continue
-                operation.reading = reading = Reading.told(plain[k][0], scaled_b[k][0], b)
-                for weights, norms in ((a, scaled[k]), (b, scaled_b[k]), (c, scaled_c[k])):
-                    if (_apart(reading, plain[k], norms, weights) > allowed[k]).any():
-                        self._refuse_rows(operation)
-                self._state.sorts = True
-        for operation, of_one, right in zip(operations, readings, found, strict=True):
-            if right:
-                operation.reading = of_one[right[0]]
-        if is_open and all(len(right) == 1 for right in found):
-            self._state.choices[signature] = [k for (k,) in found]
-        self._state.counted(signature, count)
-
-    def _can_be_told(self, operation: Operation, tolerance: float) -> bool:
-        """Whether unlike weights can say which sample each of an output's rows is of."""
-        reads = self.samples is None and operation.reads_samples and operation.row_dims == 1
-        return reads and 2 * self.batch_size * tolerance < 1
-
-    def _row_norms(self, losses: Tensor, weights: Tensor, operations: Sequence[Operation]) -> list[Tensor]:
-        """The norms of the rows of each operation's gy under the losses Σ w_i ℓ_i."""
-        inputs = [o.edge if o.probe is None else o.probe for o in operations]
-        with self.in_phase(Phase.ROW_NORMS):
-            grads = self.gradients(losses, inputs, weights, retain_graph=True, allow_unused=True)
-        return [
-            losses.new_zeros(len(o.normed), o.output_rows, requires_grad=False)
-            if g is None
-            else o.norms_in(g)
-            if o.probe is not None
-            else norms_of_rows(g, o.output_rows).unsqueeze(0)
-            for o, g in zip(operations, grads, strict=True)
-        ]
+    @property
+    def modes(self) -> tuple[bool, ...]:
+        """Whether each of the modules is in training."""
+        return tuple(child.training for child in self._children)
 
     def gradients(self, losses: Tensor, inputs: Sequence, weights: Tensor, **options) -> Sequence[Tensor | None]:
         """`graph.gradients`, through compiled functions as often as through others."""
@@ -831,24 +621,6 @@ class _Active:
 
     def __exit__(self, *exc):
         Mode.__exit__(self.recording, *exc)
-
-
-def _apart(reading: Reading | None, norms: Tensor, norms_a: Tensor, a: Tensor) -> Tensor:
-    """How far norms (k, rows) are from scaling with the samples' weights, (k,)."""
-    of_rows = a.repeat_interleave(norms.size(1) // a.numel()) if reading is None else reading.weights(a)
-    return (norms_a - norms * of_rows.to(norms.dtype)).norm(dim=1)
-
-
-def _told_apart(
-    readings: Sequence[Reading | None], right: list[int], norms: Tensor, norms_a: Tensor, a: Tensor, tolerance: float
-) -> list[int]:
-    """Those of the readings ``right`` by which rows scale with unlike weights, too, the nearest first; all if none does."""
-    if len(right) == 1:
-        return right
-    apart = [(norms_a - norms * r.weights(a).to(norms.dtype)).norm() for k in right if (r := readings[k]) is not None]
-    *errors, most = torch.stack([*apart, tolerance * norms_a.norm()]).tolist()
-    nearest = sorted(zip(errors, right, strict=True))
-    return [k for error, k in nearest if error <= most] or [k for _, k in nearest]
 
 
 def _tensors_in(value: Any) -> list[Tensor]:

@@ -18,13 +18,13 @@ from .compiled import compiling_for, refuse_compiled
 from .distributed import guarded
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .grads import add_to_grads, call_hooks, gated
-from .graph import as_met, filled, refuse_marked
+from .graph import Reach, as_met, filled, refuse_marked
 from .heap import keep_freed_memory
 from .ops.distances import sq_distances
 from .ops.schema import accumulation_dtype
 from .per_sample import Direction, PerSampleGradients, as_parameter_dict, grouped
 from .rank_statistics import Everywhere, Exchange
-from .recording import Reach, Recording
+from .recording import Recording
 from .rules.base import Phase
 from .rules.process_wide import eager
 from .rules.terms import DenseTerm, Term

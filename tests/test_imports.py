@@ -20,7 +20,7 @@ LAYERS = (
     ("per_sample", "centers", "per_sample_pass"),
     ("compiled",),
     ("traced",),
-    ("recording", "derived", "graph", "grads", "scaling", "running_mean", "rank_statistics", "wrappers"),
+    ("recording", "batch_check", "derived", "graph", "grads", "scaling", "running_mean", "rank_statistics", "wrappers"),
     ("rules",),
     ("ops",),
     ("ops.backends", "ops.library"),

@@ -12,6 +12,7 @@ from torch import nn
 
 import bootgrad
 from bootgrad import BootgradError
+from bootgrad.batch_check import BatchCheck
 from bootgrad.graph import powers_of_two
 
 from .models import Residual, Sequence, Unknown, loss_of, make
@@ -89,13 +90,13 @@ def test_samples_that_are_coupled_or_elsewhere_are_refused_by_operation():
 def test_the_check_runs_on_the_first_second_fourth_step_of_each_signature(monkeypatch):
     model, x, target = make(Residual)
     calls = []
-    original = bootgrad.record._row_norms
+    original = BatchCheck.row_norms
 
-    def counted(self, *args, **kwargs):
-        calls.append(self.batch_size)
-        return original(self, *args, **kwargs)
+    def counted(self, weights):
+        calls.append(weights.numel())
+        return original(self, weights)
 
-    monkeypatch.setattr(bootgrad.record, "_row_norms", counted)
+    monkeypatch.setattr(BatchCheck, "row_norms", counted)
 
     def checks(n, **options):
         with bootgrad.record(model, **options) as rec:

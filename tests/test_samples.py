@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import bootgrad
+from bootgrad.batch_check import BatchCheck
 from bootgrad.per_sample_pass import PerSamplePass
 from bootgrad.rules.base import ProductOperation
 from bootgrad.rules.samples import Reading, Samples
@@ -336,10 +337,10 @@ def test_documents_that_see_each_other_are_errors():
 
 def passes_of(monkeypatch, model, run, index, steps):
     """How often a step asks for norms of rows."""
-    counts, plain = [], bootgrad.record._row_norms
+    counts, plain = [], BatchCheck.row_norms
     for _ in range(steps):
         calls = []
-        monkeypatch.setattr(bootgrad.record, "_row_norms", lambda *a: calls.append(a) or plain(*a))  # noqa: B023
+        monkeypatch.setattr(BatchCheck, "row_norms", lambda *a: calls.append(a) or plain(*a))  # noqa: B023
         rec, losses = record(model, run, samples=index)
         rec.backward(losses)
         monkeypatch.undo()
@@ -391,7 +392,7 @@ def test_what_is_remembered_is_a_reading_and_not_how_many_others_were_unlike_it(
 
 @pytest.mark.parametrize("name", ["as many steps as samples", "encoder, T = B", "as many tokens as features"])
 def test_readings_are_told_apart_where_the_first_weights_do_not(name, monkeypatch):
-    monkeypatch.setattr("bootgrad.recording.powers_of_two", lambda batch_size, seed: torch.ones(batch_size))
+    monkeypatch.setattr("bootgrad.batch_check.powers_of_two", lambda batch_size, seed: torch.ones(batch_size))
     torch.manual_seed(0)
     norms(CASES[name]())
 
@@ -408,12 +409,12 @@ def test_ambiguous_shapes_wait_for_a_check_before_a_graph_of_kernels(monkeypatch
         rec, losses = record(model, lambda: over_steps(model(data)), samples=sequence_first(B))
         return rec.backward(losses).sq_norms
 
-    monkeypatch.setattr("bootgrad.recording.is_capturing", lambda: True)
+    monkeypatch.setattr("bootgrad.batch_check.is_capturing", lambda: True)
     with pytest.raises(bootgrad.errors.UnsupportedError, match="take a step before"):
         step()
     monkeypatch.undo()
     expected = step()
-    monkeypatch.setattr("bootgrad.recording.is_capturing", lambda: True)
+    monkeypatch.setattr("bootgrad.batch_check.is_capturing", lambda: True)
     torch.testing.assert_close(step(), expected, rtol=0, atol=0)
 
 

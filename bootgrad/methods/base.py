@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..graph import Reach
 from ..penalties import total_sq_norm
-from ..recording import Reach
 from ..rules.terms import total
 from ..scaling import Scale, Scaling, multiplied, seeds
 from ..second_pass import Replay

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bootgrad import recording
+from bootgrad import batch_check
 from bootgrad.planning import LinearLayer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ def tiny(part):
 def test_no_measured_step_checks_the_batch(part, tiny, monkeypatch):
     steps = part("gpu_report.steps").own_steps(*tiny[1:], "cpu")
     checks = []
-    monkeypatch.setattr(recording.Recording, "_row_norms", lambda *arguments: checks.append(arguments))
+    monkeypatch.setattr(batch_check.BatchCheck, "row_norms", lambda *arguments: checks.append(arguments))
     for step in steps.values():
         step()
     assert len(steps) == 5 and not checks

@@ -72,6 +72,6 @@ def test_the_comparison_sees_a_refusal(monkeypatch):
     def refuse(*_):
         raise UnsupportedError("no")
 
-    monkeypatch.setattr("bootgrad.recording.Recording._check_batch", refuse)
+    monkeypatch.setattr("bootgrad.batch_check.BatchCheck.run", refuse)
     with pytest.raises(AssertionError, match="refused: "):
         compare(program)
