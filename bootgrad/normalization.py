@@ -5,6 +5,7 @@ from torch import nn
 from .errors import ArgumentError
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_LEAST_CHANNELS = 4  # of a group: over one alone, what differs between channels is lost
 _LEAST_FEATURES = 8  # of a group that is normalized over them alone
 
 
@@ -16,9 +17,9 @@ def replace_batchnorm(module: nn.Module, groups: int = 32) -> nn.Module:
 
     Args:
         module: changed in place, except where it is a batch norm itself.
-        groups: number of groups wanted; each layer takes the largest divisor of its channels that ``groups`` allows, and a
-            ``BatchNorm1d``, which may have no positions to average over, groups of 8 channels or more, all where there are
-            fewer.
+        groups: number of groups wanted; each layer takes the largest divisor of its channels that ``groups`` allows and that
+            leaves 4 channels or more to a group, all where there are fewer; of a ``BatchNorm1d``, which may have no positions
+            to average over, 8 or more.
 
     Returns:
         ``module``, or its replacement.
@@ -39,8 +40,8 @@ def _group_norm(norm: nn.modules.batchnorm._BatchNorm, groups: int) -> nn.GroupN
     C = norm.num_features
     if C < 1 or not isinstance(norm, _BATCH_NORMS):
         raise ArgumentError(f"{type(norm).__name__} has no known number of channels: run a forward pass first")
-    most = max(1, C // _LEAST_FEATURES) if isinstance(norm, nn.BatchNorm1d) else C
-    divisor = next(g for g in range(min(groups, most), 0, -1) if C % g == 0)
+    least = _LEAST_FEATURES if isinstance(norm, nn.BatchNorm1d) else _LEAST_CHANNELS
+    divisor = next(g for g in range(min(groups, max(1, C // least)), 0, -1) if C % g == 0)
     out = nn.GroupNorm(divisor, C, eps=norm.eps, affine=norm.affine)
     if norm.affine:
         out.weight, out.bias = norm.weight, norm.bias

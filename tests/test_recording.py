@@ -154,7 +154,7 @@ def test_batchnorm_is_replaced():
     weight = model[1].weight
     model[2].eval()
     assert bootgrad.replace_batchnorm(model) is model
-    assert (model[1].num_groups, model[1].num_channels, model[1].weight is weight) == (24, 48, True)
+    assert (model[1].num_groups, model[1].num_channels, model[1].weight is weight) == (12, 48, True)
     assert not model[2][0].affine and not model[2][0].training
     x = torch.randn(4, 3, 6, 6)
     with bootgrad.record(model) as rec:
@@ -165,12 +165,23 @@ def test_batchnorm_is_replaced():
         bootgrad.replace_batchnorm(model, groups=0)
 
 
-@pytest.mark.parametrize("features", [2, 12, 16, 64, 512])
-def test_a_replaced_batchnorm_of_features_leaves_something_of_them(features):
-    norm = bootgrad.replace_batchnorm(nn.BatchNorm1d(features))
-    size = features // norm.num_groups
-    assert norm.num_groups <= 32 and size >= min(8, features)
-    assert norm(torch.randn(64, features)).var(0).min() > 0.1
+@pytest.mark.parametrize(
+    ("kind", "channels", "groups"),
+    [
+        *((nn.BatchNorm1d, channels, groups) for channels, groups in ((2, 1), (12, 1), (16, 2), (64, 8), (512, 32))),
+        *(
+            (nn.BatchNorm2d, channels, groups)
+            for channels, groups in ((2, 1), (7, 1), (16, 4), (32, 8), (64, 16), (512, 32))
+        ),
+        (nn.BatchNorm3d, 10, 2),
+    ],
+)
+def test_groups_of_a_replaced_batchnorm_leave_something_of_their_channels(kind, channels, groups):
+    torch.manual_seed(0)
+    norm = bootgrad.replace_batchnorm(kind(channels))
+    assert norm.num_groups == groups
+    x = torch.randn(64, channels, *(1,) * {nn.BatchNorm1d: 0, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}[kind])
+    assert norm(x).var(0).min() > 0.1
 
 
 def test_parameters_that_are_not_seen_are_named():
