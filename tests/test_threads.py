@@ -183,13 +183,28 @@ def test_what_is_shared_is_set_once_and_put_back_by_the_last():
     assert told == ["set", "back"] * 2
 
 
+def told():
+    """The stance that torch has now."""
+    now = torch._dynamo.eval_frame._stance
+    return now.stance if now.backend is None else "recorded"
+
+
+def test_a_stance_that_cannot_be_put_back_is_by_the_next(monkeypatch):
+    """As at the end of a recording inside of a compiled function, where torch lets nobody change it."""
+    assert told() == "default"
+    eager.__enter__()
+    with monkeypatch.context() as inside:
+        inside.setattr("torch._C._dynamo.eval_frame.get_eval_frame_callback", lambda: told)
+        with pytest.raises(RuntimeError, match="set_stance in a torch.compile region"):
+            eager.__exit__()
+    for stance, expected in ((eager, "force_eager"), (compiled._stance, "recorded")):
+        with stance:
+            assert told() == expected
+        assert told() == "default"
+
+
 def test_stances_of_several_threads_leave_torch_s_own_behind():
     """Whichever ends first; code as written goes before code that is compiled for a recording."""
-
-    def told():
-        now = torch._dynamo.eval_frame._stance
-        return now.stance if now.backend is None else "recorded"
-
     recorded = compiled._stance
     for stances, expected in (
         ((eager, recorded), ["force_eager", "force_eager", "recorded", "default"]),

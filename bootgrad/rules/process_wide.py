@@ -81,10 +81,9 @@ class Stance(AbstractContextManager):
         wanted = next((stance for stance in cls._all if stance._inside), None)
         if "torch._dynamo" not in sys.modules or wanted is cls._told:
             return
-        context = Stance._context
+        if Stance._context is not None:  # first, so that what each puts back is the user's own
+            Stance._context.__exit__(None, None, None)  # which compiled code is refused: then it is for the next to do
         Stance._told = Stance._context = None
-        if context is not None:  # first, so that what each puts back is the user's own
-            context.__exit__(None, None, None)
         if wanted is not None:
             Stance._context = wanted._make()
             Stance._context.__enter__()
