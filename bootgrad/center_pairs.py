@@ -11,6 +11,7 @@ from .centers import Center, as_center
 from .errors import ArgumentError
 from .methods.base import Directions, Gradients
 from .per_sample import Zeros
+from .wrappers import by_names_as_written
 
 PENALTIES = ("reg1", "reg2")
 Centers = Mapping[str, Center]  # by penalty
@@ -22,6 +23,8 @@ def parsed(center: Any, parameters: Mapping[str, Tensor]) -> dict[str, Center]:
     Raises:
         ArgumentError: a mapping with other names than those of the penalties or of parameters; as `as_center`.
     """
+    if isinstance(center, Mapping):
+        center = by_names_as_written(center)
     by_penalty = isinstance(center, Mapping) and center and set(center) <= set(PENALTIES)
     if by_penalty and not set(center) <= set(parameters):
         return {name: as_center(center.get(name, "batch_mean")) for name in PENALTIES}

@@ -11,6 +11,7 @@ from torch import Tensor
 from .errors import ArgumentError, ArgumentTypeError
 from .ops.schema import accumulation_dtype
 from .rules.terms import Term, sq_norms_of_rows, total
+from .wrappers import by_names_as_written
 
 Direction = Mapping[str, Tensor] | Tensor
 
@@ -30,7 +31,8 @@ def as_parameter_dict(value: Direction, parameters: Mapping[str, Tensor], what: 
     """A center or direction by parameter name, from such a mapping or from a flat (P,) tensor.
 
     Args:
-        value: {name: tensor}, complete, or (P,) in the order of ``parameters``, each row-major.
+        value: {name: tensor}, complete, also by the names of a compiled module's ``named_parameters``, or (P,) in the order of
+            ``parameters``, each row-major.
         parameters: the model's parameters by name.
         what: what to call the value in errors.
 
@@ -53,6 +55,7 @@ def as_parameter_dict(value: Direction, parameters: Mapping[str, Tensor], what: 
         raise ArgumentTypeError(
             f"{what} must be a mapping by parameter name or a flat tensor; got {type(value).__name__}"
         )
+    value = by_names_as_written(value)
     for problem, names in (
         ("lacks", [n for n in parameters if n not in value]),
         ("has unknown", [n for n in value if n not in parameters]),

@@ -9,9 +9,9 @@ shard of the whole gradient.
 
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from .distributed import Ranks
 from .errors import UnsupportedError
+
+Value = TypeVar("Value")
 
 
 def ranks_of(*modules: nn.Module) -> Ranks | None:
@@ -51,6 +53,21 @@ def silent(ranks: Ranks | None) -> AbstractContextManager:
 
 def parameters_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters that a forward pass uses, whole, by the names that they have without a wrapper."""
+    for name, p in _named_parameters(module):
+        yield _as_written(name), p
+
+
+def by_names_as_written(by_name: Mapping[str, Value]) -> dict[str, Value]:
+    """The same by the names that `parameters_of` gives, where they are those of a compiled module's ``named_parameters``."""
+    return {_as_written(name) if isinstance(name, str) else name: value for name, value in by_name.items()}
+
+
+def _as_written(name: str) -> str:
+    """A name without the modules that `torch.compile` puts around what it compiles."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _named_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if isinstance(module, DDP):
         yield from module.module.named_parameters()
     elif _kind_of(module) == "sharded":

@@ -264,14 +264,38 @@ def test_parts_that_are_compiled_in_place_share_what_is_compiled():
     assert counters["stats"]["unique_graphs"] == 2  # inputs that require grad, and that do not
 
 
-def test_the_compiled_module_is_recorded_by_its_own_names():
-    model = mlp()
-    compiled = torch.compile(model, backend="aot_eager")
-    with bootgrad.record(compiled) as rec:
-        losses = cross_entropy(compiled)(*images_and_labels(5, 4))
-    names = rec.backward(losses).per_parameter
-    assert list(names) == [name for name, _ in compiled.named_parameters()]
-    assert is_compiled(compiled) and not is_compiled(model)
+@pytest.mark.parametrize("where", ["whole", "part", "both"])
+def test_parameters_have_the_names_that_they_have_uncompiled(where):
+    plain, model = mlp(), mlp()
+    if where != "whole":
+        model[0] = torch.compile(model[0], backend="aot_eager")
+    if where != "part":
+        model = torch.compile(model, backend="aot_eager")
+    assert is_compiled(model) and not is_compiled(plain)
+    batch, center = images_and_labels(5, 4), {name: torch.randn_like(p) for name, p in plain.named_parameters()}
+    found = []
+    for m in (plain, model):
+        with bootgrad.record(m, compiled=False) as rec:
+            losses = cross_entropy(m)(*batch)
+        found.append(rec.backward(losses, center=center))
+    assert list(found[1].per_parameter) == list(rec.parameters) == list(center)
+    torch.testing.assert_close(found[1].deviation_sq_norms, found[0].deviation_sq_norms)
+    own = dict(zip(dict(model.named_parameters()), center.values(), strict=True))  # as torch names them
+    assert list(own) != list(center)
+    for other in (own, torch.cat([c.flatten() for c in center.values()])):
+        with bootgrad.record(model, compiled=False) as rec:
+            losses = cross_entropy(model)(*batch)
+        sq_norms = rec.backward(losses, center=other).deviation_sq_norms
+        torch.testing.assert_close(sq_norms, found[0].deviation_sq_norms)
+
+    regs = [bootgrad.GradientRegularizer(m, reg1=0.1, center="ema") for m in (plain, model)]
+    regs[0].backward(cross_entropy(plain), *batch)
+    regs[1].load_state_dict(regs[0].state_dict())
+    reports = [reg.backward(cross_entropy(m), *batch) for reg, m in zip(regs, (plain, model), strict=True)]
+    torch.testing.assert_close(reports[1].reg1, reports[0].reg1)
+    fixed = bootgrad.GradientRegularizer(model, reg1=0.1, center=own)
+    report = fixed.backward(cross_entropy(model), *batch)
+    torch.testing.assert_close(report.reg1, found[0].deviation_sq_norms.mean())
 
 
 def test_other_models_in_the_same_function():
