@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError, RecordingError
 from .graph import check_losses, refuse_losses
 from .regularizers import reg1
+from .rules.process_wide import eager
 from .rules.stand_ins import StandIns
 from .rules.terms import total
 from .statistics import record
@@ -64,7 +65,8 @@ def verify(
     """Compare norms, mean gradient and Reg1's gradient with plain autograd, one backward pass per sample.
 
     Args:
-        model: the module; nothing about it changes, ``.grad`` included.
+        model: the module; nothing about it changes, ``.grad`` included. What is compiled runs as it was written: torch has
+            no second derivatives of it.
         loss_fn: ``loss_fn(*batch)`` gives losses (B,).
         batch: tensors with as many samples in dimension 0 as the first one, cut to a few; others are passed as they are.
         samples: how many samples to compare on.
@@ -91,7 +93,7 @@ def verify(
 
 def _compare(rec: record, loss_fn: Callable[..., Tensor], batch: list, tolerance: float | None) -> Verification:
     tensors = list(rec.parameters.values())
-    with torch.random.fork_rng(), StandIns():
+    with torch.random.fork_rng(), StandIns(), eager:
         losses = loss_fn(*batch)
         check_losses(losses)
         refuse_losses(losses)

@@ -27,6 +27,26 @@ def test_agreement_on_every_model(kind, capsys):
     assert "agrees with plain autograd on 4 samples" in printed and result.rows[0].name in printed
 
 
+@pytest.mark.parametrize("part", [False, True])
+def test_a_compiled_model_is_compared_as_it_was_written(part):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    names = [name for name, _ in model.named_parameters()]
+    if part:
+        model[0] = torch.compile(model[0], backend="aot_eager")
+    else:
+        model = torch.compile(model, backend="aot_eager")
+    x = torch.randn(5, 3, dtype=torch.float64)
+    torch._dynamo.reset()
+    try:
+        model(x)  # so that there is compiled code to be kept from
+        result = bootgrad.verify(model, lambda x: model(x).square().sum(1), x)
+        assert result.ok and [r.name for r in result.rows] == names
+        assert {r.rule for r in result.rows} == {"linear"}
+    finally:
+        torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_gradient_of_rounding_alone_is_no_difference(dtype):
     torch.manual_seed(0)
