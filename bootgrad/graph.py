@@ -154,12 +154,15 @@ def check_losses(losses: Any) -> None:
     if not isinstance(losses, Tensor):
         raise ArgumentTypeError(f"losses must be a tensor of shape (B,); got {type(losses).__name__}")
     if losses.dim() != 1:
+        shape = tuple(losses.shape)
         raise ArgumentError(
-            f"losses must have shape (B,), one loss per sample; got {tuple(losses.shape)}: "
+            f"losses must have shape (B,), one loss per sample; got {shape}: "
             + (
                 'pass reduction="none" to the loss'
-                if losses.dim() == 0
-                else "reduce each sample's losses to one number"
+                if not shape
+                else "reduce each sample's losses to one number, by losses.flatten(1).mean(1) where samples are dimension 0; "
+                "or, where each loss is of a sample of its own, as of a token, pass losses.flatten(), and tell the recording: "
+                f"record(model, samples=torch.arange({losses.numel()}).view{shape})"
             )
         )
     if losses.numel() == 0:

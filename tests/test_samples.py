@@ -1,5 +1,7 @@
 """Samples in other places than dimension 0, as an index says, against the oracle."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -416,6 +418,24 @@ def test_ambiguous_shapes_wait_for_a_check_before_a_graph_of_kernels(monkeypatch
     expected = step()
     monkeypatch.setattr("bootgrad.batch_check.is_capturing", lambda: True)
     torch.testing.assert_close(step(), expected, rtol=0, atol=0)
+
+
+def test_losses_by_tokens_are_errors_with_both_remedies():
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 2)).double(), x(B, 3)
+    run = lambda: smooth(model(data)).sum(-1)  # noqa: E731  # (B, 3)
+    rec, losses = record(model, run)
+    with pytest.raises(bootgrad.errors.ArgumentError, match=r"got \(4, 3\): reduce each") as raised:
+        rec.backward(losses)
+    said = str(raised.value)
+    reduced, flat, recorded = (
+        re.search(p, said)[0] for p in (r"losses\.\S*mean\(1\)", r"losses\.flatten\(\)", r"record\(.*")
+    )
+    for context, made in ("bootgrad.record(model)", reduced), (f"bootgrad.{recorded}", flat):
+        expected = Oracle(model, lambda made=made: eval(made, {"losses": run()})).matrix.square().sum(1)
+        with eval(context, {"bootgrad": bootgrad, "torch": torch, "model": model}) as rec:
+            losses = run()
+        torch.testing.assert_close(rec.backward(eval(made, {"losses": losses})).sq_norms, expected)
 
 
 def test_an_index_is_taken_as_it_was():
