@@ -25,7 +25,7 @@ def reg1(G: PerSampleGradients, center: Direction | None = None) -> Tensor:
 
     Args:
         G: made with ``create_graph=True``.
-        center: {name: tensor} or flat (P,), constant; the batch mean ḡ when None, which makes Reg1 = Γ.
+        center: {name: tensor} or flat (P,), constant; the batch mean ḡ when None, which makes Reg1 = Γ, zero with B = 1.
 
     Returns:
         Scalar, units of loss²/parameter²; its gradient is (2/B) Σ_i H_i (g_i − c).
@@ -84,7 +84,7 @@ class Report(CheckedOnRead):
 
     Attributes:
         loss: mean loss without penalty, ().
-        reg1: Reg1 without λ₁, ().
+        reg1: Reg1 without λ₁, (); about the batch mean zero for a batch of one sample, which is its own mean.
         reg2: Reg2 without λ₂, (), or None where there is no center to measure it from.
         covariance_trace: Γ of the batch, ().
         mean_sq_norm: (1/B) Σ ‖g_i‖², ().

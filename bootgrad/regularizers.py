@@ -75,7 +75,8 @@ class GradientRegularizer:
         reg2: λ₂ ≥ 0, likewise.
         center: ``"batch_mean"``, ``"zero"``, ``"ema"``, ``"window"``, a mapping {parameter name: tensor}, an object of
             `bootgrad.centers`, or {"reg1": …, "reg2": …}. Centers move after each successful backward. As long as a moving
-            center knows nothing, on the first step, Reg1 is about the batch mean and Reg2 is left out.
+            center knows nothing, on the first step, Reg1 is about the batch mean and Reg2 is left out. About the batch mean
+            a batch of one sample has a Reg1 of zero, with no gradient: it takes another center.
         method: ``"exact"``; ``"finite_difference"``, from another first-order pass at displaced parameters;
             ``"random_signs"``, for any architecture, with nothing recorded and hence no check for coupled samples; ``"auto"``,
             the cheapest exact one, or for a compiled model random signs by finite differences: other methods run it as it was
