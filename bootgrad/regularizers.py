@@ -341,7 +341,12 @@ class GradientRegularizer:
                 center.load_state_dict(before[name])
             if not isinstance(error, KeyError | TypeError | ValueError | AttributeError):
                 raise
-            raise ArgumentError(f"not a state_dict of a GradientRegularizer with these centers: {error!r}") from None
+            what = f"it lacks {error}" if isinstance(error, KeyError) else repr(error)
+            if error.args == ("seed",):
+                what += ", the whole number that random samples and signs follow from: with any there, others are drawn"
+            raise ArgumentError(
+                f"not a state_dict of a GradientRegularizer with these centers and options: {what}"
+            ) from None
         self.step, self._seed = step, seed
 
 

@@ -497,17 +497,18 @@ def test_a_step_whose_hook_fails_is_a_whole_step(setting):
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "message"),
     [
-        lambda s: s["centers"].pop("reg2"),
-        lambda s: s["centers"]["reg2"].pop("sum"),
-        lambda s: s["centers"]["reg2"].update(window=[{"first.weight": None}]),
-        lambda s: s["centers"]["reg1"].update(mean=None),
-        lambda s: s["centers"]["reg1"].pop("mean"),
-        lambda s: s.update(centers=None),
+        (lambda s: s.pop("step"), "it lacks 'step'"),
+        (lambda s: s["centers"].pop("reg2"), "it lacks 'reg2'"),
+        (lambda s: s["centers"]["reg2"].pop("sum"), "it lacks 'sum'"),
+        (lambda s: s["centers"]["reg2"].update(window=[{"first.weight": None}]), "AttributeError"),
+        (lambda s: s["centers"]["reg1"].update(mean=None), "AttributeError"),
+        (lambda s: s["centers"]["reg1"].pop("mean"), "it lacks 'mean'"),
+        (lambda s: s.update(centers=None), "TypeError"),
     ],
 )
-def test_a_state_that_cannot_be_taken_over_changes_nothing(setting, damage):
+def test_a_state_that_cannot_be_taken_over_changes_nothing(setting, damage, message):
     model, x, target = setting
 
     def trained(steps):
@@ -519,7 +520,7 @@ def test_a_state_that_cannot_be_taken_over_changes_nothing(setting, damage):
     reg, state = trained(1), copy.deepcopy(trained(2).state_dict())
     before = copy.deepcopy(reg.state_dict())
     damage(state)
-    with pytest.raises(bootgrad.BootgradError, match="not a state_dict"):
+    with pytest.raises(bootgrad.BootgradError, match=f"not a state_dict.*: {message}"):
         reg.load_state_dict(state)
     same(reg.state_dict(), before)
 

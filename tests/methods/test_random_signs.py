@@ -145,9 +145,15 @@ def test_signs_go_on_from_a_state_and_are_alike_from_one_seed():
     other = regularizer(model, "ema", method="random_signs", fraction=0.7)
     other.load_state_dict(copy.deepcopy(reg.state_dict()))
     assert torch.equal(gradient_of(other, losses_of(model), x, y)[0], runs[0][1])
-    with pytest.raises(bootgrad.BootgradError, match="not a state_dict.*'seed'"):
-        other.load_state_dict(regularizer(model, "ema").state_dict())
+    without = regularizer(model, "ema").state_dict()
+    with pytest.raises(bootgrad.BootgradError, match="not a state_dict.*: it lacks 'seed', the whole number that"):
+        other.load_state_dict(without)
     assert other.step == 2
+    drawn = []
+    for seed in (reg.state_dict()["seed"], 0):
+        other.load_state_dict(without | {"seed": seed})
+        drawn.append(gradient_of(other, losses_of(model), x, y)[0])
+    assert torch.equal(drawn[0], runs[0][0]) and not torch.equal(drawn[0], drawn[1])
 
 
 def test_losses_that_were_computed_already_and_leaves_outside_of_the_model(signs):
