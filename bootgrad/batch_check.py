@@ -26,7 +26,7 @@ from torch import Tensor
 from .errors import BootgradWarning, UnsupportedError
 from .graph import Reach, is_capturing, powers_of_two, unlike
 from .rules.base import Operation, Phase, norms_of_rows
-from .rules.samples import Reading, Samples
+from .rules.samples import SAMPLES_ELSEWHERE, Reading, Samples
 from .scaling import Scaling, seeds
 
 _MOST_SIGNATURES = 4096  # that are remembered of a model: shapes may change with every batch
@@ -362,11 +362,11 @@ class BatchCheck:
         )
 
     def _remedy(self) -> str:
-        """What to do where samples seem to be dimension 1."""
+        """What to do where samples are elsewhere, as in dimension 1 they seem to be where that is as long."""
         B = self.recording.batch_size
         lengths = [o.output_shape[0] for o in self.recording.operations if o.output_shape[1:2] == (B,)]
         if not lengths:
-            return ""
+            return SAMPLES_ELSEWHERE
         told = f"record(model, samples=torch.arange({B}).expand({lengths[0]}, {B}))"
         return f". If samples are dimension 1, tell the recording: {told}"
 

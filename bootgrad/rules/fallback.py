@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import RecordingError, UnsupportedError
 from .base import Operation, Recorder, autocast_now, is_in_place
-from .samples import Reading
+from .samples import SAMPLES_ELSEWHERE, Reading
 from .terms import ComputedTerm, Term, vmap
 
 # The mode sees these as one opaque call, and their kernels have no rule under vmap, or a wrong one; and what to do instead.
@@ -114,6 +114,11 @@ class _Call:
         with self.autocast():
             return self.func(*args, **kwargs)
 
+    @property
+    def _remedy(self) -> str:
+        """What may help besides, where nobody has said where samples are."""
+        return SAMPLES_ELSEWHERE if self.reading is None else ""
+
     def check_sums(self, gy: Tensor, leaves: Sequence[Any], tracked: Sequence[Tensor], terms: Sequence[Term]) -> None:
         """Raise unless the rows add up to what the whole call's derivative is: a shared tensor may look like samples."""
         pull = torch.func.vjp(lambda *parameters: self(leaves, dict(enumerate(parameters))), *tracked)[1]
@@ -124,7 +129,7 @@ class _Call:
                 raise UnsupportedError(
                     f"{self.name} has no rule, and run one sample at a time it does something else than on the batch: its "
                     "parameter's per-sample gradients cannot be had. Freeze the parameter, or write the operation with plain "
-                    "ones"
+                    f"ones{self._remedy}"
                 )
 
     def rows(self, batch_size: int, k: int, index: Tensor, gy: Tensor, *values: Any) -> Tensor:
@@ -156,5 +161,5 @@ class _Call:
         except Exception as error:
             raise UnsupportedError(
                 f"{self.name} has no rule and cannot be run one sample at a time: its parameter's per-sample gradients "
-                f"cannot be had ({error}). Freeze the parameter, or write the operation with supported ones"
+                f"cannot be had ({error}). Freeze the parameter, or write the operation with supported ones{self._remedy}"
             ) from error

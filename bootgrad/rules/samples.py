@@ -19,6 +19,12 @@ from torch import Tensor
 
 from ..errors import ArgumentError, ArgumentTypeError
 
+# What to do, at the end of an error where dimension 0 does not seem to be the samples.
+SAMPLES_ELSEWHERE = (
+    ". If samples are elsewhere, tell the recording: record(model, samples=index), with the number of its sample at each "
+    "position of the leading dimensions"
+)
+
 
 class Reading:
     """The sample of every row: how tensors (leading …, …) become (B, M, …), without a copy where samples are a dimension."""
