@@ -86,8 +86,10 @@ class Moments:
     @property
     def reg1(self) -> Tensor | None:
         """(1/B) Σ_i ‖g_i − c‖², where a center was given."""
-        if self.deviation_sq_norms is None or self.everywhere is None or self.everywhere.mean_sq_deviation is None:
-            return None if self.deviation_sq_norms is None else self.deviation_sq_norms.mean()
+        if self.deviation_sq_norms is None:
+            return None
+        if self.everywhere is None or self.everywhere.mean_sq_deviation is None:
+            return self.deviation_sq_norms.mean()
         return self.everywhere.mean_sq_deviation.to(self.deviation_sq_norms)
 
     @property

@@ -143,21 +143,21 @@ class LinearProduct(Product):
         center, bias_center = centers
         path = self._path(x, gy, "grad", center, mask.total)
         # Beside Gram matrices Σ G_i is a product of its own, and torch's are the quickest.
-        apart = mask.total and path == "gram" and x.dtype == accumulation_dtype(x.dtype)
-        masks = [*self._roles(*mask[:2]), mask.total and not apart]
+        multiplies_apart = mask.total and path == "gram" and x.dtype == accumulation_dtype(x.dtype)
+        masks = [*self._roles(*mask[:2]), mask.total and not multiplies_apart]
         s, *grads, total = _raw.linear_sq_norms_with_grad(*self._roles(x, gy), center, path, masks)
         if scale != 1:
             for d in grads:
                 d.mul_(scale)
-        total = self.weight_grad(x, gy) if apart else total
+        total = self.weight_grad(x, gy) if multiplies_apart else total
         dx, dgy, total = (t if wanted else None for t, wanted in zip((*self._roles(*grads), total), mask, strict=False))
         if not mask.bias:
             return VisitResult(s, dx, dgy, total, None)
         rows = gy.sum(1, dtype=s.dtype)
-        apart = rows if bias_center is None else rows - bias_center
+        deviations = rows if bias_center is None else rows - bias_center
         if dgy is not None:
-            dgy.add_(apart.unsqueeze(1).to(dgy.dtype), alpha=2 * scale)
-        return VisitResult(s + apart.square().sum(1), dx, dgy, total, rows)
+            dgy.add_(deviations.unsqueeze(1).to(dgy.dtype), alpha=2 * scale)
+        return VisitResult(s + deviations.square().sum(1), dx, dgy, total, rows)
 
     def _rank1(self, x, gy, centers, mask, twice=2.0):
         """S = ‖x‖²‖gy‖² − 2 ⟨gy, c x⟩ + ‖c‖², its derivatives and Σ G_i, all samples in one product with c.
