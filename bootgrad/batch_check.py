@@ -327,7 +327,7 @@ class BatchCheck:
                 f"gradients at {self.recording.describe(operation)} are so small that float16 rounds them away, and norms "
                 "with them: scale the losses, by backward(..., scaler=torch.amp.GradScaler(...)) for example",
                 BootgradWarning,
-                stacklevel=7,  # the call of `backward`
+                stacklevel=8,  # the call of `backward`
             )
 
     def _refuse_unreadable(self) -> None:

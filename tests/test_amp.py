@@ -425,9 +425,12 @@ def test_gradients_below_float16_are_warned_of_and_not_taken_for_coupled_samples
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         reg.backward(losses_of(model, torch.float16, 1e-7), x, y)
-        bootgrad.GradientRegularizer(Net(), reg1=0.1).backward(
-            losses_of(model, torch.float16, 1e-7), x, y
-        ) if 0 else None
+    other, x, y = setting()
+    with bootgrad.record(other) as rec:
+        losses = losses_of(other, torch.float16, 1e-7)(x, y)
+    with pytest.warns(bootgrad.BootgradWarning, match="so small that float16 rounds them away") as caught:
+        rec.backward(losses)
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 @pytest.mark.parametrize("scaler", [None, make_scaler()])
