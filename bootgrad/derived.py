@@ -209,10 +209,13 @@ def look_up(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """`F.embedding` by indexing: of its own derivative, mapped over samples, torch traces their number as a fixed one."""
-    if max_norm is not None or scale_grad_by_freq or sparse:
-        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    rows = weight[input]
+    """`F.embedding` with a dense gradient that can be mapped over samples.
+
+    Where it can be, by indexing: of `F.embedding`'s own derivative, mapped, torch traces the number of samples as a fixed one.
+    Padding's gradient is taken off behind it: torch's rule for ``vmap`` knows only sample 0's padding.
+    """
+    indexed = max_norm is None and not scale_grad_by_freq
+    rows = weight[input] if indexed else F.embedding(input, weight, None, max_norm, norm_type, scale_grad_by_freq)
     if padding_idx is None:
         return rows
     return torch.where((input == padding_idx % weight.size(0)).unsqueeze(-1), rows.detach(), rows)

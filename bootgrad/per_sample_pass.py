@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
-from .derived import Derived
+from .derived import Derived, look_up
 from .errors import ArgumentError, BootgradError, RecordingError, UnsupportedError
 from .ops.applied import applied, applied_transposed, displaced, displaced_transposed
 from .ops.embedding import looked_up
@@ -326,27 +326,10 @@ class PerSamplePass(Recording):
         return current.get(id(tracked), tracked) if derived is None else derived.replay(current)
 
 
-def _look_up(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx=None,
-    max_norm=None,
-    norm_type=2.0,
-    scale_grad_by_freq=False,
-    sparse=False,
-) -> Tensor:
-    """`F.embedding` whose padding has no gradient under ``vmap``, either: torch's rule for it knows only sample 0's."""
-    y = F.embedding(input, weight, None, max_norm, norm_type, scale_grad_by_freq)  # dense, as gradients are here
-    if padding_idx is None:
-        return y
-    padding = input == (padding_idx if padding_idx >= 0 else padding_idx + weight.size(0))
-    return torch.where(padding.unsqueeze(-1), y.detach(), y)
-
-
 def _look_up_rows(weight: Tensor, indices: Tensor, padding_idx=-1, scale_grad_by_freq=False, sparse=False) -> Tensor:
     """`torch.embedding`, in which a negative padding_idx is none."""
     padding = None if padding_idx < 0 else padding_idx
-    return _look_up(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
+    return look_up(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
 
 
 def _bag(
@@ -365,7 +348,7 @@ def _bag(
     """`F.embedding_bag` of bags of one length, whose offsets would count the tokens of all samples."""
     if input.dim() != 2:
         raise RuntimeError("bags are told by offsets: give them as rows of one length, filled up by padding_idx")
-    y = _look_up(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)  # (N, T, D)
+    y = look_up(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)  # (N, T, D)
     padding = -1 if padding_idx is None else padding_idx % weight.size(0)
     none = (input == padding).unsqueeze(-1)
     if mode == "max":
@@ -376,7 +359,7 @@ def _bag(
 
 
 _REWRITTEN: dict[Callable, Callable] = {
-    F.embedding: _look_up,
+    F.embedding: look_up,
     torch.embedding: _look_up_rows,
     F.embedding_bag: _bag,
 }
