@@ -18,7 +18,7 @@ def report(folder: Path, *arguments: str, root: Path = ROOT, **environment: str)
     command = [sys.executable, "-m", "benchmarks.gpu_report", "--device", "cpu", "--out", str(folder), *arguments]
     variables = {k: v for k, v in os.environ.items() if k not in ("OUT", "BOOTGRAD_BACKEND", "TRITON_INTERPRET")}
     done = subprocess.run(
-        command, cwd=root, env=variables | environment, capture_output=True, text=True, errors="replace", timeout=300
+        command, cwd=root, env=variables | environment, capture_output=True, text=True, errors="replace", timeout=1200
     )
     files = sorted(folder.glob("*.json"))
     return done, json.loads(files[0].read_text(encoding="utf-8"))["rows"] if files else []

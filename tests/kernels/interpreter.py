@@ -33,7 +33,7 @@ def run_interpreted(*arguments: str) -> str:
     """Output of Python under the interpreter, from the root of the checkout, without the compiled libraries."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "BOOTGRAD_BACKEND": "eager", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
