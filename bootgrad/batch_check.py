@@ -14,7 +14,6 @@ range, or has a square below float32's, of which nothing can be told.
 Letters: ``B`` samples, ``N`` rows of an output, ``K`` norms of each, one in most operations; ``k`` numbers operations.
 """
 
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from .errors import BootgradWarning, UnsupportedError
+from .errors import UnsupportedError, warn
 from .graph import Reach, is_capturing, powers_of_two, unlike
 from .rules.base import Operation, Phase, norms_of_rows
 from .rules.samples import SAMPLES_ELSEWHERE, Reading, Samples
@@ -323,11 +322,9 @@ class BatchCheck:
 
     def _warn_of_float16(self, operation: Operation) -> None:
         if self.state.is_new(("float16", operation.name)):
-            warnings.warn(
+            warn(
                 f"gradients at {self.recording.describe(operation)} are so small that float16 rounds them away, and norms "
-                "with them: scale the losses, by backward(..., scaler=torch.amp.GradScaler(...)) for example",
-                BootgradWarning,
-                stacklevel=8,  # the call of `backward`
+                "with them: scale the losses, by backward(..., scaler=torch.amp.GradScaler(...)) for example"
             )
 
     def _refuse_unreadable(self) -> None:

@@ -3,6 +3,9 @@
 Every error derives from `BootgradError` and from the built-in error that a user of PyTorch would expect in its place.
 """
 
+import sys
+import warnings
+
 
 class BootgradError(Exception):
     """Base of every error that bootgrad raises."""
@@ -34,3 +37,11 @@ class DataError(BootgradError, ValueError):
 
 class BootgradWarning(UserWarning):
     """Something works, but slower or to less effect than the caller may think."""
+
+
+def warn(message: str) -> None:
+    """Warn at the call that led here: in the first frame that is neither bootgrad's nor torch's."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("bootgrad", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, BootgradWarning, level)

@@ -4,7 +4,6 @@ Reg1 = (1/B) Σ_i ‖g_i − c‖²        Reg2 = ‖ḡ − c‖²
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -17,7 +16,7 @@ from . import center_pairs, graph
 from .centers import BatchMean
 from .compiled import is_compiled
 from .distributed import guarded
-from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
+from .errors import ArgumentError, ArgumentTypeError, RecordingError, UnsupportedError, warn
 from .grads import add_to_grads, call_hooks, gated
 from .methods.base import Penalties
 from .methods.choice import choose, is_number
@@ -149,7 +148,7 @@ class GradientRegularizer:
                 'center={"reg1": "batch_mean", "reg2": "ema"}'
             )
         if not callable(reg1) and not callable(reg2) and reg1 == 0 and reg2 == 0:
-            warnings.warn("reg1 and reg2 are both 0: gradients will be the plain ones", BootgradWarning, stacklevel=2)
+            warn("reg1 and reg2 are both 0: gradients will be the plain ones")
         # What is drawn in a step follows from this and the step, so that one that fails and is taken again draws the same.
         draws = isinstance(self._method, RandomSigns) or fraction < 1
         self._seed = int(torch.randint(2**62, (), device="cpu")) if draws else None

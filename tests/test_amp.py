@@ -425,11 +425,22 @@ def test_gradients_below_float16_are_warned_of_and_not_taken_for_coupled_samples
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         reg.backward(losses_of(model, torch.float16, 1e-7), x, y)
-    other, x, y = setting()
-    with bootgrad.record(other) as rec:
-        losses = losses_of(other, torch.float16, 1e-7)(x, y)
+
+
+@pytest.mark.parametrize("call", ["record", "rows", "regularizer", "verify"])
+def test_what_is_warned_of_is_warned_of_where_it_was_called(call):
+    model, x, y = setting()
+    loss_fn = losses_of(model, torch.float16, 1e-7)
+    with bootgrad.record(model) as rec:
+        losses = loss_fn(x, y)
+    calls = {
+        "record": lambda: rec.backward(losses),
+        "rows": lambda: rec.per_sample_gradients(losses),
+        "regularizer": lambda: regularizer(model).backward(loss_fn, x, y),
+        "verify": lambda: bootgrad.verify(model, loss_fn, x, y),
+    }
     with pytest.warns(bootgrad.BootgradWarning, match="so small that float16 rounds them away") as caught:
-        rec.backward(losses)
+        calls[call]()
     assert {warning.filename for warning in caught} == {__file__}
 
 

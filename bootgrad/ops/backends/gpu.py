@@ -15,7 +15,6 @@ that cannot be used, or a card too old for either, is warned of once, by the fir
 import functools
 import importlib.util
 import re
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ... import planning
-from ...errors import ArgumentError, BootgradWarning
+from ...errors import ArgumentError, BootgradWarning, warn
 from .. import schema
 from . import eager, triton
 
@@ -99,11 +98,7 @@ def choose(name: str, dtype: torch.dtype, path: str, backend: str, device: torch
         unused, runs = ("Triton kernels", "the compiled CUDA library")
         if chosen == "eager":
             unused, runs = ("kernels", "plain torch, slower")
-        warnings.warn(
-            f"bootgrad's {unused} are not used, so {name} and its like run on {runs}: {reason}",
-            BootgradWarning,
-            stacklevel=_callers_level(),
-        )
+        warn(f"bootgrad's {unused} are not used, so {name} and its like run on {runs}: {reason}")
     return chosen
 
 
@@ -156,14 +151,6 @@ def triton_reason() -> str:
     except Exception as error:  # whatever its driver's compiler says
         return f"Triton does not start ({type(error).__name__}: {error})"
     return ""
-
-
-def _callers_level() -> int:
-    """The ``stacklevel``, for our caller's warning, of the first frame that is neither bootgrad's nor torch's."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("bootgrad", "torch"):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 @functools.lru_cache(maxsize=1024)
