@@ -88,7 +88,7 @@ def attention_double_backward(
         scale: s; 1/√D when None.
     """
     if mask is not None:
-        mask = _added(mask, q).expand(*q.shape[:3], k.size(2))
+        mask = as_added(mask, q).expand(*q.shape[:3], k.size(2))
     grads = torch.ops.bootgrad.attention_double_backward(*cotangents, g, q, k, v, mask, is_causal, _scale(q, scale))
     return tuple(t.transpose(1, 2) for t in grads)
 
@@ -97,19 +97,20 @@ def _by_torch(cotangents, g, q, k, v, mask, is_causal, scale):
     """`attention_double_backward` in operations that can be differentiated further."""
     # Aliases, so that a path from one to another outside of this function is not walked here.
     g, q, k, v = (t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (g, q, k, v))
-    mask = None if mask is None else _added(mask, q)
-    y = weights(q, k, mask, is_causal, _scale(q, scale)) @ v
-    first = torch.autograd.grad(y, (q, k, v), g, create_graph=True)
+    mask, dtype = None if mask is None else as_added(mask, q), accumulation_dtype(q.dtype)
+    y = weights(q.to(dtype), k.to(dtype), mask, is_causal, _scale(q, scale)) @ v.to(dtype)
+    first = torch.autograd.grad(y.to(g.dtype), (q, k, v), g, create_graph=True)
     total = torch.stack([(t * u).sum() for t, u in zip(first, cotangents, strict=True) if u is not None]).sum()
     return torch.autograd.grad(total, (g, q, k, v), create_graph=True, allow_unused=True)
 
 
-def _added(mask: Tensor, q: Tensor) -> Tensor:
-    """A mask as what is added to the scores, in their dtype."""
-    dtype = accumulation_dtype(q.dtype)
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+def as_added(mask: Tensor, q: Tensor) -> Tensor:
+    """A mask as what is added to the scores, in their dtype; what it repeats is there once, as before."""
+    dtype, shape = accumulation_dtype(q.dtype), mask.shape
+    mask = mask[tuple(slice(None) if stride else slice(1) for stride in mask.stride())]
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+    return mask.to(dtype).expand(shape)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

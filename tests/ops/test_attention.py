@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bootgrad.ops import attention
 from bootgrad.ops.attention import FusedAttention
 from bootgrad.ops.backends import eager_attention
 from bootgrad.rules.stand_ins import StandIns
@@ -56,6 +57,35 @@ def test_derivatives(case):
             ours = derivatives(lambda *t: F.scaled_dot_product_attention(*t, **options), tensors, further)
             for a, b in zip(ours, expected, strict=False):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", [None, torch.bool, torch.float32, "same"])
+def test_third_derivatives_in_half_precision(dtype, mask):
+    tensors, mask = inputs(dtype=dtype), dtype if mask == "same" else mask
+    kept = torch.arange(S).view(1, 1, 1, S) <= torch.arange(N).view(N, 1, 1, 1)
+    if mask is not None:
+        mask = kept if mask == torch.bool else kept.to(mask)
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    exact_mask = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = derivatives(lambda *t: F.scaled_dot_product_attention(*t, exact_mask), doubles, further=True)
+    with StandIns():
+        ours = derivatives(lambda *t: F.scaled_dot_product_attention(*t, mask), tensors, further=True)
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == dtype
+        error = (a.detach().double() - b.detach()).norm()
+        assert error <= (0.1 if dtype == torch.bfloat16 else 0.02) * b.detach().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float64])
+def test_a_mask_that_is_repeated_is_held_once(dtype):
+    mask = torch.randn(3, 1, 1, 7).to(dtype).expand(3, 2, 5, 7)
+    added = attention.as_added(mask, torch.zeros(3, 2, 5, 4, dtype=torch.bfloat16))
+    assert added.shape == mask.shape and added.dtype == torch.float32
+    assert added.untyped_storage().nbytes() <= 4 * 3 * 7
+    expected = torch.where(mask, 0, -torch.inf) if dtype == torch.bool else mask.float()
+    torch.testing.assert_close(added, expected, rtol=0, atol=0)
 
 
 def test_groups_of_heads_share_keys():

@@ -4,9 +4,10 @@
 //   P' = P∘(T − ⟨T⟩)   gS = P∘(A − ⟨A⟩)   hS = P∘(E − ⟨E⟩)         ⟨·⟩ a row's mean under P
 //   by gO  P' V + P u_V     by q  s (gS u_K + hS K)     by k  s (gSᵀ u_Q + hSᵀ Q)     by v  P'ᵀ gO
 //
-// A head is one task. Its queries are taken in blocks of which four tiles of the scores' shape stay in cache: twelve
-// products of L·S·D, of which the micro-kernel makes all, and two sweeps over each row. The scale goes into the copies
-// of Q and u_Q. Under a causal mask the keys behind a block's last query are left out of its products.
+// A head is one task, so that fewer heads than threads leave some idle. Its queries are taken in blocks, of 18 or more,
+// of which four tiles of the scores' shape stay in cache up to some thousands of keys: twelve products of L·S·D by the
+// micro-kernel, and three sweeps over each row. The scale goes into the copies of Q and u_Q. Under a causal mask the
+// keys behind a block's last query are left out of its products.
 
 namespace bootgrad::BOOTGRAD_ISA {
 
@@ -207,24 +208,34 @@ class AttentionDoubleBackward {
     T largest = most[0];
     for (int64_t i = 1; i < n; ++i) largest = most[i] > largest ? most[i] : largest;
     if (largest == nothing) largest = 0;  // no key counts, or numbers that are none
+    // Sums of runs, so that rounding errors do not pile up in one chain.
+    constexpr int64_t run = 64 * n;
     Vector<T> total{}, of_t{}, of_a{}, of_e{};
-    for (int64_t i = 0; i < columns; i += n) {
-      const Vector<T> p = exp_of<T>(load<T>(scores + i) - largest);
-      total += p;
-      of_t += p * load<T>(t + i);
-      of_a += p * load<T>(a + i);
-      store<T>(scores + i, p);
+    for (int64_t i = 0; i < columns;) {
+      Vector<T> run_total{}, run_t{}, run_a{};
+      for (const int64_t end = columns - i < run ? columns : i + run; i < end; i += n) {
+        const Vector<T> p = exp_of<T>(load<T>(scores + i) - largest);
+        run_total += p;
+        run_t += p * load<T>(t + i);
+        run_a += p * load<T>(a + i);
+        store<T>(scores + i, p);
+      }
+      total += run_total, of_t += run_t, of_a += run_a;
     }
     const T sum = sum_of_lanes<T>(total), share = sum == 0 ? T(0) : 1 / sum;
     const T mean_t = sum_of_lanes<T>(of_t) * share, mean_a = sum_of_lanes<T>(of_a) * share;
-    for (int64_t i = 0; i < columns; i += n) {
-      const Vector<T> p = load<T>(scores + i) * share, apart_t = load<T>(t + i) - mean_t,
-                      apart_a = load<T>(a + i) - mean_a, x = load<T>(e + i) + apart_t * apart_a;
-      of_e += p * x;
-      store<T>(scores + i, p);
-      store<T>(t + i, p * apart_t);
-      store<T>(a + i, p * apart_a);
-      store<T>(e + i, x);
+    for (int64_t i = 0; i < columns;) {
+      Vector<T> run_e{};
+      for (const int64_t end = columns - i < run ? columns : i + run; i < end; i += n) {
+        const Vector<T> p = load<T>(scores + i) * share, apart_t = load<T>(t + i) - mean_t,
+                        apart_a = load<T>(a + i) - mean_a, x = load<T>(e + i) + apart_t * apart_a;
+        run_e += p * x;
+        store<T>(scores + i, p);
+        store<T>(t + i, p * apart_t);
+        store<T>(a + i, p * apart_a);
+        store<T>(e + i, x);
+      }
+      of_e += run_e;
     }
     const T mean_e = sum_of_lanes<T>(of_e);
     for (int64_t i = 0; i < columns; i += n) store<T>(e + i, load<T>(scores + i) * (load<T>(e + i) - mean_e));
