@@ -20,6 +20,7 @@ from .graph import check_losses, gradients, refuse_losses, refuse_marked
 from .ops.schema import accumulation_dtype
 from .per_sample import Direction, Zeros, as_parameter_dict
 from .rules.terms import total
+from .wrappers import by_names_as_written
 
 Parameters = Mapping[str, Tensor]
 
@@ -196,7 +197,7 @@ class WindowMean(Center):
 
     def load_state_dict(self, state):
         """Go on from a `state_dict`, with the window where and as it is there."""
-        window, sums = ({n: t.clone() for n, t in state[key].items()} for key in ("window", "sum"))
+        window, sums = ({n: t.clone() for n, t in by_names_as_written(state[key]).items()} for key in ("window", "sum"))
         steps = None if state["steps"] is None else state["steps"].clone()
         self.k, self._window, self._sum, self._steps = state["k"], window, sums, steps
 
@@ -283,7 +284,8 @@ class FullBatchMean(Center):
 
     def load_state_dict(self, state):
         """Go on from a `state_dict`."""
-        self.steps, self._value = state["steps"], state["value"]
+        value = state["value"]
+        self.steps, self._value = state["steps"], None if value is None else by_names_as_written(value)
 
 
 def _sum_dtype(t: Tensor) -> torch.dtype:
@@ -296,7 +298,7 @@ def _zeros(p: Tensor) -> Tensor:
 
 def _sums(tensors: Parameters) -> dict[str, Tensor]:
     """Copies in the dtype that sums are kept in."""
-    return {name: t.to(_sum_dtype(t), copy=True) for name, t in tensors.items()}
+    return {name: t.to(_sum_dtype(t), copy=True) for name, t in by_names_as_written(tensors).items()}
 
 
 def _hessian_product(

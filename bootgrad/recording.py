@@ -6,7 +6,6 @@ knows, for losses (B,), which operations and parameters they reach (`graph`), an
 samples are the rows of every operation (`batch_check`).
 """
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -21,7 +20,7 @@ from torch.utils import _pytree as pytree
 from .batch_check import BatchCheck, ModelState
 from .derived import TRANSPOSITIONS, Call, Derived, check_repeats, is_batch_free, may_be_batch_free, pull_back
 from .distributed import Ranks
-from .errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
+from .errors import ArgumentError, ArgumentTypeError, RecordingError, UnsupportedError, warn
 from .graph import Reach, Uses, as_met, check_losses, filled, gradients, keeping_buffers, walk
 from .modes import Mode
 from .ops.piecewise import is_seen
@@ -285,15 +284,14 @@ class Recording(Returning):
         result = operation(names)
         if operation in self.operations:
             self.warn(
-                f"{operation.name} on {names} has no rule: its per-sample gradients are made one by one, which is slow",
-                7,
+                f"{operation.name} on {names} has no rule: its per-sample gradients are made one by one, which is slow"
             )
         return result
 
-    def warn(self, message: str, stacklevel: int = 3) -> None:
+    def warn(self, message: str) -> None:
         """Say something about the model once, whatever the number of its recordings."""
         if self.state.is_new(message):
-            warnings.warn(message, BootgradWarning, stacklevel)
+            warn(message)
 
     def _rows_by_sample(self, tracked: Sequence[Tensor], others: Sequence[Tensor]) -> dict[int, Tensor]:
         """The tracked tensors that have as many rows as the data, and repeat some, as data, by their ids."""
@@ -661,5 +659,10 @@ def named_parameters(*modules: nn.Module) -> dict[str, Tensor]:
         for name, p in parameters_of(module):
             if p.requires_grad and id(p) not in seen:
                 seen.add(id(p))
-                out[name if len(modules) == 1 else f"{k}.{name}"] = p
+                name = name if len(modules) == 1 else f"{k}.{name}"
+                if name in out:
+                    raise UnsupportedError(
+                        f"two parameters are called {name} where the _orig_mod that torch.compile adds is left out: rename one"
+                    )
+                out[name] = p
     return out

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from .distributed import Ranks
-from .errors import UnsupportedError
+from .errors import ArgumentError, UnsupportedError
 
 Value = TypeVar("Value")
 
@@ -59,7 +59,10 @@ def parameters_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def by_names_as_written(by_name: Mapping[str, Value]) -> dict[str, Value]:
     """The same by the names that `parameters_of` gives, where they are those of a compiled module's ``named_parameters``."""
-    return {_as_written(name) if isinstance(name, str) else name: value for name, value in by_name.items()}
+    out = {_as_written(name) if isinstance(name, str) else name: value for name, value in by_name.items()}
+    if len(out) < len(by_name):
+        raise ArgumentError(f"a parameter is there by two names, with _orig_mod and without: {', '.join(by_name)}")
+    return out
 
 
 def _as_written(name: str) -> str:

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 import bootgrad
 from bootgrad import BootgradError, BootgradWarning, reference
 from bootgrad.compiled import is_compiled
+from bootgrad.errors import ArgumentError, UnsupportedError
 
 from . import models
 from .compiling import IGNORED, check_step, compiled_calls, cross_entropy, fresh_compiler, oracle  # noqa: F401
@@ -288,14 +289,32 @@ def test_parameters_have_the_names_that_they_have_uncompiled(where):
         sq_norms = rec.backward(losses, center=other).deviation_sq_norms
         torch.testing.assert_close(sq_norms, found[0].deviation_sq_norms)
 
-    regs = [bootgrad.GradientRegularizer(m, reg1=0.1, center="ema") for m in (plain, model)]
-    regs[0].backward(cross_entropy(plain), *batch)
-    regs[1].load_state_dict(regs[0].state_dict())
-    reports = [reg.backward(cross_entropy(m), *batch) for reg, m in zip(regs, (plain, model), strict=True)]
-    torch.testing.assert_close(reports[1].reg1, reports[0].reg1)
+    for moving in ("ema", "window"):
+        regs = [bootgrad.GradientRegularizer(m, reg1=0.1, center=moving) for m in (plain, model, model)]
+        regs[0].backward(cross_entropy(plain), *batch)
+        state = regs[0].state_dict()
+        regs[1].load_state_dict(state)
+        torchs = state["centers"]["reg1"]  # a state in which names are torch's
+        for key in {"mean", "window", "sum"} & set(torchs):
+            torchs[key] = {name: torchs[key][written] for name, written in zip(own, center, strict=True)}
+        regs[2].load_state_dict(state)
+        for _ in range(2):
+            reports = [r.backward(cross_entropy(m), *batch) for r, m in zip(regs, (plain, model, model), strict=True)]
+            for report in reports[1:]:
+                torch.testing.assert_close(report.reg1, reports[0].reg1)
     fixed = bootgrad.GradientRegularizer(model, reg1=0.1, center=own)
     report = fixed.backward(cross_entropy(model), *batch)
     torch.testing.assert_close(report.reg1, found[0].deviation_sq_norms.mean())
+
+
+def test_names_that_are_one_without_a_wrapper_are_refused():
+    model = nn.Linear(2, 2, bias=False)
+    model.add_module("_orig_mod", nn.Linear(2, 2, bias=False))
+    with pytest.raises(UnsupportedError, match="two parameters are called weight"):
+        bootgrad.record(model)
+    names = {"weight": torch.zeros(2, 2), "_orig_mod.weight": torch.zeros(2, 2)}
+    with pytest.raises(ArgumentError, match="by two names"):
+        bootgrad.GradientRegularizer(nn.Linear(2, 2, bias=False), reg1=0.1, center=names)
 
 
 def test_other_models_in_the_same_function():
