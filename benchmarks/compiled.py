@@ -5,14 +5,12 @@
 
 Each is a ratio to the compiled plain step in the same round: the steps take turns in one process, and the ratio is the median
 over rounds. The compiled statistics are compared with the uncompiled ones first; where they differ nothing is timed. What
-compiling itself takes is not in the rounds.
+compiling itself takes is neither in the rounds nor in the memory, which is as `training_step`'s, above what a step before left.
 
-    python -m benchmarks.compiled [--model encoder] [--threads 2] [--rounds 9] [--csv FILE]
+    python -m benchmarks.compiled [--model encoder] [--threads 2] [--rounds 9] [--processes 3] [--csv FILE]
 """
 
 import argparse
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +22,8 @@ from torch import Tensor, nn
 import bootgrad
 
 from .models import MODELS, Block, batch
-from .results import FOLDER, append, setting
-from .training_step import measure_time
+from .results import FOLDER, step_rows, tell
+from .training_step import measure_memory, measure_time, memory_rise, require_equal
 
 
 class Encoder(nn.Module):
@@ -83,9 +81,7 @@ def check(model: nn.Module, variants: dict[str, Callable[[], None]]) -> None:
     for name in ("compiled statistics", "statistics"):
         model.zero_grad()
         found.append([variants[name]().sq_norms, *(p.grad.clone() for p in model.parameters())])
-    for ours, expected in zip(*found, strict=True):
-        if not (ours - expected).norm() <= 1e-4 * expected.norm():
-            sys.exit("results are wrong: not timed")
+    require_equal(*found)
 
 
 def main() -> None:
@@ -94,39 +90,25 @@ def main() -> None:
     parser.add_argument("--model", choices=CASES, default="encoder")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--processes", type=int, default=3, help="as of benchmarks.training_step")
     parser.add_argument("--csv", type=Path, default=FOLDER / "compiled.csv")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model, x, y = CASES[options.model]()
     variants = make_variants(model, x, y)
+    if options.memory_of:
+        return print(memory_rise(model, variants[options.memory_of], warmup=True))
     start = time.perf_counter()
     check(model, variants)
     print(f"compiled and checked in {time.perf_counter() - start:.0f} s")
     both = [name for name in variants if "statistics" in name]
     times = measure_time(model, variants, options.rounds, of_other_shapes=both)  # whose checks are over by then
-    plain = next(iter(times.values()))
-    rows = []
-    for name, values in times.items():
-        ratios = sorted(t / p for t, p in zip(values, plain, strict=True))
-        rows.append(
-            setting()
-            | {
-                "model": options.model,
-                "batch": len(y),
-                "step": name,
-                "milliseconds": f"{1e3 * statistics.median(values):.1f}",
-                "ratio": f"{statistics.median(ratios):.2f}",
-                "ratio_low": f"{ratios[len(ratios) // 10]:.2f}",
-                "ratio_high": f"{ratios[-1 - len(ratios) // 10]:.2f}",
-            }
-        )
-    print(f"\n{options.model}, batch {len(y)}, {options.threads} threads, {rows[0]['backend']}")
-    print(f"{'step':22}{'ms':>8}{'ratio':>8}{'(10–90 %)':>14}")
-    for row in rows:
-        spread = f"{row['ratio_low']}–{row['ratio_high']}"
-        print(f"{row['step']:22}{row['milliseconds']:>8}{row['ratio']:>8}{spread:>14}")
-    append(options.csv, rows)
+    same = ["--model", options.model, "--threads", str(options.threads)]
+    memory = {name: measure_memory("benchmarks.compiled", name, same, options.processes) for name in variants}
+    rows = step_rows({"model": options.model, "batch": len(y)}, times, memory)
+    tell(options.csv, f"{options.model}, batch {len(y)}", rows)
 
 
 if __name__ == "__main__":

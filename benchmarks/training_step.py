@@ -10,11 +10,13 @@ With ``--parts 8`` the batch comes in eight micro-batches, beside plain accumula
 """
 
 import argparse
+import ctypes
+import gc
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 import bootgrad
 
 from .models import MODELS, batch
-from .results import FOLDER, append, setting
+from .results import FOLDER, step_rows, tell
 
 
 def make_variants(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], None]]:
@@ -123,6 +125,13 @@ def check(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
         sys.exit("results are wrong: not timed")
 
 
+def require_equal(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> None:
+    """Stop unless all of these are alike, up to float32's rounding."""
+    for ours, theirs in zip(found, expected, strict=True):
+        if not (ours - theirs).norm() <= 1e-4 * theirs.norm():
+            sys.exit("results are wrong: not timed")
+
+
 def measure_time(
     model, variants, rounds: int, warmup: int = 3, of_other_shapes: Sequence[str] = ()
 ) -> dict[str, list[float]]:
@@ -171,8 +180,20 @@ def measure_memory(module: str, variant: str, options: Sequence[str], processes:
     return statistics.median(rises)
 
 
-def memory_rise(model: torch.nn.Module, step: Callable[[], None]) -> int:
-    """The other end of `measure_memory`."""
+def memory_rise(model: torch.nn.Module, step: Callable[[], object], warmup: bool = False) -> int:
+    """The other end of `measure_memory`.
+
+    Args:
+        model: whose gradients are dropped before each step.
+        step: what is measured.
+        warmup: take a step before, as a compiled one is compiled in, and give its memory back.
+    """
+    if warmup:
+        step()
+        model.zero_grad()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes what is resident now
     before = high_water_mark()
     for _ in range(3):
         model.zero_grad()
@@ -196,7 +217,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, variants, x, y = build(options.model, options.batch, options.parts)
-    plain = next(iter(variants))
     if options.memory_of:
         return print(memory_rise(model, variants[options.memory_of]))
     check(model, x, y)
@@ -205,31 +225,8 @@ def main() -> None:
     same = ["--model", options.model, "--batch", str(options.batch), "--threads", str(options.threads)]
     same += ["--parts", str(options.parts)]
     memory = {name: measure_memory("benchmarks.training_step", name, same, options.processes) for name in variants}
-    rows = []
-    for name, values in times.items():
-        ratios = sorted(t / p for t, p in zip(values, times[plain], strict=True))
-        rows.append(
-            setting()
-            | {
-                "model": options.model,
-                "batch": options.batch,
-                "step": name,
-                "milliseconds": f"{1e3 * statistics.median(values):.1f}",
-                "ratio": f"{statistics.median(ratios):.2f}",
-                "ratio_low": f"{ratios[len(ratios) // 10]:.2f}",
-                "ratio_high": f"{ratios[-1 - len(ratios) // 10]:.2f}",
-                "memory_mib": f"{memory[name] / 2**20:.0f}",
-                "memory_ratio": f"{memory[name] / memory[plain]:.2f}",
-            }
-        )
-    print(f"\n{options.model} CNN, batch {options.batch}, {options.threads} threads, {rows[0]['backend']}")
-    print(f"{'step':20}{'ms':>8}{'ratio':>8}{'(10–90 %)':>14}{'MiB':>7}{'ratio':>7}")
-    for row in rows:
-        spread = f"{row['ratio_low']}–{row['ratio_high']}"
-        print(
-            f"{row['step']:20}{row['milliseconds']:>8}{row['ratio']:>8}{spread:>14}{row['memory_mib']:>7}{row['memory_ratio']:>7}"
-        )
-    append(options.csv, rows)
+    rows = step_rows({"model": options.model, "batch": options.batch}, times, memory)
+    tell(options.csv, f"{options.model}, batch {options.batch}", rows)
 
 
 if __name__ == "__main__":

@@ -26,15 +26,28 @@ def run(text: str, blocks: int) -> dict:
 
 
 def test_the_python_blocks_run_one_after_the_other(capsys):
-    names = run(README, 8)
+    names = run(README, 10)
     stats, G = names["stats"], names["G"].materialize()
     rows = torch.cat([g.flatten(1) for g in G.values()], dim=1).detach()
     assert rows.shape == (32, sum(p.numel() for p in names["model"].parameters()))
     gamma = (rows - rows.mean(0)).square().sum(1).mean()
     assert float(names["G"].covariance_trace().detach()) == pytest.approx(float(gamma), rel=1e-4)
     assert names["sequences"].sq_norms.shape == (5,) and float(names["sequences"].covariance_trace) > 0
-    assert names["sequences"].sq_norms.shape == (5,) and float(names["sequences"].covariance_trace) > 0
     assert stats.covariance_trace > 0 and names["report"].reg1 > 0
+    in_float16, in_bfloat16 = names["step"].report, names["in_bfloat16"]  # one step later
+    assert float(in_bfloat16.covariance_trace) == pytest.approx(float(in_float16.covariance_trace), rel=0.1)
+    parameters = list(names["language_model"].parameters())
+    logits = names["language_model"](names["ids"])
+    own = F.cross_entropy(logits.mT, names["targets"], reduction="none").mean(1)
+    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]) for loss in own]
+    torch.testing.assert_close(
+        names["of_text"].sq_norms, torch.stack([r.square().sum() for r in rows]), rtol=1e-4, atol=0
+    )
+    spread = torch.stack(rows).var(0, correction=0).sum()
+    torch.testing.assert_close(names["of_text"].covariance_trace, spread, rtol=1e-4, atol=0)
+    changed = names["ids"].clone()
+    changed[:, 12:] = 0  # causal: what comes later is not seen
+    torch.testing.assert_close(names["language_model"](changed)[:, :12], logits[:, :12])
     assert "bootgrad agrees with plain autograd on 4 samples" in capsys.readouterr().out
     patches = torch.nn.functional.unfold(names["x"], 3, padding=1)
     windows = torch.einsum("bot,bit->boi", names["gy"].flatten(2), patches)

@@ -10,7 +10,7 @@ import torch
 
 import bootgrad.errors
 
-from ..results import setting
+from ..results import memory_figures, setting, spread
 from .oracle import Outcome
 from .ways import PACKAGES
 
@@ -54,16 +54,10 @@ def timed(
         ("rounds", "milliseconds", "ratio", "ratio_low", "ratio_high", "memory_mib", "memory_ratio"), ""
     )
     if times and plain:
-        ratios = sorted(t / plain[k] for k, t in times.items())
-        figures |= {
-            "rounds": str(len(times)),
-            "milliseconds": f"{statistics.median(times.values()):.1f}",
-            "ratio": f"{statistics.median(ratios):.2f}",
-            "ratio_low": f"{ratios[len(ratios) // 10]:.2f}",
-            "ratio_high": f"{ratios[-1 - len(ratios) // 10]:.2f}",
-        }
+        ratios = spread("ratio", [t / plain[k] for k, t in times.items()])
+        figures |= {"rounds": str(len(times)), "milliseconds": f"{statistics.median(times.values()):.1f}"} | ratios
     if memory:
-        figures |= {"memory_mib": f"{memory[0] / 2**20:.0f}", "memory_ratio": f"{memory[0] / memory[1]:.2f}"}
+        figures |= memory_figures(*memory)
     return row | figures
 
 
