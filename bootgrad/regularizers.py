@@ -85,7 +85,7 @@ class GradientRegularizer:
         every: k, the penalty is taken on steps 0, k, 2k, …, with k times λ.
         probes: vectors of signs that ``"random_signs"`` averages over.
         derivative: of ``"random_signs"``: ``"exact"``, by double backward, or ``"finite_difference"``, by first-order passes
-            alone, which run compiled models and fused attention, too.
+            alone, which run compiled models and recurrent kernels, too.
         statistics: whether reports are to tell Γ, ‖ḡ‖² and what follows from them at any price. If not, they are nan where the
             penalties do not bring them along: no norms are made on steps and samples without a penalty, and by ``"exact"``
             none for Γ, and about a constant center no ḡ, a product of each layer less. By ``"exact"`` Reg1 is then that of the
