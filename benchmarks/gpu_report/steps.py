@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bootgrad
 
@@ -66,7 +67,7 @@ def time_model(name: str, task: Task, shard: str, options: Options) -> Iterator[
     """Rows of a model's ways to a gradient."""
     model, x, y = build(task, options.device)
     steps = {"plain": plain_step(model, x, y, options.device)}
-    others = own_steps(model, x, y, options.device, fused=name.endswith("fused"))
+    others = own_steps(model, x, y, options.device)
     if shard == "peers":
         others = peers.steps(task, model, x, y, autocast(options.device))
     backend, errors = ("auto" if shard == "own" else "peer"), {}
@@ -159,9 +160,9 @@ def plain_step(model: nn.Module, x: Tensor, y: Tensor, device: str) -> Step:
 
 
 def own_steps(
-    model: nn.Module, x: Tensor, y: Tensor, device: str, fused: bool = False, centers: dict[str, Any] | None = None
+    model: nn.Module, x: Tensor, y: Tensor, device: str, centers: dict[str, Any] | None = None
 ) -> dict[str, Step]:
-    """The library's ways; a fused attention has no second derivative, so no penalties. ``centers`` gets the penalties'."""
+    """The library's ways; ``centers`` gets those of the penalties."""
     context = autocast(device)
 
     def forward(x, y):
@@ -186,8 +187,7 @@ def own_steps(
 
         return step
 
-    names = () if fused else VARIANTS
-    return {"rec.backward": statistics_of_backward} | {name: regularized(name) for name in names}
+    return {"rec.backward": statistics_of_backward} | {name: regularized(name) for name in VARIANTS}
 
 
 def regularizer(model: nn.Module, name: str) -> bootgrad.GradientRegularizer:
@@ -250,7 +250,8 @@ def gradient_error(model: nn.Module, x: Tensor, y: Tensor, variant: str) -> floa
     reg.backward(forward, x[before], y[before])  # a moving center then is these samples' mean gradient
     model.zero_grad()
     reg.backward(forward, x[now], y[now])
-    values = losses(model, x[now], y[now])
+    with sdpa_kernel(SDPBackend.MATH):  # of torch's kernels for attention the only one with a second derivative
+        values = losses(model, x[now], y[now])
     rows = [torch.autograd.grad(value, parameters, create_graph=True) for value in values]
     mean = [sum(parts) / SAMPLES for parts in zip(*rows, strict=True)]
     c = mean
