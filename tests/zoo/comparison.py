@@ -164,7 +164,7 @@ def check_penalty(setting: Setting, oracle: Oracle, penalty: tuple[str, str]) ->
 
 def check_differences(setting: Setting, oracle: Oracle, penalty: tuple[str, str]) -> None:
     """The same by finite differences, so small ones that kinks do not show."""
-    step(setting, oracle, penalty, method="finite_difference", epsilon=1e-7)
+    step(setting, oracle, penalty, method="finite_difference", epsilon=1e-9)
     pairs = zip(parameters_of(setting).values(), oracle.plain, strict=True)
     ours = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad - g).flatten() for p, g in pairs])
     exact = torch.cat([g.flatten() for g in oracle.penalties[penalty]])
