@@ -32,7 +32,6 @@ SECTIONS = {
     "sanitize": (50, 4),
 }
 OPTIONAL = ("tune",)
-BUILD_SECONDS = 240
 
 
 def main() -> int:
@@ -47,7 +46,7 @@ def main() -> int:
         raise SystemExit(f"no such sections: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
 
     machine.require(options.device)
-    built = {} if options.no_build else build.build(options.device, min(BUILD_SECONDS, options.seconds / 2))
+    built = {} if options.no_build else build.build(options.device, options.seconds / 2)
     found = machine.describe(options.device) | built
     for name, value in found.items():
         print(f"{name}: {value}", flush=True)
@@ -134,7 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--sections", default="", help=f"of {', '.join(SECTIONS)}; all but tune when absent")
-    parser.add_argument("--seconds", type=float, default=480, help="after which nothing is begun or continued")
+    parser.add_argument(
+        "--seconds", type=float, default=480, help="after which nothing is begun or continued; half are for compilers"
+    )
     parser.add_argument("--ops", default="", help="parts of names of ops, with commas")
     parser.add_argument("--models", default="", help="names of tasks in benchmarks/models.py, with commas")
     parser.add_argument("--backends", default="", help="cuda, triton, eager, or a CPU's compiled, with commas")
