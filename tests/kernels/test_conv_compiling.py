@@ -51,7 +51,7 @@ def every_tile():
 @pytest.mark.slow
 @pytest.mark.parametrize(("product", "architecture", "kind", "tile"), list(every_tile()))
 def test_every_tile_compiles_without_spills(product, architecture, kind, tile, tmp_path):
-    for layout in conv_compiling.LAYOUTS:
+    for layout in conv_compiling.LAYOUTS if architecture == 90 else ("channels last",):
         compile_and_check(product, architecture, kind, tile, layout, tmp_path)
     if product != "rows" and kind == "tf32":
         compile_and_check(product, architecture, kind, tile, "channels last", tmp_path, torch.float16)

@@ -290,7 +290,7 @@ def test_compiles_for_one_gpu(vectors, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["bf16", "fp32", "tf32"])
 @pytest.mark.parametrize(("architecture", "vectors"), [*((a, True) for a in ARCHITECTURES), (80, False)])
 def test_compiles_in_every_configuration(architecture, kind, vectors, tmp_path):
     """Without whole vectors, where loads are many and tiles small, for the one with the least shared memory."""

