@@ -18,7 +18,7 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 def test_kernels_agree_with_loops_and_sanitizers_stay_silent(tmp_path, vector_bytes, sanitizers):
     program = tmp_path / "check_kernels"
     build = subprocess.run(
-        [COMPILER, "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-pthread",
+        [COMPILER, "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-pthread",
          f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-DBOOTGRAD_VECTOR_BYTES={vector_bytes}",
          f"-I{ROOT / 'csrc/include'}", str(Path(__file__).with_name("check_kernels.cpp")), "-o", str(program)],
         capture_output=True, text=True,
