@@ -1,4 +1,4 @@
-"""The command line: ``bootgrad train``, ``compare``, ``plan`` and ``info``.
+"""The command line: ``bootgrad train``, ``compare``, ``experiment``, ``plan`` and ``info``.
 
 A mistake of the user's ends in one line, ``bootgrad: error: …``, and exit code 2; Ctrl-C in exit code 130.
 """
@@ -96,6 +96,17 @@ def _parser() -> argparse.ArgumentParser:
     either.add_argument("--resume", action="store_true", help="go on with the runs that --out holds")
     either.add_argument("--overwrite", action="store_true", help="replace the runs that --out holds")
 
+    experiment = _command(commands, "experiment", _experiment, "run an experiment of the paper, or list them")
+    experiment.add_argument("name", metavar="NAME", help="of the experiment; list shows them all")
+    form = experiment.add_mutually_exclusive_group()
+    form.add_argument("--quick", action="store_true", help="in a minute or two; the default")
+    form.add_argument("--full", action="store_true", help="in hours; one that is stopped goes on by the same command")
+    experiment.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each kind; default: 5")
+    experiment.add_argument("--data", metavar="SOURCE", help="images, as for train; default: the experiment's own")
+    experiment.add_argument("--threads", type=int, metavar="N", help="threads of torch's CPU kernels")
+    experiment.add_argument("--out", metavar="DIR", help="folder of the results; default: experiments/NAME")
+    experiment.add_argument("--overwrite", action="store_true", help="start anew what --out holds")
+
     plan = _command(commands, "plan", _plan, "predict what each layer's norms and each kind of step cost, and why")
     plan.add_argument("model", metavar="FILE.py:FUNCTION", help="a function without arguments that returns the model")
     plan.add_argument("--batch", type=int, default=128, metavar="N", help="samples in a batch")
@@ -171,6 +182,27 @@ def _compare(arguments: argparse.Namespace) -> int:
         return 0
     print(f"bootgrad: interrupted: go on with the same options and --resume --out {out}", file=sys.stderr)
     return 130
+
+
+def _experiment(arguments: argparse.Namespace) -> int:
+    _require_extras()
+    from .experiments.conduct import conduct, listing
+    from .experiments.study import Options
+
+    name = arguments.name
+    if name == "list":
+        print(listing())
+        return 0
+    options = Options(name, arguments.full, arguments.seeds, arguments.data, arguments.threads)
+    out = Path(arguments.out or Path("experiments", name))
+    try:
+        summary = conduct(options, out, overwrite=arguments.overwrite)
+    except KeyboardInterrupt:
+        print(f"bootgrad: interrupted: go on with the same options; {out} holds what has been run", file=sys.stderr)
+        return 130
+    print(summary.read_text(encoding="utf-8"))
+    print(f"written: {', '.join(str(out / file) for file in ('results.csv', 'summary.md', 'figure.png'))}")
+    return 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -261,7 +293,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _require_extras() -> None:
-    missing = [name for name in ("tqdm", "matplotlib") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("tqdm", "matplotlib", "scipy") if importlib.util.find_spec(name) is None]
     if missing:
         raise ArgumentError(f"this command needs {' and '.join(missing)}: pip install 'bootgrad[cli]'")
 

@@ -41,7 +41,7 @@ THIRD_PARTY = (
     ("plan_tables", set()),
     ("noise_scale", set()),
     ("cli", {"torch", "numpy", "tqdm", "matplotlib"}),
-    ("experiments", {"torch", "numpy", "tqdm", "matplotlib"}),
+    ("experiments", {"torch", "numpy", "tqdm", "matplotlib", "scipy"}),
     ("training", {"torch", "numpy", "tqdm", "matplotlib", "sklearn", "torchvision"}),
     ("", {"torch"}),
 )

@@ -18,7 +18,7 @@ _NOISE = ("Gradient noise scale, averaged over steps", "samples")
 
 def draw_run(history: History, title: str, path: Path) -> None:
     """Draw one run's losses, Γ and noise scale, one below the other."""
-    figure, axes = _figure(3, 1, (8, 9))
+    figure, axes = panels(3, 1, (8, 9))
     steps, epochs = history.steps, history.epochs
     for ax, column, colour in ((axes[0], "loss", COLOURS[0]), (axes[1], "covariance_trace", COLOURS[2])):
         at, values = _known(history, column)
@@ -28,16 +28,16 @@ def draw_run(history: History, title: str, path: Path) -> None:
     axes[2].plot(steps["step"], _finite(steps["noise_scale"]), color=COLOURS[3], label="noise scale")
     labels = (("Mean loss", "nats"), _GAMMA, _NOISE)
     for ax, (name, unit) in zip(axes, labels, strict=True):
-        _finish(ax, name, unit)
+        finish(ax, name, unit)
         ax.legend()
     axes[2].set_xlabel("step")
     figure.suptitle(title, wrap=True)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_comparison(runs: Mapping[str, History], title: str, path: Path) -> None:
     """Draw several runs over each other: training loss, test loss, Γ, noise scale; one legend for all."""
-    figure, axes = _figure(2, 2, (11, 7.5))
+    figure, axes = panels(2, 2, (11, 7.5))
     for (name, history), colour, style in zip(runs.items(), COLOURS, STYLES, strict=False):
         steps, epochs = history.steps, history.epochs
         line = {"color": colour, "linestyle": style, "linewidth": 1.8}
@@ -48,12 +48,12 @@ def draw_comparison(runs: Mapping[str, History], title: str, path: Path) -> None
         axes[3].plot(steps["step"], _finite(steps["noise_scale"]), **line)
     labels = (("Training loss, smoothed", "nats"), ("Test loss", "nats"), (_GAMMA[0] + ", smoothed", _GAMMA[1]), _NOISE)
     for ax, (name, unit) in zip(axes, labels, strict=True):
-        _finish(ax, name, unit)
+        finish(ax, name, unit)
     for ax in axes[2:]:
         ax.set_xlabel("step")
     figure.suptitle(title, wrap=True)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def smooth(values: list[float], decay: float = 0.8) -> list[float]:
@@ -67,16 +67,18 @@ def smooth(values: list[float], decay: float = 0.8) -> list[float]:
     return out
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]):
+def panels(rows: int, columns: int, size: tuple[float, float], *, shared: bool = True):
+    """A figure that needs no screen, and its axes row by row; ``shared``: those of a column have one x axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
+    return figure, list(figure.subplots(rows, columns, sharex=shared, squeeze=False).flat)
 
 
-def _finish(ax, title: str, unit: str) -> None:
+def finish(ax, title: str, unit: str) -> None:
+    """Title, unit and grid of an axis, logarithmic where its lines span more than a factor of five."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     values = [v for line in ax.get_lines() for v in line.get_ydata() if v > 0]
@@ -103,7 +105,8 @@ def _finite(values: list[float]) -> list[float]:
     return [value if math.isfinite(value) else math.nan for value in values]
 
 
-def _save(figure, path: Path) -> None:
+def save(figure, path: Path) -> None:
+    """Write a figure as PNG."""
     figure.align_ylabels()
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi="figure")

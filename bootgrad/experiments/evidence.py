@@ -1,0 +1,111 @@
+"""What measured numbers say of a claim: means over seeds with their uncertainty, and a verdict.
+
+    mean ± t · s / √n,  t the 97.5 % quantile of Student's t with n − 1 degrees of freedom
+
+Runs that diverged have no finite number. They are left out of the mean, for it would not exist, and counted beside it.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+_LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The mean of ``n`` finite values with its 95 % interval, and how many others there were.
+
+    Of one value the interval is unbounded; of none everything is nan.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    diverged: int = 0
+
+    def __str__(self) -> str:
+        """The mean and its interval in three significant digits."""
+        if self.n == 0:
+            return f"– ({self.diverged} of {self.diverged} diverged)"
+        text = f"{self.mean:.3g}"
+        if math.isfinite(self.low):
+            text += f" [{self.low:.3g}, {self.high:.3g}]"
+        return text + (f" ({self.diverged} of {self.n + self.diverged} diverged)" if self.diverged else "")
+
+
+def interval(values: Iterable[float]) -> Interval:
+    """Mean of values over seeds, with its 95 % interval.
+
+    Args:
+        values: one per seed; nan and infinite ones count as diverged.
+    """
+    values = list(values)
+    finite = [value for value in values if math.isfinite(value)]
+    n, diverged = len(finite), len(values) - len(finite)
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan, 0, diverged)
+    mean = statistics.fmean(finite)
+    half = _student(n - 1) * statistics.stdev(finite) / math.sqrt(n) if n > 1 else math.inf
+    return Interval(mean, mean - half, mean + half, n, diverged)
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """Mean of ``first − second``, seed by seed, with its 95 % interval.
+
+    Args:
+        first: one value per seed.
+        second: likewise, of the same seeds in the same order.
+    """
+    return interval(a - b for a, b in zip(first, second, strict=True))
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> Interval:
+    """Pearson's correlation of two series, with its 95 % interval by Fisher's transformation.
+
+    Pairs without a finite number are left out, and counted as diverged.
+
+    Raises:
+        ValueError: fewer than four pairs, or a series without variation.
+    """
+    pairs = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    if len(pairs) < 4:
+        raise ValueError(f"a correlation with an interval needs at least 4 pairs; got {len(pairs)}")
+    r = max(-1.0, min(1.0, statistics.correlation(*zip(*pairs, strict=True))))
+    if abs(r) == 1:
+        return Interval(r, r, r, len(pairs), len(x) - len(pairs))
+    half = 1.959964 / math.sqrt(len(pairs) - 3)
+    z = math.atanh(r)
+    return Interval(r, math.tanh(z - half), math.tanh(z + half), len(pairs), len(x) - len(pairs))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement that numbers can contradict.
+
+    Attributes:
+        text: the statement.
+        source: the section of the paper that it is from, or "ours".
+        quantity: what was measured, so stated that it is above zero where the statement is true.
+        found: its mean and interval over seeds.
+    """
+
+    text: str
+    source: str
+    quantity: str
+    found: Interval
+
+    @property
+    def verdict(self) -> str:
+        """``holds`` or ``does not`` where the whole interval is on one side of zero, else ``unclear``."""
+        if self.found.low > 0:
+            return "holds"
+        return "does not" if self.found.high < 0 else "unclear"
+
+
+def _student(freedom: int) -> float:
+    from scipy import stats
+
+    return float(stats.t.ppf(0.5 + _LEVEL / 2, freedom))
