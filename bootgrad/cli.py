@@ -1,4 +1,4 @@
-"""The command line: ``bootgrad train``, ``compare``, ``experiment``, ``plan`` and ``info``.
+"""The command line: ``bootgrad train``, ``compare``, ``experiment``, ``diagnose``, ``plan`` and ``info``.
 
 A mistake of the user's ends in one line, ``bootgrad: error: …``, and exit code 2; Ctrl-C in exit code 130.
 """
@@ -107,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     experiment.add_argument("--out", metavar="DIR", help="folder of the results; default: experiments/NAME")
     experiment.add_argument("--overwrite", action="store_true", help="start anew what --out holds")
 
+    diagnosis = _command(commands, "diagnose", _diagnose, "look for signatures of failure in what a run has left")
+    diagnosis.add_argument("folder", metavar="RUN_DIR", help="the --out of train, compare or experiment")
+
     plan = _command(commands, "plan", _plan, "predict what each layer's norms and each kind of step cost, and why")
     plan.add_argument("model", metavar="FILE.py:FUNCTION", help="a function without arguments that returns the model")
     plan.add_argument("--batch", type=int, default=128, metavar="N", help="samples in a batch")
@@ -202,6 +205,15 @@ def _experiment(arguments: argparse.Namespace) -> int:
         return 130
     print(summary.read_text(encoding="utf-8"))
     print(f"written: {', '.join(str(out / file) for file in ('results.csv', 'summary.md', 'figure.png'))}")
+    return 0
+
+
+def _diagnose(arguments: argparse.Namespace) -> int:
+    _require_extras()
+    from .diagnosis import diagnose
+
+    found = diagnose(arguments.folder)
+    print("\n\n".join(map(str, found)) if found else f"{arguments.folder}: no signature of failure was found")
     return 0
 
 
