@@ -18,12 +18,13 @@ INSTALL := $(PIP) install --no-build-isolation --constraint $(VENV)/constraints.
 CXX_FILES = $(shell find csrc tests benchmarks \( -name '*.c' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 BUILD_INPUTS = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo test test-all fuzz lint format bench bench-peers gpu-report wheel clean
+.PHONY: help demo test test-all kernels fuzz lint format bench bench-peers gpu-report wheel clean
 
 help:
 	@echo 'make demo      train on digits, plain and regularized side by side; writes demo/comparison.png'
 	@echo 'make test      lint and tests in an environment of its own'
-	@echo 'make test-all  second tier: sanitizers, long fuzzing, every kernel configuration, the wheel'
+	@echo 'make test-all  second tier: sanitizers, long fuzzing, the zoo, GPU kernels compiled, the wheel'
+	@echo 'make kernels   every configuration of the GPU kernels, for all architectures; after a change of kernels/'
 	@echo 'make fuzz      random architectures against plain autograd, other ones in every run; MINUTES=30'
 	@echo 'make lint      ruff, clang-format, mypy          make format  rewrite the sources in form'
 	@echo 'make bench     benchmarks/ into benchmarks/results/'
@@ -40,11 +41,16 @@ test: lint
 	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-all: $(VENV)/.dev
-	mkdir -p build && rm -f build/kernel_resources
-	KERNEL_RESOURCES=$(CURDIR)/build/kernel_resources $(BIN)/pytest -m slow --numprocesses 2 --dist loadfile
-	$(BIN)/python -m benchmarks.kernel_resources build/kernel_resources
+	$(BIN)/pytest -m slow --numprocesses 2 --dist loadfile
 	$(MAKE) gpu-report DEVICE=cpu
 	$(MAKE) wheel
+
+kernels: $(VENV)/.dev
+	mkdir -p build && rm -f build/kernel_resources
+	EVERY_CONFIGURATION=1 KERNEL_RESOURCES=$(CURDIR)/build/kernel_resources \
+		$(BIN)/pytest tests/kernels tests/cuda -m slow --numprocesses 2 --dist loadfile
+	$(BIN)/python -m benchmarks.kernel_resources build/kernel_resources
+	$(BIN)/python -m tests.proved
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)

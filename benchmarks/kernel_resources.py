@@ -1,6 +1,6 @@
 """Registers, shared memory and stack of every GPU kernel on each architecture: the most that a configuration takes.
 
-KERNEL_RESOURCES=notes pytest -m slow tests/kernels tests/cuda && python -m benchmarks.kernel_resources notes
+``make kernels`` writes it, from notes of the tests that compile them all.
 """
 
 import argparse

@@ -174,7 +174,7 @@ def measure_memory(module: str, variant: str, options: Sequence[str], processes:
     command = [sys.executable, "-m", module, "--memory-of", variant, *options]
     # The heap's history differs from process to process by 10 % and more.
     rises = [
-        int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
         for _ in range(processes)
     ]
     return statistics.median(rises)

@@ -49,6 +49,7 @@ def every_tile():
 
 
 @pytest.mark.slow
+@pytest.mark.every_configuration
 @pytest.mark.parametrize(("product", "architecture", "kind", "tile"), list(every_tile()))
 def test_every_tile_compiles_without_spills(product, architecture, kind, tile, tmp_path):
     for layout in conv_compiling.LAYOUTS if architecture == 90 else ("channels last",):

@@ -290,6 +290,7 @@ def test_compiles_for_one_gpu(vectors, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.every_configuration
 @pytest.mark.parametrize("kind", ["bf16", "fp32", "tf32"])
 @pytest.mark.parametrize(("architecture", "vectors"), [*((a, True) for a in ARCHITECTURES), (80, False)])
 def test_compiles_in_every_configuration(architecture, kind, vectors, tmp_path):

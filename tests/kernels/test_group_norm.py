@@ -171,6 +171,7 @@ def test_compiles_for_one_gpu(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.every_configuration
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", POINTER, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
