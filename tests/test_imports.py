@@ -27,7 +27,7 @@ LAYERS = (
     ("kernels",),
     ("planning", "costs", "plan_tables"),
     ("distributed",),
-    ("ops.schema", "errors", "reference", "heap", "noise_scale", "modes"),
+    ("ops.schema", "errors", "reference", "heap", "noise_scale", "intervals", "modes"),
 )
 ABOVE_ALL = {"bootgrad", "bootgrad.__main__"}
 USERS = set(LAYERS[0])  # of the public names: only they, too, import from bootgrad itself
@@ -40,6 +40,7 @@ THIRD_PARTY = (
     ("costs", set()),
     ("plan_tables", set()),
     ("noise_scale", set()),
+    ("intervals", set()),
     ("cli", {"torch", "numpy", "tqdm", "matplotlib"}),
     ("experiments", {"torch", "numpy", "tqdm", "matplotlib", "scipy"}),
     ("training", {"torch", "numpy", "tqdm", "matplotlib", "sklearn", "torchvision"}),

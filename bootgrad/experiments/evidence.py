@@ -7,49 +7,10 @@ Runs that diverged have no finite number. They are left out of the mean, for it 
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-_LEVEL = 0.95
-
-
-@dataclass(frozen=True)
-class Interval:
-    """The mean of ``n`` finite values with its 95 % interval, and how many others there were.
-
-    Of one value the interval is unbounded; of none everything is nan.
-    """
-
-    mean: float
-    low: float
-    high: float
-    n: int
-    diverged: int = 0
-
-    def __str__(self) -> str:
-        """The mean and its interval in three significant digits."""
-        if self.n == 0:
-            return f"– ({self.diverged} of {self.diverged} diverged)"
-        text = f"{self.mean:.3g}"
-        if math.isfinite(self.low):
-            text += f" [{self.low:.3g}, {self.high:.3g}]"
-        return text + (f" ({self.diverged} of {self.n + self.diverged} diverged)" if self.diverged else "")
-
-
-def interval(values: Iterable[float]) -> Interval:
-    """Mean of values over seeds, with its 95 % interval.
-
-    Args:
-        values: one per seed; nan and infinite ones count as diverged.
-    """
-    values = list(values)
-    finite = [value for value in values if math.isfinite(value)]
-    n, diverged = len(finite), len(values) - len(finite)
-    if n == 0:
-        return Interval(math.nan, math.nan, math.nan, 0, diverged)
-    mean = statistics.fmean(finite)
-    half = _student(n - 1) * statistics.stdev(finite) / math.sqrt(n) if n > 1 else math.inf
-    return Interval(mean, mean - half, mean + half, n, diverged)
+from ..intervals import Interval, interval
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Interval:
@@ -103,9 +64,3 @@ class Claim:
         if self.found.low > 0:
             return "holds"
         return "does not" if self.found.high < 0 else "unclear"
-
-
-def _student(freedom: int) -> float:
-    from scipy import stats
-
-    return float(stats.t.ppf(0.5 + _LEVEL / 2, freedom))
