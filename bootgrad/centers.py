@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
-from .graph import check_losses, gradients, refuse_losses, refuse_marked
+from .graph import check_losses, gradients, hessian_product, refuse_losses, refuse_marked
 from .ops.schema import accumulation_dtype
 from .per_sample import Direction, Zeros, as_parameter_dict
-from .rules.terms import total
 from .wrappers import by_names_as_written
 
 Parameters = Mapping[str, Tensor]
@@ -267,7 +266,7 @@ class FullBatchMean(Center):
                 grads = gradients(losses, tensors, weights, create_graph=twice, allow_unused=True)
                 if direction is not None:
                     refuse_marked(grads)
-                    grads = _hessian_product(grads, tensors, [direction[n] for n in parameters])
+                    grads = hessian_product(grads, tensors, [direction[n] for n in parameters])
             for (name, p), g in zip(parameters.items(), grads, strict=True):
                 if g is not None:
                     sums[name] = (sums[name] if name in sums else _zeros(p)).add_(g)
@@ -299,15 +298,6 @@ def _zeros(p: Tensor) -> Tensor:
 def _sums(tensors: Parameters) -> dict[str, Tensor]:
     """Copies in the dtype that sums are kept in."""
     return {name: t.to(_sum_dtype(t), copy=True) for name, t in by_names_as_written(tensors).items()}
-
-
-def _hessian_product(
-    grads: Sequence[Tensor | None], tensors: Sequence[Tensor], direction: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """The gradient by ``tensors`` of the inner product of ``grads``, which have a graph, with ``direction``."""
-    pairs = zip(grads, direction, strict=True)
-    inner = [(g * d).sum() for g, d in pairs if g is not None and g.requires_grad]
-    return torch.autograd.grad(total(inner), tensors, allow_unused=True) if inner else (None,) * len(tensors)
 
 
 NAMED: dict[str, Callable[[], Center]] = {"batch_mean": BatchMean, "zero": Zero, "ema": EmaMean, "window": WindowMean}

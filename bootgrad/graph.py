@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge
 
 from .errors import ArgumentError, ArgumentTypeError, RecordingError, UnsupportedError
 from .rules.base import CHANGED, Operation
+from .rules.terms import total
 
 
 @dataclass
@@ -242,6 +243,20 @@ def gradients(losses: Tensor, inputs: Sequence, weights: Tensor, **options) -> S
                 f"an operation of the model has no second derivative in torch ({error}): use an implementation that has"
             ) from error
         raise
+
+
+def hessian_product(
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    retain_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """The gradient by ``tensors`` of the inner product of ``grads``, which have a graph, with ``direction``."""
+    pairs = zip(grads, direction, strict=True)
+    inner = [(g * d).sum() for g, d in pairs if g is not None and g.requires_grad]
+    if not inner:
+        return (None,) * len(tensors)
+    return torch.autograd.grad(total(inner), tensors, allow_unused=True, retain_graph=retain_graph)
 
 
 def keeping_buffers() -> AbstractContextManager:

@@ -155,20 +155,20 @@ def quotient(moved: Sequence[Tensor | None], grads: Sequence[Tensor | None], ste
     return out
 
 
-def check_parameters(parameters: Mapping[str, Tensor]) -> None:
+def check_parameters(parameters: Mapping[str, Tensor], what: str = "finite differences") -> None:
     """Raise where a parameter is too coarse to be moved a little, or shares memory with another, and would be moved twice."""
     for name, p in parameters.items():
         if p.dtype not in (torch.float32, torch.float64):
             raise ArgumentError(
-                f"finite differences need parameters in float32 or float64; got {p.dtype} for {name}, which rounds small steps "
+                f"{what} need parameters in float32 or float64; got {p.dtype} for {name}, which rounds small steps "
                 "away: keep the parameters in float32 (torch.autocast for the rest), or take an exact derivative"
             )
     spans = sorted((*_span(p), name) for name, p in parameters.items() if p.numel())
     for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
         if begin < end:
             raise ArgumentError(
-                f"parameters {name} and {other} share memory, so that finite differences would move both at once: tie them by "
-                "using one parameter twice"
+                f"parameters {name} and {other} share memory, so that {what} would move both at once: tie them by using one "
+                "parameter twice"
             )
 
 
