@@ -1,6 +1,6 @@
 """Per-sample gradient norms, covariance traces and the regularizers built on them, cheap enough to train with."""
 
-from . import centers, ops, planning
+from . import centers, ops, planning, theory
 from .errors import BootgradError, BootgradWarning
 from .micro_batches import accumulate
 from .noise_scale import NoiseScale
@@ -31,5 +31,6 @@ __all__ = [
     "reg2",
     "replace_batchnorm",
     "replace_rnn",
+    "theory",
     "verify",
 ]

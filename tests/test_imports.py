@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top down. A package stands for all its modules that have no line of their own.
 LAYERS = (
     ("cli", "experiments", "diagnosis", "monitoring", "integrations", "training"),
+    ("theory",),
     ("regularizers", "verification", "normalization", "recurrent", "plans", "plan_timing"),
     ("methods", "second_pass", "steps", "center_pairs"),
     ("penalties", "micro_batches"),
