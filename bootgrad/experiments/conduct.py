@@ -22,7 +22,7 @@ from .evidence import Claim
 from .study import Options, Study
 from .table import Table
 
-EXPERIMENTS = ("idealized",)
+EXPERIMENTS = ("idealized", "alignment")
 
 
 class Experiment(Protocol):
