@@ -44,8 +44,9 @@ class VariabilityBound:
 
         y ← ρ_t² y + 2 ρ_t √y (η_t/N) √(Γ_pop + D) + a_t²                               ``fresh_batches`` = y
 
-    with the means of Γ_pop + D, for which the numbers of one run stand; and without the middle term, as if a sample's gradients at different steps had nothing to do with each other, this is
-    ``leading_order``: no bound, and too small after more than about one pass over the data, unless ρ < 1 forgets sooner.
+    with the means of Γ_pop + D, for which the numbers of one run stand; and without the middle term, as if a sample's gradients
+    at different steps had nothing to do with each other, this is ``leading_order``: no bound, and too small after more than
+    about one pass over the data, unless ρ < 1 forgets sooner.
 
     Args:
         samples: N.
