@@ -42,7 +42,7 @@ COLUMNS = (
     "largest_eigenvalue", "train_loss", "validation_loss", "test_loss",
 )  # fmt: skip
 METHODS = ("sgd", "sgd + reg1")
-LRS, STRENGTHS = (0.03, 0.1, 0.3), (0.003, 0.01, 0.03, 0.1)
+LRS, STRENGTHS = (0.03, 0.1, 0.3, 1.0), (0.001, 0.003, 0.01, 0.03)
 BATCH, MEASURED = 32, 512
 
 
@@ -145,7 +145,7 @@ def follow(
 def run(study: Study) -> None:
     """Search for learning rate and strength, then follow both methods on the seeds."""
     data, full = load(study.options.data or "digits"), study.full
-    steps = 3000 if full else 200
+    steps = 2000 if full else 160
     shares = (0, 1 / 32, 1 / 8, 1 / 4, 1 / 2, 1) if full else (0, 1 / 8, 1 / 2, 1)
     points = [round(share * steps) for share in shares]
 
@@ -216,17 +216,17 @@ def draw(table: Table):
     figure, axes = panels(1, 3, (14, 4.2), shared=False)
     final = table.where(stage="final")
     progress = final.values("progress")
-    pictures = (("ratio", "P Tr(HΣ) / (Tr H Tr Σ)"), ("share", "Share of Σ in the top k"), ("covariance_trace", "Tr Σ"))
-    for ax, (column, title) in zip(axes, pictures, strict=True):
+    without = {"ratio": 1.0, "share": float(final.rows[0]["uniform_share"])}  # of noise without direction
+    titles = {"ratio": "P Tr(HΣ) / (Tr H Tr Σ)", "share": "Share of Σ in the top k", "covariance_trace": "Tr Σ"}
+    for ax, (column, title) in zip(axes, titles.items(), strict=True):
         for method, colour, style in zip(METHODS, COLOURS, STYLES, strict=False):
             found = [interval(_at(table, method, column, p)) for p in progress]
-            ax.plot(
-                progress, [f.mean for f in found], color=colour, linestyle=style, marker="o", markersize=4, label=method
-            )
+            line = {"color": colour, "linestyle": style, "marker": "o", "markersize": 4, "label": method}
+            ax.plot(progress, [f.mean for f in found], **line)
             ax.fill_between(progress, [f.low for f in found], [f.high for f in found], color=colour, alpha=0.2)
+        if column in without:
+            ax.axhline(without[column], color="black", linewidth=0.8, label="noise without direction")
         finish(ax, title, "")
         ax.set_xlabel("share of the run")
-    axes[0].axhline(1, color="black", linewidth=0.8)
-    axes[1].axhline(float(final.rows[0]["uniform_share"]), color="black", linewidth=0.8)
     axes[0].legend()
     return figure
