@@ -305,7 +305,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _require_extras() -> None:
-    missing = [name for name in ("tqdm", "matplotlib", "scipy") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("tqdm", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise ArgumentError(f"this command needs {' and '.join(missing)}: pip install 'bootgrad[cli]'")
 

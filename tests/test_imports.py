@@ -43,7 +43,7 @@ THIRD_PARTY = (
     ("noise_scale", set()),
     ("intervals", set()),
     ("cli", {"torch", "numpy", "tqdm", "matplotlib"}),
-    ("experiments", {"torch", "numpy", "tqdm", "matplotlib", "scipy"}),
+    ("experiments", {"torch", "numpy", "tqdm", "matplotlib"}),
     ("training", {"torch", "numpy", "tqdm", "matplotlib", "sklearn", "torchvision"}),
     ("", {"torch"}),
 )
