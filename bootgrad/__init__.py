@@ -1,6 +1,6 @@
 """Per-sample gradient norms, covariance traces and the regularizers built on them, cheap enough to train with."""
 
-from . import centers, ops, planning, theory
+from . import centers, ops, planning, strengths, theory
 from .errors import BootgradError, BootgradWarning
 from .micro_batches import accumulate
 from .noise_scale import NoiseScale
@@ -31,6 +31,7 @@ __all__ = [
     "reg2",
     "replace_batchnorm",
     "replace_rnn",
+    "strengths",
     "theory",
     "verify",
 ]

@@ -6,7 +6,7 @@ Source: "A Bootstrap Perspective on Stochastic Gradient Descent", arXiv 2512.076
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -91,6 +91,8 @@ class Report(CheckedOnRead):
         sq_mean_norm: ‖ḡ‖², ().
         batch_size: B.
         method: how the penalty's gradient was made; ``"plain"`` on the steps between penalties.
+        strengths: λ of this step by penalty, ``"reg1"`` and ``"reg2"``: what was given or set by a rule, and on steps between
+            penalties is not taken.
         notes: what was done otherwise than asked, or on a part of the batch, or is an estimate.
         finite: with a GradScaler, whether the gradient is, (); where it is not, the scaler skips the step, and the centers were
             left alone. None without.
@@ -107,6 +109,7 @@ class Report(CheckedOnRead):
     sq_mean_norm: Tensor
     batch_size: int
     method: str
+    strengths: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     finite: Tensor | None = None
     unchecked: Tensor | None = None

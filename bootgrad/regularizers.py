@@ -3,7 +3,6 @@
 Reg1 = (1/B) Σ_i ‖g_i − c‖²        Reg2 = ‖ḡ − c‖²
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -28,15 +27,10 @@ from .rules.stand_ins import StandIns
 from .scaling import Scaling
 from .statistics import record as Record
 from .steps import Step
+from .strength_pairs import Strength, Strengths
 from .wrappers import ranks_of, silent
 
 __all__ = ["GradientRegularizer", "Report", "reg1", "reg2"]
-
-Strength = float | Callable[[int], float]
-_FIRST_STEP = {
-    "reg1": "reg1 was taken about the batch mean: its center knows nothing before the first step",
-    "reg2": "reg2 was left out: its center knows nothing before the first step",
-}
 
 
 class GradientRegularizer:
@@ -70,7 +64,8 @@ class GradientRegularizer:
 
     Args:
         model: the module to regularize; frozen parameters are left out.
-        reg1: λ₁ ≥ 0, a number or a function of the step; all steps count, with penalty or without, and it is asked at each.
+        reg1: λ₁ ≥ 0, a number or a function of the step; all steps count, with penalty or without, and it is asked at each. Or
+            a rule of `bootgrad.strengths` that sets it during training; ``"auto"`` is the default one.
         reg2: λ₂ ≥ 0, likewise.
         center: ``"batch_mean"``, ``"zero"``, ``"ema"``, ``"window"``, a mapping {parameter name: tensor}, an object of
             `bootgrad.centers`, or {"reg1": …, "reg2": …}. Centers move after each successful backward. As long as a moving
@@ -136,18 +131,17 @@ class GradientRegularizer:
                 f'"finite_difference" and fraction=1; got method="{self._method.name}" and fraction={fraction}'
             )
         self.model, self.batchnorm = model, batchnorm
-        self.strengths = {"reg1": reg1, "reg2": reg2}
+        self._strengths = Strengths(reg1, reg2)
+        self.strengths = self._strengths.given
         self.fraction, self.every, self.statistics = fraction, every, bool(statistics)
         self.step = 0
-        for name, strength in self.strengths.items():
-            self._strength(name, strength if not callable(strength) else 0.0)
         self.centers = center_pairs.parsed(center, named_parameters(model))
-        if isinstance(self.centers["reg2"], BatchMean) and (callable(reg2) or reg2 != 0):
+        if isinstance(self.centers["reg2"], BatchMean) and not self._strengths.is_zero("reg2"):
             raise ArgumentError(
                 'reg2 about "batch_mean" is identically zero: give it a center of its own, for example '
                 'center={"reg1": "batch_mean", "reg2": "ema"}'
             )
-        if not callable(reg1) and not callable(reg2) and reg1 == 0 and reg2 == 0:
+        if self._strengths.is_zero("reg1") and self._strengths.is_zero("reg2"):
             warn("reg1 and reg2 are both 0: gradients will be the plain ones")
         # What is drawn in a step follows from this and the step, so that one that fails and is taken again draws the same.
         draws = isinstance(self._method, RandomSigns) or fraction < 1
@@ -250,7 +244,7 @@ class GradientRegularizer:
 
     def _begin(self, scaler: Any, alone: bool = True) -> Step:
         """The step that comes: what is taken in it, and about which centers."""
-        strengths = {name: self._strength(name, s) for name, s in self.strengths.items()}
+        asked = self._strengths.asked(self.step)
         ranks, generator = ranks_of(self.model), torch.Generator()
         if self._seed is not None:
             of_rank = 0 if ranks is None else 0x9E3779B9 * ranks.rank  # each draws for its own samples
@@ -265,20 +259,14 @@ class GradientRegularizer:
             ranks.gather()
         with silent(ranks):  # passes of a center's own
             centers = center_pairs.values_of(self.centers, parameters)
-        taken, notes = {}, []
-        for name, strength in strengths.items() if self.step % self.every == 0 else ():
-            if strength and centers[name] is None and not isinstance(self.centers[name], BatchMean):
-                notes.append(_FIRST_STEP[name])
-            if strength and (name == "reg1" or centers[name] is not None):
-                taken[name] = self.every * strength
-        wants_mean = (
-            self.statistics or "reg2" in taken or centers["reg1"] is None or center_pairs.ask_for_mean(self.centers)
-        )
-        penalties = Penalties(taken, centers, generator, self.statistics, wants_mean)
+        plan = self._strengths.plan(asked, self.step, self.every, centers, self.centers)
+        wants_mean = self.statistics or "reg2" in plan.taken or centers["reg1"] is None or plan.needs_mean
+        wants_mean = wants_mean or center_pairs.ask_for_mean(self.centers)
+        penalties = Penalties(plan.taken, centers, generator, self.statistics, wants_mean)
         method, fraction = self._method, self.fraction
-        step = Step(self.model, parameters, method, fraction, penalties, scaling, notes, alone, self.batchnorm, ranks)
+        step = Step(self.model, parameters, method, fraction, penalties, scaling, plan, alone, self.batchnorm, ranks)
         runs_again = step.takes_two_sweeps or self._method.repeats
-        if taken and (self._seed is not None or runs_again) and graph.is_capturing():
+        if plan.taken and (self._seed is not None or runs_again) and graph.is_capturing():
             raise UnsupportedError(
                 "a captured graph of kernels would repeat the signs or samples of the step that it was captured from, and "
                 'cannot rewind random number generators for a second pass: take method="exact" and fraction=1 there'
@@ -307,25 +295,21 @@ class GradientRegularizer:
         add_to_grads(leaves, grads)
         if outcome.mean and finite is not None:
             center_pairs.move(self.centers, outcome.mean, centers, finite)
+        self._strengths.after(self.step, step.plan, outcome, step.parameters, centers, report, finite)
         self.step += 1
         call_hooks(leaves, grads)
         return report
 
-    def _strength(self, name: str, strength: Strength) -> float:
-        value = strength(self.step) if callable(strength) else strength
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            try:
-                value = float(value)
-            except (TypeError, ValueError):
-                raise ArgumentTypeError(f"{name} must be a number or a function of the step; got {value!r}") from None
-        if not (math.isfinite(value) and value >= 0):
-            raise ArgumentError(f"{name} must be finite and not negative; got {value}")
-        return float(value)
-
     def state_dict(self) -> dict[str, Any]:
-        """The step, the centers' states, and what random samples and signs follow from, where there are any."""
-        state = {"step": self.step, "centers": {name: c.state_dict() for name, c in self.centers.items()}}
-        return state if self._seed is None else state | {"seed": self._seed}
+        """The step, the states of centers and of rules for λ, and what random samples and signs follow from."""
+        state: dict[str, Any] = {
+            "step": self.step,
+            "centers": {name: c.state_dict() for name, c in self.centers.items()},
+        }
+        if self._seed is not None:
+            state["seed"] = self._seed
+        strengths = self._strengths.state_dict()
+        return state | {"strengths": strengths} if strengths else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict` of a regularizer with the same centers and options; on an error, all is as before."""
@@ -335,6 +319,7 @@ class GradientRegularizer:
             seed = None if self._seed is None else int(state["seed"])
             for name, center in self.centers.items():
                 center.load_state_dict(state["centers"][name])
+            self._strengths.load_state_dict(state.get("strengths", {}))
         except Exception as error:
             for name, center in self.centers.items():
                 center.load_state_dict(before[name])

@@ -23,6 +23,7 @@ from .scaling import Scaling, without_autocast
 from .second_pass import Replay, Snapshot, check_second, same_buffers
 from .statistics import answered
 from .statistics import record as Record
+from .strength_pairs import Plan
 from .wrappers import silent
 
 
@@ -57,7 +58,7 @@ class Step:
         fraction: the share of the samples that the penalties are taken on.
         penalties: what to take; no strength makes a plain step.
         scaling: how losses are scaled.
-        notes: for the report.
+        plan: what was asked of the penalties, and to be told of it.
         alone: whether one call brings all samples.
         batchnorm: as of `record`.
         ranks: that take the step together, each with its own samples; None for one process.
@@ -71,14 +72,14 @@ class Step:
         fraction: float,
         penalties: Penalties,
         scaling: Scaling,
-        notes: list[str],
+        plan: Plan,
         alone: bool,
         batchnorm: str,
         ranks: Ranks | None = None,
     ):
         """Begin; nothing is run yet."""
         self.model, self.parameters, self.method, self.fraction = model, parameters, method, fraction
-        self.penalties, self.scaling, self.notes, self.batchnorm = penalties, scaling, notes, batchnorm
+        self.penalties, self.scaling, self.plan, self.batchnorm = penalties, scaling, plan, batchnorm
         self.takes_two_sweeps = not alone and penalties.needs_mean
         self.ranks = ranks
         self._together = None if ranks is None else Together(ranks, parameters, penalties)
@@ -248,6 +249,7 @@ class Step:
             sq_mean_norm=unknown,
             batch_size=losses.numel(),
             method=self.method.name if self.penalties.strengths else "plain",
+            strengths=self.plan.asked,
             notes=("a part of a batch: the report of the block is about the whole of it",),
             unchecked=losses if parts[0].finite is not None and not self.scaling.skips else None,
         )
@@ -269,9 +271,11 @@ class Step:
         def told(t: Tensor) -> Tensor:
             return (t if believed is None else torch.where(believed, t, torch.nan)).to(dtype)
 
-        notes = [*self.notes, *outcome.notes]
+        notes = [*self.plan.notes, *outcome.notes]
         if self._subset:
-            notes.insert(len(self.notes), f"the penalties were taken on {self._subset} of {losses.numel()} samples")
+            notes.insert(
+                len(self.plan.notes), f"the penalties were taken on {self._subset} of {losses.numel()} samples"
+            )
         if finite is not None and graph.answers_at_once(finite) and not finite:
             skipped = ", and the scaler skips the step" if self.scaling.skips else ""
             notes.append(f"the centers were left alone: the gradient is not finite{skipped}")
@@ -284,6 +288,7 @@ class Step:
             sq_mean_norm=told(distances.sq_mean),
             batch_size=B,
             method=self.method.name if self.penalties.strengths else "plain",
+            strengths=self.plan.asked,
             notes=tuple(notes),
             finite=finite if self.scaling.skips else None,
             unchecked=losses if outcome.finite is not None and not self.scaling.skips else None,

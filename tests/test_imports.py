@@ -15,7 +15,7 @@ LAYERS = (
     ("cli", "experiments", "diagnosis", "monitoring", "integrations", "training"),
     ("theory",),
     ("regularizers", "verification", "normalization", "recurrent", "plans", "plan_timing"),
-    ("methods", "second_pass", "steps", "center_pairs"),
+    ("methods", "second_pass", "steps", "center_pairs", "strengths", "strength_pairs", "seen"),
     ("penalties", "micro_batches"),
     ("statistics",),
     ("per_sample", "centers", "per_sample_pass"),

@@ -55,7 +55,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Penalties:
-    """λ by the penalties that are taken, the centers of both, and the random numbers of this step.
+    """What the penalties that are taken are multiplied by, the centers of both, and the random numbers of this step.
 
     A center is None where Reg1 is about the batch mean, and where Reg2 cannot be taken. ``statistics`` says whether Γ is
     wanted, and ``mean`` whether ḡ is: what the penalties themselves do not need is not made otherwise.
