@@ -32,6 +32,7 @@ from .steps import (
     what_some_ranks_do_not_reach,
     without_statistics,
 )
+from .strengths import rules_on_ranks, rules_on_shards
 
 ANY_NUMBER = (
     statistics_of_a_backward_pass,
@@ -54,6 +55,8 @@ ANY_NUMBER = (
     full_batch_centers,
     sharded_training,
     sharded_failures,
+    rules_on_ranks,
+    rules_on_shards,
 )
 TWO = (
     *ANY_NUMBER,
@@ -96,9 +99,12 @@ def test_what_ranks_find_of_each_other(of_two):
 
 
 def check_what_was_told(found):
-    """Parameters are the same on all, signs are not, and each knows who failed."""
+    """Parameters and λ are the same on all, signs are not, and each knows who failed."""
     first, *others = values_of(found, half_precision_and_a_scaler)
     assert all(torch.equal(first, other) for other in others)
+    for case in (rules_on_ranks, rules_on_shards):
+        first, *others = values_of(found, case)
+        assert first and all(first == other for other in others)
     signs = values_of(found, each_rank_draws_its_own_signs)
     assert len(set(map(tuple, signs))) == len(signs)
     for case in (failures, sharded_failures):
