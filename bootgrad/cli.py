@@ -196,12 +196,13 @@ def _experiment(arguments: argparse.Namespace) -> int:
     if name == "list":
         print(listing())
         return 0
-    options = Options(name, arguments.full, arguments.seeds, arguments.data, arguments.threads)
+    chosen = Options(name, arguments.full, arguments.seeds, arguments.data, arguments.threads)
     out = Path(arguments.out or Path("experiments", name))
     try:
-        summary = conduct(options, out, overwrite=arguments.overwrite)
+        summary = conduct(chosen, out, overwrite=arguments.overwrite)
     except KeyboardInterrupt:
-        print(f"bootgrad: interrupted: go on with the same options; {out} holds what has been run", file=sys.stderr)
+        options = "the same options, without --overwrite" if arguments.overwrite else "the same options"
+        print(f"bootgrad: interrupted: go on with {options}; {out} holds what has been run", file=sys.stderr)
         return 130
     print(summary.read_text(encoding="utf-8"))
     print(f"written: {', '.join(str(out / file) for file in ('results.csv', 'summary.md', 'figure.png'))}")

@@ -15,9 +15,12 @@ from typing import Any
 
 from .errors import DataError
 from .experiments.conduct import find
-from .experiments.evidence import difference, interval
+from .experiments.evidence import difference
 from .experiments.study import RECORD, RESULTS
 from .experiments.table import Table
+from .intervals import Interval, interval
+from .training import checkpoint
+from .training.run import CHECKPOINT
 
 _STEPS = "run.csv"
 _FALLS, _NOTHING, _TOO_MUCH = 0.8, 0.01, 1.0
@@ -106,7 +109,13 @@ def diagnose(folder: str | Path) -> list[Finding]:
 
 def _of_run(folder: Path, name: str) -> Iterator[Finding]:
     steps, settings = _steps_of(folder)
+    if lost := sum(not math.isfinite(value) for value in steps["loss"]):
+        yield Finding(name, "diverges", f"{lost} of {len(steps['loss'])} steps have no finite loss")
     loss, traces = _ends(steps["loss"]), _ends(steps["covariance_trace"])
+    if loss and loss[1] > loss[0]:
+        yield Finding(
+            name, "diverges", f"loss {loss[0]:.3g} at the beginning, {loss[1]:.3g} at the end; lr {settings['lr']}"
+        )
     if traces and traces[1] > _FALLS * traces[0]:
         where = f"batch {settings['batch_size']}, lr {settings['lr']}"
         yield Finding(
@@ -140,6 +149,10 @@ def _of_experiment(folder: Path) -> list[Finding]:
     table = Table.read(folder / RESULTS, find(name).COLUMNS)
     if "stage" in table.columns:
         table = table.where(stage="final")
+    if "progress" in table.columns and len(table):
+        table = table.where(progress=max(table.column("progress")))  # test losses are those at the end
+    if not len(table):
+        raise DataError(f"{folder} has no final runs yet: go on with the experiment by the same command")
     if not {"method", "seed", "test_loss"} <= set(table.columns):
         return []
     checks = (_diverged, _isotropic, _spread_of_seeds, _high_learning_rates)
@@ -155,11 +168,11 @@ def _diverged(table: Table) -> Iterator[Finding]:
 
 
 def _isotropic(table: Table) -> Iterator[Finding]:
-    plain = _plain_methods(table)
+    plain = [str(m) for m in table.values("method") if str(m).startswith("sgd") and " + " not in str(m)]
     if "noisy gd" in table.values("method") and plain:
         best = min(plain, key=lambda m: interval(_by_seed(table, m)).mean)
-        found = difference(_by_seed(table, "noisy gd"), _by_seed(table, best))
-        if found.low <= 0:
+        found = _compared(table, "noisy gd", best)
+        if found and found.mean <= 0:
             yield Finding(
                 "", "isotropic noise does as well as SGD", f"test loss of noisy gd less that of {best}: {found}"
             )
@@ -180,17 +193,21 @@ def _high_learning_rates(table: Table) -> Iterator[Finding]:
         return
     highest = max(table.column("lr"))
     here = table.where(lr=highest)
-    plain = _plain_methods(here)
     for method in map(str, here.values("method")):
-        if "reg" in method and plain:
-            ours, theirs = _by_seed(here, method), _by_seed(here, plain[0])
-            if len(ours) == len(theirs) and (found := difference(ours, theirs)).low > 0:
-                seen = f"at lr {highest:g} its test loss less that of {plain[0]}: {found}"
-                yield Finding(method, "hurts at the highest learning rate", seen)
+        without = method.partition(" + ")[0]
+        found = _compared(here, method, without) if "reg" in method and without in here.values("method") else None
+        if found and found.low > 0:
+            seen = f"at lr {highest:g} its test loss less that of {without}: {found}"
+            yield Finding(method, "hurts at the highest learning rate", seen)
 
 
-def _plain_methods(table: Table) -> list[str]:
-    return [str(m) for m in table.values("method") if str(m).startswith("sgd") and "reg" not in str(m)]
+def _compared(table: Table, first: str, second: str) -> Interval | None:
+    """The difference of two methods' test losses, seed by seed; None where runs are missing or diverged."""
+    losses = _by_seed(table, first), _by_seed(table, second)
+    if len(losses[0]) != len(losses[1]):
+        return None
+    found = difference(*losses)
+    return None if found.diverged else found
 
 
 def _by_seed(table: Table, method: str) -> list[float]:
@@ -207,13 +224,16 @@ def _ends(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def _steps_of(folder: Path) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Columns of a run's steps, and its settings."""
+    """Columns of a run's steps, and its settings; these from the checkpoint of a run that ended before it wrote a record."""
     try:
-        settings = _json(folder / RECORD)["settings"]
+        source = folder / RECORD
+        settings = (_json(source) if source.exists() else checkpoint.read(folder / CHECKPOINT))["settings"]
         with (folder / _STEPS).open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         names = ("loss", "covariance_trace", "reg1", "reg2", "test_loss")
         return {name: [float(row[name] or "nan") for row in rows] for name in names}, settings
+    except DataError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder} is no whole run of bootgrad train ({type(error).__name__}: {error}): run it again"

@@ -8,8 +8,9 @@ import pytest
 from bootgrad.cli import main
 from bootgrad.diagnosis import diagnose
 from bootgrad.errors import DataError
-from bootgrad.experiments import idealized
+from bootgrad.experiments import alignment, idealized
 from bootgrad.experiments.table import Table
+from bootgrad.training import checkpoint
 
 STEPS = 60
 
@@ -66,6 +67,43 @@ def test_signatures_of_a_run(tmp_path, options, expected):
     assert found(train_folder(tmp_path, **options)) == expected
 
 
+def test_a_run_that_diverged(tmp_path):
+    folder = train_folder(tmp_path, (10, 1))
+    lines = (folder / "run.csv").read_text().splitlines()
+    (folder / "run.csv").write_text("\n".join([*lines[:-1], lines[-1].replace(",1.0,", ",inf,", 1)]) + "\n")
+    (folder / "run.json").unlink()
+    settings = {"reg1": 0.0, "reg2": 0.0, "batch_size": 128, "lr": 0.1}
+    checkpoint.save(folder / "checkpoint.pt", dict.fromkeys(checkpoint.KEYS) | {"settings": settings})
+    assert found(folder) == ["diverges"]
+
+
+def test_a_loss_that_rises(tmp_path):
+    folder = train_folder(tmp_path, (10, 1))
+    lines = (folder / "run.csv").read_text().splitlines()
+    (folder / "run.csv").write_text(
+        "\n".join([*lines[:-20], *(x.replace(",1.0,", ",9.0,", 1) for x in lines[-20:])]) + "\n"
+    )
+    assert found(folder) == ["diverges"]
+
+
+def test_an_experiment_without_final_runs(tmp_path):
+    with pytest.raises(DataError, match="no final runs yet: go on"):
+        diagnose(experiment_folder(tmp_path, {}))
+
+
+def test_test_losses_are_those_at_the_end(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"experiment": {"name": "alignment"}}))
+    other = dict.fromkeys(alignment.COLUMNS, 0.0) | {"stage": "final", "lr": 0.1}
+    rows = [
+        other | {"method": method, "seed": seed, "progress": progress, "test_loss": loss + seed / 100}
+        for method, losses in {"sgd": (0.5, 0.5), "sgd + reg1": (2.0, 0.4)}.items()
+        for progress, loss in zip((0.5, 1.0), losses, strict=True)
+        for seed in range(4)
+    ]
+    Table(alignment.COLUMNS, rows).write(tmp_path / "results.csv")
+    assert found(tmp_path) == []
+
+
 def test_variants_are_named_and_compared(tmp_path):
     train_folder(tmp_path / "plain", (10, 1), test_loss=1.0)
     train_folder(tmp_path / "reg1", (10, 9), reg1=0.1, reg1_at_end=1.0, test_loss=1.5)
@@ -82,7 +120,9 @@ def seeds(mean, spread=0.01, n=5, seed=0):
     [
         ({"sgd 4": seeds(1.0), "gd + reg1": seeds(0.5), "noisy gd": seeds(2.0)}, []),
         ({"sgd 4": seeds(1.0), "noisy gd": seeds(0.5)}, ["isotropic noise does as well as SGD"]),
-        ({"sgd 4": seeds(1.0), "gd + reg1": seeds(1.5)}, ["gd + reg1: hurts at the highest learning rate"]),
+        ({"sgd 4": seeds(1.0), "noisy gd": [3.0, 2.0, 0.9, 1.5, 1.1]}, []),  # by chance or not, it is worse
+        ({"gd": seeds(1.0), "gd + reg1": seeds(1.5)}, ["gd + reg1: hurts at the highest learning rate"]),
+        ({"gd": seeds(3.0), "gd + reg1": seeds(1.0), "sgd 4": seeds(0.5)}, []),  # better than what it is added to
         ({"sgd 4": seeds(1.0, 0.5), "gd": seeds(1.0, 0.5, seed=1)}, ["seeds differ more than methods"]),
         ({"sgd 4": seeds(1.0), "gd": [*seeds(0.5, n=4), math.inf]}, ["gd: diverges"]),
     ],

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import bootgrad
 
 from ..errors import ArgumentError
-from ..training.data import ImageData, load
+from ..training.data import ImageData
 from ..training.model import reference_cnn
 from .conduct import markdown
 from .evidence import Claim, Interval, difference, interval
@@ -28,6 +28,7 @@ from .study import Study
 from .table import Table, Value
 
 TITLE = "SGD's noise lies along the large directions of the Hessian"
+IMAGES = True
 SECTION = "ours"
 ABOUT = """
 The expansion of the generalization gap weighs the variability of the solution, and with it the covariance Σ of the gradients,
@@ -144,7 +145,7 @@ def follow(
 
 def run(study: Study) -> None:
     """Search for learning rate and strength, then follow both methods on the seeds."""
-    data, full = load(study.options.data or "digits"), study.full
+    data, full = study.images(), study.full
     steps = 2000 if full else 160
     shares = (0, 1 / 32, 1 / 8, 1 / 4, 1 / 2, 1) if full else (0, 1 / 8, 1 / 2, 1)
     points = [round(share * steps) for share in shares]

@@ -4,6 +4,7 @@ An experiment is a module of this package with
 
     TITLE, SECTION, ABOUT      a line, the section of the paper, and a paragraph: what is run, and what the paper says
     COLUMNS                    of its table
+    IMAGES                     whether it takes ``--data``, by `Study.images`
     run(study)                 fills the table by `Study.rows`
     claims(table)              what the numbers say, as `evidence.Claim`
     tables(table)              the measured numbers for people, as Markdown
@@ -32,6 +33,7 @@ class Experiment(Protocol):
     SECTION: str
     ABOUT: str
     COLUMNS: tuple[str, ...]
+    IMAGES: bool
 
     def run(self, study: Study) -> None:
         """Fill the study's table."""
@@ -64,10 +66,12 @@ def conduct(options: Options, out: Path, *, overwrite: bool = False) -> Path:
         The path of the summary.
 
     Raises:
-        ArgumentError: there is no such experiment, or ``out`` holds runs of other options.
+        ArgumentError: there is no such experiment, it takes no images, or ``out`` holds runs of other options.
         DataError: data or stored results cannot be read.
     """
     experiment = find(options.name)
+    if options.data is not None and not experiment.IMAGES:
+        raise ArgumentError(f"{options.name} is not about images: leave --data {options.data} out")
     study = Study(options, experiment.COLUMNS, out, overwrite=overwrite)
     experiment.run(study)
     path = out / "summary.md"
@@ -80,7 +84,6 @@ def conduct(options: Options, out: Path, *, overwrite: bool = False) -> Path:
 def summary(experiment: Experiment, study: Study) -> str:
     """The page of an experiment: what was claimed, what was measured, a verdict, and how it was run."""
     form = "full" if study.full else "quick"
-    record = study.record()
     lines = [
         f"# {study.options.name}: {experiment.TITLE}",
         "",
@@ -103,12 +106,16 @@ def summary(experiment: Experiment, study: Study) -> str:
         "",
         "## How it was run",
         "",
-        f"The {form} form, {study.options.seeds} seeds, {_duration(record['seconds'])} of computing on "
-        f"{record['device']['name']} with {record['device']['threads']} threads, "
-        f"torch {record['versions']['torch']}, bootgrad {record['versions']['bootgrad']}, {record['date'][:10]}: "
+        f"The {form} form, {study.options.seeds} seeds, {_duration(study.seconds)} of computing: "
         f"`bootgrad experiment {study.options.name}{' --full' if study.full else ''}"
         f"{f' --data {study.options.data}' if study.options.data else ''} --seeds {study.options.seeds}`. "
-        "Intervals are over seeds, by Student's t; numbers of all runs are in results.csv.",
+        "Intervals are over seeds, by Student's t; a claim is unclear where runs diverged. Numbers of all runs: results.csv.",
+        "",
+        *(
+            f"- {place['date']}: {place['device']['name']}, {place['device']['threads']} threads, torch "
+            f"{place['versions']['torch']}, bootgrad {place['versions']['bootgrad']}"
+            for place in study.places
+        ),
         "",
     ]
     return "\n".join(lines)

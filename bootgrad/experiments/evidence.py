@@ -60,7 +60,12 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """``holds`` or ``does not`` where the whole interval is on one side of zero, else ``unclear``."""
+        """``holds`` or ``does not`` where the whole interval is on one side of zero, else ``unclear``.
+
+        It is unclear, too, where runs diverged: the interval is that of the others, which are chosen by it.
+        """
+        if self.found.diverged:
+            return "unclear"
         if self.found.low > 0:
             return "holds"
         return "does not" if self.found.high < 0 else "unclear"

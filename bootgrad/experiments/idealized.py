@@ -25,7 +25,7 @@ from .study import Study
 from .table import Table, Value
 
 TITLE = "SGD stays where samples agree, although other minima of the mean loss are deeper"
-SECTION = "2.4"
+SECTION, IMAGES = "2.4", False
 ABOUT = """
 Losses of two parameters: one basin that all samples share, and six places where each sample has a well or a hill of its own.
 Over the population these vanish; the mean of 16 samples has minima there, often deeper than the shared one. Gradient descent

@@ -17,8 +17,10 @@ import torch
 from tqdm import tqdm
 
 from ..errors import ArgumentError, DataError
+from ..training.checkpoint import replacing
+from ..training.data import ImageData, load
 from ..training.environment import device_info, versions
-from .table import Row, Table, Value, has
+from .table import Row, Table, Value, is_kept
 
 RESULTS, RECORD = "results.csv", "run.json"
 MAY_CHANGE = ("threads",)
@@ -65,19 +67,31 @@ class Study:
     """
 
     def __init__(self, options: Options, columns: Iterable[str], out: Path, *, overwrite: bool = False):
-        """Open the folder."""
+        """Open the folder, and say in it what is to be run."""
         self.options, self.out = options, out
         self.table = Table(columns)
         self.seconds = 0.0
+        self.places: list[dict[str, Any]] = []  # what rows were computed on, one after the other
+        self._fingerprint: int | None = None
         self._bar: Any = None
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"--out {out} cannot be made ({error.strerror}): choose another folder") from error
-        if not overwrite and (out / RECORD).exists():
-            self._go_on()
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for name in (RECORD, RESULTS) if overwrite else ():
+                (out / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"--out {out} cannot be made or cleared ({error.strerror}): choose another folder"
+            ) from error
+        if (out / RECORD).exists():
+            self._go_on()
+        elif (out / RESULTS).exists():
+            raise DataError(
+                f"{out} has a {RESULTS} but no {RECORD}: choose another --out, or start anew by --overwrite"
+            )
+        else:
+            self._write_record()
 
     @property
     def seeds(self) -> range:
@@ -95,7 +109,15 @@ class Study:
         Args:
             settings: some of the columns, by which these rows are known again.
             compute: gives their other columns.
+
+        Raises:
+            ValueError: settings that would not be read back as they are, or rows of other columns.
         """
+        lost = [name for name, value in settings.items() if not is_kept(value)]
+        if lost:
+            raise ValueError(
+                f"settings must be numbers, or words that do not look like them; {lost[0]} is {settings[lost[0]]!r}"
+            )
         found = self.table.where(**settings)
         if not len(found):
             start = time.perf_counter()
@@ -122,27 +144,49 @@ class Study:
             finally:
                 self._bar = None
 
-    def record(self) -> dict[str, Any]:
-        """What is stored beside the table."""
-        return {
-            "experiment": asdict(self.options),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(self.seconds, 1),
+    def images(self) -> ImageData:
+        """The images of ``--data``, digits without one; the same ones for all runs of the folder.
+
+        Raises:
+            DataError: there are none, or others than the folder's runs are of.
+        """
+        data = load(self.options.data or "digits")
+        if self._fingerprint not in (None, data.fingerprint):
+            raise DataError(
+                f"{self.out} holds runs on other images than --data {self.options.data or 'digits'} has now: "
+                "choose another --out, or start anew by --overwrite"
+            )
+        if self._fingerprint is None:
+            self._fingerprint = data.fingerprint
+            self._write_record()
+        return data
+
+    def _store(self) -> None:
+        place = {
+            "date": datetime.date.today().isoformat(),
             "device": device_info(torch.device("cpu")),
             "versions": versions(),
         }
-
-    def _store(self) -> None:
-        from ..training.checkpoint import replacing
-
+        if place not in self.places:
+            self.places.append(place)
         self.table.write(self.out / RESULTS)
+        self._write_record()
+
+    def _write_record(self) -> None:
+        record = {
+            "experiment": asdict(self.options),
+            "fingerprint": self._fingerprint,
+            "seconds": round(self.seconds, 1),
+            "places": self.places,
+        }
         with replacing(self.out / RECORD) as file:
-            file.write((json.dumps(self.record(), indent=2) + "\n").encode())
+            file.write((json.dumps(record, indent=2) + "\n").encode())
 
     def _go_on(self) -> None:
         try:
             record = json.loads((self.out / RECORD).read_text(encoding="utf-8"))
             stored, self.seconds = dict(record["experiment"]), float(record["seconds"])
+            self._fingerprint, self.places = record["fingerprint"], list(record["places"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.out / RECORD} cannot be read ({error}): start anew by --overwrite") from error
         wanted = asdict(self.options)
@@ -152,9 +196,5 @@ class Study:
                     f"{self.out} holds runs with {name} = {stored.get(name)}, not {wanted[name]}: "
                     "choose another --out, or start anew by --overwrite"
                 )
-        self.table = Table.read(self.out / RESULTS, self.table.columns)
-
-
-def missing(table: Table, settings: Iterable[Mapping[str, Value]]) -> list[Mapping[str, Value]]:
-    """Those of some settings that a table has no row of."""
-    return [wanted for wanted in settings if not any(has(row, wanted) for row in table)]
+        if (self.out / RESULTS).exists():
+            self.table = Table.read(self.out / RESULTS, self.table.columns)

@@ -86,6 +86,13 @@ def has(row: Mapping[str, Value], settings: Mapping[str, Value]) -> bool:
     return all(row[name] == value for name, value in settings.items())
 
 
+def is_kept(value: Value) -> bool:
+    """Whether a value reads back as it is: numbers do, but nan, which is no name for anything, and words unlike numbers."""
+    return (
+        type(value) in (int, float, str) and type(_value(_text(value))) is type(value) and _value(_text(value)) == value
+    )
+
+
 def _text(value: Value) -> str:
     if isinstance(value, str):
         return value

@@ -29,6 +29,12 @@ def test_an_unknown_experiment_is_told_the_others(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_images_are_refused_where_there_are_none(capsys, tmp_path):
+    assert main(["experiment", "idealized", "--data", "digits", "--out", str(tmp_path / "out")]) == 2
+    assert "idealized is not about images: leave --data digits out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_interruption_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     def interrupted(study):
         raise KeyboardInterrupt
@@ -36,6 +42,8 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(idealized, "run", interrupted)
     assert main(["experiment", "idealized", "--out", str(tmp_path)]) == 130
     assert f"go on with the same options; {tmp_path} holds what has been run" in capsys.readouterr().err
+    assert main(["experiment", "idealized", "--overwrite", "--out", str(tmp_path)]) == 130
+    assert "go on with the same options, without --overwrite" in capsys.readouterr().err
 
 
 def test_what_is_written(monkeypatch, capsys, tmp_path):

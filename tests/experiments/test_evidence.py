@@ -51,3 +51,8 @@ def test_correlation_and_its_interval():
 )
 def test_a_verdict_is_the_side_of_zero(values, verdict):
     assert Claim("it rises", "ours", "rise", interval(values)).verdict == verdict
+
+
+def test_runs_that_diverged_leave_a_claim_unclear():
+    found = difference([2.0] * 5, [1.0, 1.01, *[math.inf] * 3])
+    assert found.low > 0 and Claim("it is lower", "ours", "difference", found).verdict == "unclear"

@@ -1,9 +1,13 @@
 import json
 import math
+import time
 
+import numpy as np
 import pytest
+import torch
 
 from bootgrad.errors import ArgumentError, DataError
+from bootgrad.experiments import study as module
 from bootgrad.experiments.search import halve, runs_of_halving
 from bootgrad.experiments.study import RECORD, RESULTS, Options, Study
 from bootgrad.experiments.table import Table
@@ -46,8 +50,24 @@ def test_rows_are_computed_once_and_kept(tmp_path):
     first = study(tmp_path).rows({"method": "sgd"}, compute)
     again = study(tmp_path)
     assert again.rows({"method": "sgd"}, compute).rows == first.rows
-    assert len(calls) == 1 and again.seconds == pytest.approx(study(tmp_path).seconds)
-    assert json.loads((tmp_path / RECORD).read_text())["experiment"]["name"] == "trial"
+    assert len(calls) == 1
+    record = json.loads((tmp_path / RECORD).read_text())
+    assert record["experiment"]["name"] == "trial" and record["places"] == again.places and len(again.places) == 1
+    assert again.places[0]["versions"]["torch"] == torch.__version__
+
+
+def test_seconds_are_of_all_runs(tmp_path):
+    for method in ("a", "b"):
+        study(tmp_path).rows({"method": method}, lambda: time.sleep(0.2) or [{"seed": 0, "loss": 1.0}])
+    assert 0.4 <= study(tmp_path).seconds < 2
+
+
+def test_another_machine_is_listed_beside_the_first(tmp_path, monkeypatch):
+    study(tmp_path).rows({"method": "a"}, lambda: [{"seed": 0, "loss": 1.0}])
+    monkeypatch.setattr(module, "versions", lambda: {"torch": "9.0", "bootgrad": "9.0"})
+    assert len(study(tmp_path).places) == 1  # nothing was computed there
+    study(tmp_path).rows({"method": "b"}, lambda: [{"seed": 0, "loss": 1.0}])
+    assert [place["versions"]["torch"] for place in study(tmp_path).places] == [torch.__version__, "9.0"]
 
 
 def test_an_interrupted_study_goes_on_to_the_same_table(tmp_path):
@@ -72,8 +92,46 @@ def test_runs_of_other_options_are_not_mixed(tmp_path):
     study(tmp_path).rows({"method": "sgd"}, lambda: [{"seed": 0, "loss": 1.0}])
     with pytest.raises(ArgumentError, match="holds runs with seeds = 5, not 7: choose another --out"):
         study(tmp_path, seeds=7)
-    assert len(study(tmp_path, seeds=7, overwrite=True).table) == 0
     assert len(study(tmp_path, threads=1).table) == 1
+    assert len(study(tmp_path, seeds=7, overwrite=True).table) == 0
+
+
+def test_what_is_overwritten_is_gone_at_once_and_what_replaces_it_is_gone_on_with(tmp_path):
+    study(tmp_path).rows({"method": "old"}, lambda: [{"seed": 0, "loss": 1.0}])
+    study(tmp_path, overwrite=True, seeds=3)  # interrupted before its first row
+    assert not (tmp_path / RESULTS).exists() and len(study(tmp_path, seeds=3).table) == 0
+    with pytest.raises(ArgumentError, match="holds runs with seeds = 3"):
+        study(tmp_path)
+
+
+def test_a_table_that_nobody_knows_is_left_alone(tmp_path):
+    (tmp_path / RESULTS).write_text("mine")
+    with pytest.raises(DataError, match="no run.json: choose another --out"):
+        study(tmp_path)
+    assert (tmp_path / RESULTS).read_text() == "mine"
+
+
+def test_images_are_those_of_the_runs_before(tmp_path):
+    def write(seed):
+        draw = np.random.default_rng(seed)
+        arrays = {f"x_{part}": draw.integers(0, 255, (20, 8, 8), dtype=np.uint8) for part in ("train", "test")}
+        np.savez(tmp_path / "a.npz", **arrays, y_train=np.arange(20) % 2, y_test=np.arange(20) % 2)
+
+    write(0)
+    images = study(tmp_path / "out", data=str(tmp_path / "a.npz")).images()
+    again = study(tmp_path / "out", data=str(tmp_path / "a.npz")).images()
+    assert torch.equal(images.x_train, again.x_train)
+    write(1)
+    with pytest.raises(DataError, match="holds runs on other images than --data"):
+        study(tmp_path / "out", data=str(tmp_path / "a.npz")).images()
+    with pytest.raises(DataError, match="there is no data set"):
+        study(tmp_path / "other", data=str(tmp_path / "b.npz")).images()
+
+
+@pytest.mark.parametrize("value", ["1e3", "nan", "inf", "", "1_000", "07", True, math.nan])
+def test_settings_that_would_not_be_known_again_are_refused(tmp_path, value):
+    with pytest.raises(ValueError, match="words that do not look like them; method is"):
+        study(tmp_path).rows({"method": value}, lambda: [{"seed": 0, "loss": 1.0}])
 
 
 def test_a_damaged_record_is_refused(tmp_path):
