@@ -157,7 +157,7 @@ def evaluate(method: str, seeds, setting: Mapping[str, Value], steps: int, start
 
 def run(study: Study) -> None:
     """Search for each method's learning rate and strength, then run it on the seeds."""
-    steps, starts = (6000, 200) if study.full else (900, 30)
+    steps, starts = (3000, 100) if study.full else (900, 30)
     grids: dict[str, list[dict[str, Value]]] = {method: [] for method in METHODS}
     for method, lr, strength in itertools.product(METHODS, LRS, STRENGTHS):
         if "reg" in method or strength == STRENGTHS[0]:
