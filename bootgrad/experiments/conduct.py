@@ -23,7 +23,7 @@ from .evidence import Claim
 from .study import Options, Study
 from .table import Table
 
-EXPERIMENTS = ("idealized", "alignment")
+EXPERIMENTS = ("idealized", "alignment", "sparse-regression", "variability")
 
 
 class Experiment(Protocol):

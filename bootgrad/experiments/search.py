@@ -4,11 +4,12 @@ Source: Jamieson and Talwalkar, "Non-stochastic best arm identification and hype
 """
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from .study import Study
-from .table import Value
+from .table import Table, Value
 
 
 def halve(
@@ -47,6 +48,21 @@ def halve(
 
 def _one_row(compute, candidate: Mapping[str, Value], budget: float) -> list[Mapping[str, Value]]:
     return [compute(candidate, budget)]
+
+
+def lowest(table: Table, names: Sequence[str], score: str) -> dict[str, Value]:
+    """The setting with the lowest mean score, where a whole grid was run: by `means`."""
+    found = means(table, names, score)
+    return dict(zip(names, min(found, key=lambda setting: found[setting]), strict=True))
+
+
+def means(table: Table, names: Sequence[str], score: str) -> dict[tuple[Value, ...], float]:
+    """The mean of a column for each setting, the values of the columns ``names``; infinite where one run diverged."""
+    found: dict[tuple[Value, ...], list[float]] = {}
+    for row in table:
+        value = float(row[score])
+        found.setdefault(tuple(row[name] for name in names), []).append(value if math.isfinite(value) else math.inf)
+    return {setting: statistics.fmean(values) for setting, values in found.items()}
 
 
 def runs_of_halving(candidates: int, rounds: int = 3, keep: float = 1 / 3) -> int:
