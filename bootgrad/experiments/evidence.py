@@ -7,7 +7,7 @@ Runs that diverged have no finite number. They are left out of the mean, for it 
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..intervals import Interval, interval
@@ -40,6 +40,22 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Interval:
     half = 1.959964 / math.sqrt(len(pairs) - 3)
     z = math.atanh(r)
     return Interval(r, math.tanh(z - half), math.tanh(z + half), len(pairs), len(x) - len(pairs))
+
+
+def mean_correlation(pairs: Iterable[tuple[Sequence[float], Sequence[float]]]) -> Interval:
+    """Mean of correlations, one of each seed, with its 95 % interval: of atanh r, taken back.
+
+    Args:
+        pairs: two series for each seed; those that have no correlation between −1 and 1 count as diverged.
+    """
+    found = []
+    for x, y in pairs:
+        try:
+            found.append(math.atanh(correlation(x, y).mean))
+        except ValueError:
+            found.append(math.nan)
+    z = interval(found)
+    return Interval(math.tanh(z.mean), math.tanh(z.low), math.tanh(z.high), z.n, z.diverged)
 
 
 @dataclass(frozen=True)

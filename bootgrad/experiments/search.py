@@ -52,8 +52,8 @@ def _one_row(compute, candidate: Mapping[str, Value], budget: float) -> list[Map
 
 def lowest(table: Table, names: Sequence[str], score: str) -> dict[str, Value]:
     """The setting with the lowest mean score, where a whole grid was run: by `means`."""
-    found = means(table, names, score)
-    return dict(zip(names, min(found, key=lambda setting: found[setting]), strict=True))
+    setting, _ = min(means(table, names, score).items(), key=lambda found: found[1])
+    return dict(zip(names, setting, strict=True))
 
 
 def means(table: Table, names: Sequence[str], score: str) -> dict[tuple[Value, ...], float]:

@@ -181,7 +181,7 @@ def claims(table: Table) -> list[Claim]:
         lower = interval(reduction(table, best, method, chosen(table, method)))
         found.append(Claim(text, source, f"1 − test loss / that of {method}, each at its best setting", lower))
     by_lr = [against_sgd(table, ratio=RATIO, lr=lr) for lr in (lowest_lr, highest_lr)]
-    by_strength = [against_sgd(table, **{**best, "strength": s}) for s in (best["strength"], strongest)]
+    by_strength = [against_sgd(table, **setting) for setting in (best, {**best, "strength": strongest})]
     texts = ("the benefit falls as the learning rate rises", "the benefit falls at high strengths")
     quantities = (
         f"reduction of SGD's test loss at {lowest_lr:g}, best λ₂, − the same at {highest_lr:g}",
@@ -194,13 +194,13 @@ def claims(table: Table) -> list[Claim]:
 
 def tables(table: Table) -> str:
     """Test losses of the methods at their best; reductions by learning rate and by ratio."""
-    best, plain = [], chosen(table, "sgd")
+    best, parts, plain = [], [], chosen(table, "sgd")
     kinds: list[tuple[str, dict[str, Value]]] = [(method, {}) for method in (*_others(table), PENALTY)]
-    for method, fixed in [*kinds, (PENALTY, {"ratio": RATIO})]:
+    kinds.append((PENALTY, {"ratio": RATIO}))
+    for method, fixed in kinds:
         setting = chosen(table, method, **fixed)
         losses = [interval(outcome(table, method, setting, name)) for name in ("train_loss", "test_loss")]
         best.append((method, *setting.values(), *losses, interval(reduction(table, setting, "sgd", plain, method))))
-    parts = []
     for name in ("lr", "ratio"):
         for value in table.where(method=PENALTY).values(name):
             setting = chosen(table, PENALTY, **{name: value})

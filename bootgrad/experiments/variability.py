@@ -9,7 +9,6 @@ and the same places of batches, so that they differ by the data alone.
 Letters: ``S`` seeds (data sets), ``R`` draws of the noise, ``C`` copies: 1 + the replaced samples, ``N`` samples, ``D`` inputs.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
@@ -20,7 +19,7 @@ from ..errors import DataError
 from ..training.data import ImageData, load
 from .conduct import markdown
 from .ensembles import TwoLayers, penalized_gradient
-from .evidence import Claim, Interval, correlation, difference, interval
+from .evidence import Claim, Interval, difference, interval, mean_correlation
 from .search import halve, runs_of_halving
 from .study import Study
 from .table import Row, Table, Value
@@ -176,15 +175,9 @@ def ends(table: Table, **settings: Value) -> Table:
 
 
 def correlation_by_seed(table: Table) -> Interval:
-    """Of gap and variability over the rows of each seed: mean and interval by Fisher's transformation."""
-    found = []
-    for part in (table.where(seed=seed) for seed in table.values("seed")):
-        try:
-            found.append(math.atanh(correlation(part.column("variability"), part.column("gap")).mean))
-        except ValueError:  # too few finite numbers
-            found.append(math.nan)
-    z = interval(found)
-    return Interval(*(math.tanh(value) for value in (z.mean, z.low, z.high)), z.n, z.diverged)
+    """Of gap and variability over the rows of each seed."""
+    parts = [table.where(seed=seed) for seed in table.values("seed")]
+    return mean_correlation((part.column("variability"), part.column("gap")) for part in parts)
 
 
 def claims(table: Table) -> list[Claim]:

@@ -3,7 +3,7 @@ import math
 import pytest
 from scipy import stats
 
-from bootgrad.experiments.evidence import Claim, correlation, difference, interval
+from bootgrad.experiments.evidence import Claim, correlation, difference, interval, mean_correlation
 
 
 def test_interval_is_students():
@@ -56,3 +56,14 @@ def test_a_verdict_is_the_side_of_zero(values, verdict):
 def test_runs_that_diverged_leave_a_claim_unclear():
     found = difference([2.0] * 5, [1.0, 1.01, *[math.inf] * 3])
     assert found.low > 0 and Claim("it is lower", "ours", "difference", found).verdict == "unclear"
+
+
+def test_a_mean_of_correlations_stays_below_one():
+    x = [1.0, 2.0, 3.0, 4.0, 5.0]
+    ys = ([1.0, 2.5, 2.0, 4.5, 4.0], [1.0, 2.0, 3.0, 4.0, 5.5], [2.0, 1.0, 3.0, 4.0, 5.0])
+    z = [math.atanh(stats.pearsonr(x, y).statistic) for y in ys]
+    low, high = stats.t.interval(0.95, 2, loc=sum(z) / 3, scale=stats.sem(z))
+    flat = ([1.0] * 5, x, [1.0, math.nan, math.inf, 1.0, 2.0])  # no variation, r = 1, too few numbers
+    found = mean_correlation((x, y) for y in (*ys, *flat))
+    assert (found.mean, found.low, found.high) == pytest.approx(tuple(map(math.tanh, (sum(z) / 3, low, high))))
+    assert found.high < 1 and (found.n, found.diverged) == (3, 3)

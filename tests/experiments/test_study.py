@@ -8,7 +8,7 @@ import torch
 
 from bootgrad.errors import ArgumentError, DataError
 from bootgrad.experiments import study as module
-from bootgrad.experiments.search import halve, runs_of_halving
+from bootgrad.experiments.search import halve, lowest, means, runs_of_halving
 from bootgrad.experiments.study import RECORD, RESULTS, Options, Study
 from bootgrad.experiments.table import Table
 
@@ -174,3 +174,12 @@ def test_halving_keeps_the_best_and_sends_the_diverged_to_the_end(tmp_path):
     assert budgets == [(lr, 0.5) for lr in (9, 1, 2, 4, 8, 7)] + [(2, 1.0), (4, 1.0)]
     assert len(s.table) == len(budgets) == runs_of_halving(6, 2)
     assert halve(s, candidates, compute, score="loss", budgets=(0.5, 1.0)) == {"lr": 2} and len(budgets) == 8
+
+
+def test_the_lowest_of_a_grid_has_no_run_that_diverged():
+    losses = {(0.1, 1): [3.0, 5.0], (0.2, 1): [1.0, math.nan], (0.1, 2): [4.5, 3.0], (0.2, 2): [0.0, math.inf]}
+    rows = [{"lr": lr, "k": k, "loss": loss} for (lr, k), found in losses.items() for loss in found]
+    table = Table(("lr", "k", "loss"), rows)
+    assert lowest(table, ("lr", "k"), "loss") == {"lr": 0.1, "k": 2}
+    assert means(table, ("k",), "loss") == {(1,): math.inf, (2,): math.inf}
+    assert means(table.where(lr=0.1), ("k",), "loss") == {(1,): 4.0, (2,): 3.75}
