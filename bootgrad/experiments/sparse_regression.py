@@ -20,7 +20,7 @@ from .study import Study
 from .table import Row, Table, Value
 
 TITLE = "Reg1 and Reg2 in sparse regression by a diagonal linear network"
-SECTION = "4.1"
+SECTION, IMAGES = "4.1", False
 SAMPLES, INPUTS, NONZERO, NOISE, START, BATCH, VALIDATION = 40, 100, 5, 0.5, 0.1, 4, 200
 PRODUCTS = 3 * (SAMPLES + BATCH) // BATCH  # 9 for each sample of the batch and of the set, for 3 of the batch
 ABOUT = f"""

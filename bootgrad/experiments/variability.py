@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..training.data import ImageData, load
+from ..training.data import ImageData
 from .conduct import markdown
 from .ensembles import TwoLayers, penalized_gradient
 from .evidence import Claim, Interval, difference, interval, mean_correlation
@@ -25,7 +25,7 @@ from .study import Study
 from .table import Row, Table, Value
 
 TITLE = "The generalization gap, the solution's variability under replaced samples, and the penalties"
-SECTION = "Figure 3"
+SECTION, IMAGES = "Figure 3", True
 SAMPLES, HIDDEN, BATCH, VALIDATION, DECAY = 128, 32, 16, 400, 0.9
 ABOUT = f"""
 A network of {HIDDEN} hidden units on {SAMPLES} images (scikit-learn's digits, or those of --data), trained again and again
@@ -130,7 +130,7 @@ def measure(network: TwoLayers, data: Draws, theta: Tensor) -> dict[str, Tensor]
 
 def run(study: Study) -> None:
     """Search for each method's learning rate or strength, then train on the sets with replaced samples."""
-    images = load(study.options.data or "digits")
+    images = study.images()
     network = TwoLayers(images.x_train[0].numel(), HIDDEN, images.classes)
     replaced, draws, steps = (64, 2, 1200) if study.full else (12, 1, 300)
     at = [round(steps * (k / CHECKPOINTS) ** 2) for k in range(1, CHECKPOINTS + 1)]
