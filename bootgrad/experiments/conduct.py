@@ -23,7 +23,9 @@ from .evidence import Claim
 from .study import Options, Study
 from .table import Table
 
-EXPERIMENTS = ("idealized", "alignment", "sparse-regression", "variability")
+EXPERIMENTS = (
+    "idealized", "sparse-regression", "variability", "cnn", "small-data", "non-iid", "underparameterized", "alignment"
+)  # fmt: skip
 
 
 class Experiment(Protocol):
