@@ -41,12 +41,12 @@ START, TENTH, END = 0.0, 0.1, 1.0  # moments: shares of the training
 WAYS = (SGD, REG1, REG2)
 _NO_SAMPLE: dict[str, Value] = {"moment": END, "source": "run", "sample": 0}
 _NO_STATISTICS = dict.fromkeys(STATISTICS, math.nan)
-_FULL_SET, _QUICK_SET = 200, 66  # images that stand for the population, and fresh ones
+_FULL_SET, _QUICK_SET = 200, 45  # images that stand for the population, and fresh ones
 
 
 def problem(data: ImageData, size: int, full: bool) -> Problem:
     """Training on ``size`` images, in as many steps whatever their number."""
-    steps = (600 if is_small(data) else 400) if full else 40
+    steps = (600 if is_small(data) else 400) if full else 30
     grid = FULL_GRID if full else QUICK_GRID
     draw = partial(draw_images, data, size)
     epochs = steps / (size // BATCH)
