@@ -14,13 +14,13 @@ from .evidence import Claim
 from .image_comparison import COLUMNS as OF_RUNS
 from .image_comparison import FULL_GRID, QUICK_GRID, Problem, compare, draw_intervals, final, intervals, lower, measured
 from .image_draws import draw as draw_images
-from .image_draws import is_small, load
+from .image_draws import is_small, shrunk
 from .image_runs import BOTH, REG1, REG2, SGD, UNCENTERED, Way
 from .study import Study
 from .table import Table, Value
 
 TITLE = "Penalties on gradient noise for a CNN, at equal epochs and at equal time, for small and large batches"
-SECTION = "4.2"
+SECTION, IMAGES = "4.2", True
 ABOUT = """
 A CNN of three convolutions and two linear layers on images, by SGD without momentum, in batches of 16: plainly; with Reg2 about
 a moving average of the gradients; with Reg2 without its center, λ₂‖ḡ‖², as the paper took it, at 2.2 times the time of a step;
@@ -59,7 +59,7 @@ def run(study: Study) -> None:
     Raises:
         DataError: the images cannot be read.
     """
-    data = load(study.options.data)
+    data = shrunk(study.images())
     small, large = problems(data, study.full)
     timed, in_large = (WAYS[1:], LARGE_WAYS) if study.full else ((REG1,), (SGD, REG1))
     seeds = len(study.seeds)

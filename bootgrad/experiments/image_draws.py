@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DataError
-from ..training import data as sources
 from ..training.data import ImageData
 
 _VALIDATION, _MAX_VALIDATION = 0.25, 1000  # of the images for training
@@ -30,15 +29,11 @@ class Draw:
     rest: Pair | None = None
 
 
-def load(source: str | None) -> ImageData:
-    """Images as `training.data.load` finds them, digits for None; of large ones squares of 2×2 pixels are averaged.
+def shrunk(data: ImageData) -> ImageData:
+    """Large images by the averages of squares of 2×2 pixels.
 
     That is repeated until they have 256 pixels at most, as CIFAR's then have: so an experiment takes an hour for all of them.
-
-    Raises:
-        DataError: there are no such images.
     """
-    data = sources.load(source or "digits")
     while data.image_shape[1] * data.image_shape[2] > _MAX_PIXELS:
         data = replace(data, x_train=F.avg_pool2d(data.x_train, 2), x_test=F.avg_pool2d(data.x_test, 2))
     return data

@@ -20,14 +20,14 @@ from .image_comparison import (
     lower,
     measured,
 )
-from .image_draws import Draw, Pair, is_small, load
+from .image_draws import Draw, Pair, is_small, shrunk
 from .image_draws import draw as draw_images
 from .image_runs import BOTH, REG1, REG2, SGD
 from .study import Study
 from .table import Table
 
 TITLE = "Penalties on gradient noise where training and test images are of unlike distributions"
-SECTION = "ours"
+SECTION, IMAGES = "ours", True
 ABOUT = """
 A bootstrap knows what it draws from: it cannot tell how much a solution would move under a distribution that it has not seen.
 In the first problem nine tenths of the training images are of one class, another one for each seed, and the test images of all
@@ -115,7 +115,7 @@ def problems(data: ImageData, full: bool) -> list[Problem]:
 
 def run(study: Study) -> None:
     """All ways on both problems."""
-    both = problems(load(study.options.data), study.full)
+    both = problems(shrunk(study.images()), study.full)
     with study.progress(sum(p.calls(WAYS, len(study.seeds)) for p in both), "non-iid"):
         for p in both:
             for way in WAYS:

@@ -16,14 +16,14 @@ from .covariances import STATISTICS, compared, gram
 from .evidence import Claim
 from .image_comparison import COLUMNS as OF_RUNS
 from .image_comparison import FULL_GRID, QUICK_GRID, Problem, compare, draw_intervals, final, intervals, lower, measured
-from .image_draws import Pair, is_small, load
+from .image_draws import Pair, is_small, shrunk
 from .image_draws import draw as draw_images
 from .image_runs import MEASURES, REG1, REG2, SGD, Diverged, train
 from .study import Study
 from .table import Row, Table, Value
 
 TITLE = "How well a covariance from few images estimates the population's, and penalties on it where images are few"
-SECTION = "ours"
+SECTION, IMAGES = "ours", True
 ABOUT = """
 A mini-batch stands for the population, and with few training images it is a poor stand-in. The CNN is trained by SGD on 1000,
 500 and 200 images. At its start, after a tenth of the training and at the end, the covariance Σ̂ of a mini-batch's gradients is
@@ -108,7 +108,7 @@ def run(study: Study) -> None:
     Raises:
         DataError: the data set is too small.
     """
-    data = load(study.options.data)
+    data = shrunk(study.images())
     sizes = SIZES if study.full else QUICK_SIZES
     count, least = len(data.y_train), max(sizes) * 4 // 3 + 1
     if count < least:

@@ -22,14 +22,14 @@ from .image_comparison import (
     lower,
     measured,
 )
-from .image_draws import Draw, is_small, load
+from .image_draws import Draw, is_small, shrunk
 from .image_draws import draw as draw_images
 from .image_runs import BOTH, REG1, REG2, SGD
 from .study import Study
 from .table import Table
 
 TITLE = "Penalties on gradient noise where the training error does not vanish, or ought not to"
-SECTION = "ours"
+SECTION, IMAGES = "ours", True
 ABOUT = """
 Where a network interpolates, per-sample gradients vanish together with the loss. Three problems in which they do not, or ought
 not to: a CNN of convolutions of 2 and 4 channels and a linear layer, whose training error stays above zero (the training
@@ -92,7 +92,7 @@ def problems(data: ImageData, full: bool) -> list[Problem]:
 
 def run(study: Study) -> None:
     """All ways on all problems."""
-    found = problems(load(study.options.data), study.full)
+    found = problems(shrunk(study.images()), study.full)
     with study.progress(sum(p.calls(WAYS, len(study.seeds)) for p in found), "underparameterized"):
         for p in found:
             for way in WAYS:

@@ -11,7 +11,7 @@ from bootgrad.errors import DataError
 from bootgrad.experiments import cnn, conduct, non_iid, small_data, underparameterized
 from bootgrad.experiments.image_comparison import final
 from bootgrad.experiments.image_runs import MEASURES
-from bootgrad.experiments.study import RESULTS, Options
+from bootgrad.experiments.study import RESULTS, Options, Study
 from bootgrad.experiments.table import Table
 
 from .images import blobs, network, rows_of
@@ -121,7 +121,7 @@ def test_estimates_of_a_covariance(monkeypatch):
 
 
 def test_too_few_images_for_small_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(small_data, "load", lambda source: blobs(train=300))
+    monkeypatch.setattr(Study, "images", lambda self: blobs(train=300))
     with pytest.raises(DataError, match="small-data needs 427 training images; got 300"):
         conduct.conduct(Options("small-data"), tmp_path)
 
