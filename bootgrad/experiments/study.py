@@ -84,14 +84,14 @@ class Study:
             raise DataError(
                 f"--out {out} cannot be made or cleared ({error.strerror}): choose another folder"
             ) from error
-        if (out / RECORD).exists():
+        if not (out / RESULTS).exists():
+            self._write_record()
+        elif (out / RECORD).exists():
             self._go_on()
-        elif (out / RESULTS).exists():
+        else:
             raise DataError(
                 f"{out} has a {RESULTS} but no {RECORD}: choose another --out, or start anew by --overwrite"
             )
-        else:
-            self._write_record()
 
     @property
     def seeds(self) -> range:
@@ -196,5 +196,4 @@ class Study:
                     f"{self.out} holds runs with {name} = {stored.get(name)}, not {wanted[name]}: "
                     "choose another --out, or start anew by --overwrite"
                 )
-        if (self.out / RESULTS).exists():
-            self.table = Table.read(self.out / RESULTS, self.table.columns)
+        self.table = Table.read(self.out / RESULTS, self.table.columns)

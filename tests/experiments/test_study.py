@@ -100,8 +100,14 @@ def test_what_is_overwritten_is_gone_at_once_and_what_replaces_it_is_gone_on_wit
     study(tmp_path).rows({"method": "old"}, lambda: [{"seed": 0, "loss": 1.0}])
     study(tmp_path, overwrite=True, seeds=3)  # interrupted before its first row
     assert not (tmp_path / RESULTS).exists() and len(study(tmp_path, seeds=3).table) == 0
-    with pytest.raises(ArgumentError, match="holds runs with seeds = 3"):
-        study(tmp_path)
+    study(tmp_path, seeds=3).rows({"method": "new"}, lambda: [{"seed": 0, "loss": 1.0}])
+    assert study(tmp_path, seeds=3).table.values("method") == ["new"]
+
+
+def test_a_folder_without_runs_is_anyones(tmp_path):
+    with pytest.raises(DataError, match="there is no data set"):
+        study(tmp_path, data="mistyped").images()
+    assert len(study(tmp_path, data="digits").table) == 0
 
 
 def test_a_table_that_nobody_knows_is_left_alone(tmp_path):
@@ -118,7 +124,9 @@ def test_images_are_those_of_the_runs_before(tmp_path):
         np.savez(tmp_path / "a.npz", **arrays, y_train=np.arange(20) % 2, y_test=np.arange(20) % 2)
 
     write(0)
-    images = study(tmp_path / "out", data=str(tmp_path / "a.npz")).images()
+    first = study(tmp_path / "out", data=str(tmp_path / "a.npz"))
+    images = first.images()
+    first.rows({"method": "sgd"}, lambda: [{"seed": 0, "loss": 1.0}])
     again = study(tmp_path / "out", data=str(tmp_path / "a.npz")).images()
     assert torch.equal(images.x_train, again.x_train)
     write(1)
@@ -135,6 +143,7 @@ def test_settings_that_would_not_be_known_again_are_refused(tmp_path, value):
 
 
 def test_a_damaged_record_is_refused(tmp_path):
+    study(tmp_path).rows({"method": "sgd"}, lambda: [{"seed": 0, "loss": 1.0}])
     (tmp_path / RECORD).write_text("{")
     with pytest.raises(DataError, match="start anew by --overwrite"):
         study(tmp_path)

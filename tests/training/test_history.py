@@ -103,8 +103,8 @@ def test_smoothing_is_a_corrected_running_mean():
 def drawn(monkeypatch, draw, *arguments):
     """The figure that a function draws, and the size of its PNG."""
     kept = []
-    save = figures._save
-    monkeypatch.setattr(figures, "_save", lambda figure, path: (kept.append(figure), save(figure, path)))
+    save = figures.save
+    monkeypatch.setattr(figures, "save", lambda figure, path: (kept.append(figure), save(figure, path)))
     draw(*arguments)
     content = arguments[-1].read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
