@@ -130,7 +130,7 @@ def follow(
 ) -> list[dict[str, Value]]:
     """A row of each point of a run; without ``detail`` of its losses alone."""
     parts, rows = split(data, full), []
-    k, probes = (10, 128) if full else (5, 24)
+    k, probes = (10, 128) if full else (5, 16)
     x, y = (t[:MEASURED] for t in parts["train"])
     nothing = dict.fromkeys(COLUMNS[6:], math.nan)  # measured ones
     for step, model in train(data, setting, seed, steps, points, full):
