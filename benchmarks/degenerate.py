@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import bootgrad
-from bootgrad.intervals import interval
+from bootgrad.intervals import Interval, interval
 
 from .results import FOLDER, setting
 
@@ -94,6 +94,11 @@ def decompose(theta: Tensor, x: Tensor, y: Tensor, truth: Tensor):
     return found, population - float(H.losses().mean()), float(H.eigenpairs(smallest=True).values)
 
 
+def less_gap(parts, gaps, term: str) -> Interval:
+    """A term less the population's gap, data set by data set: both vary with the data set, and largely together."""
+    return interval(getattr(part, term).mean - gap for part, gap in zip(parts, gaps, strict=True))
+
+
 def rows(seeds: int, steps: int = STEPS) -> list[dict]:
     """A row of each α and number of samples, as trained and pruned."""
     out = []
@@ -110,6 +115,7 @@ def rows(seeds: int, steps: int = STEPS) -> list[dict]:
                 terms = ("gradient", "curvature", "remainder", "loss_rise", "replace_one")
                 row = setting() | {"data": name, "samples": n, "case": case, "alpha": alpha, "seeds": seeds}
                 row |= {term: str(getattr(whole, term)) for term in terms} | {"gap": str(interval(gaps))}
+                row |= {f"{term}_less_gap": str(less_gap(parts, gaps, term)) for term in terms[-2:]}
                 row |= {
                     "share": f"{whole.share:.3g}",
                     "holds": f"{sum(p.holds for p in parts)} of {seeds}",

@@ -49,8 +49,11 @@ def interval(values: Iterable[float]) -> Interval:
     n, diverged = len(finite), len(values) - len(finite)
     if n == 0:
         return Interval(math.nan, math.nan, math.nan, 0, diverged)
-    mean = statistics.fmean(finite)
-    half = student(n - 1) * statistics.stdev(finite) / math.sqrt(n) if n > 1 else math.inf
+    _, exponent = math.frexp(max(map(abs, finite)))
+    unit = 2.0 ** max(0, exponent - 100)  # exact, and 1 but for numbers whose sum or squares would overflow
+    finite = [value / unit for value in finite]
+    mean = statistics.fmean(finite) * unit
+    half = student(n - 1) * statistics.stdev(finite) / math.sqrt(n) * unit if n > 1 else math.inf
     return Interval(mean, mean - half, mean + half, n, diverged)
 
 

@@ -20,3 +20,13 @@ def test_means_and_intervals():
     assert (found.low, found.mean, found.high) == pytest.approx((7 / 3 - half, 7 / 3, 7 / 3 + half))
     assert "(2 of 5 diverged)" in str(found)
     assert interval([3.0]).high == math.inf and math.isnan(interval([]).mean)
+
+
+def test_numbers_near_the_largest_do_not_overflow():
+    found = interval([1e308, 1e308])
+    assert (found.low, found.mean, found.high) == (1e308, 1e308, 1e308)
+    found = interval([1.5e308, -1.5e308, 0.0])
+    assert (found.low, found.mean, found.high, found.n) == (-math.inf, 0.0, math.inf, 3)
+    small, large = interval([1.0, 2.0, 4.0]), interval([2.0**600, 2.0**601, 2.0**602])
+    assert (large.low, large.mean, large.high) == tuple(2.0**600 * v for v in (small.low, small.mean, small.high))
+    assert interval([1e-300, 3e-300]).mean == pytest.approx(2e-300)

@@ -77,13 +77,13 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, k: int, probes: int) -> dict
     found = bootgrad.theory.noise_alignment(
         model, lambda x, y: F.cross_entropy(model(x), y, reduction="none"), x, y, k=k, probes=probes, steps=60
     )
-    product = found.hessian_noise_trace
+    ratio = found.ratio_interval
     return {
-        "ratio": found.ratio,
-        "probe_error": (product.high - product.mean) / product.mean if product.mean else math.nan,
+        "ratio": ratio.mean,
+        "probe_error": (ratio.high - ratio.mean) / abs(ratio.mean) if ratio.mean else math.nan,
         "share": found.share,
         "uniform_share": found.uniform_share,
-        "hessian_noise_trace": product.mean,
+        "hessian_noise_trace": found.hessian_noise_trace.mean,
         "hessian_trace": found.hessian_trace.mean,
         "covariance_trace": found.covariance_trace,
         "largest_eigenvalue": found.eigenvalues[0],
@@ -130,14 +130,14 @@ def follow(
 ) -> list[dict[str, Value]]:
     """A row of each point of a run; without ``detail`` of its losses alone."""
     parts, rows = split(data, full), []
-    k, probes = (10, 32) if full else (5, 8)
+    k, probes = (10, 128) if full else (5, 16)
     x, y = (t[:MEASURED] for t in parts["train"])
     nothing = dict.fromkeys(COLUMNS[6:], math.nan)  # measured ones
     for step, model in train(data, setting, seed, steps, points, full):
         row: dict[str, Value] = {"progress": step / steps, **nothing}
         if model is not None:
             row |= {f"{name}_loss": mean_loss(model, images) for name, images in parts.items()}
-            if detail:
+            if detail and math.isfinite(float(row["train_loss"])):
                 row |= measure(model, x, y, k, probes)
         rows.append(row)
     return rows
@@ -170,24 +170,30 @@ def _at(table: Table, method: str, column: str, progress: Value = 1.0) -> list[f
     return table.where(stage="final", method=method, progress=progress).column(column)
 
 
-def _logs(*where) -> list[float]:
-    """Logarithms of `_at`, nan where there is none."""
-    return [math.log(v) if v > 0 else math.nan for v in _at(*where)]
+def _lowest(values: tuple[float, ...]) -> float:
+    """The lowest, or nan where one is not finite: which it is cannot be known."""
+    return min(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def _relative(first: list[float], second: list[float]) -> list[float]:
+    """(a − b)/(|a| + |b|), which as a difference of logarithms is of no unit, and has a value for either sign, too."""
+    pairs = zip(first, second, strict=True)
+    return [(a - b) / (abs(a) + abs(b)) if a or b else 0.0 for a, b in pairs]
 
 
 def claims(table: Table) -> list[Claim]:
     """Alignment at the end and along the way, and what Reg1 does to it."""
     sgd, reg1 = METHODS
     started = [p for p in table.where(stage="final").values("progress") if p]
-    lowest = [min(values) for values in zip(*(_logs(table, sgd, "ratio", p) for p in started), strict=True)]
+    lowest = [_lowest(values) for values in zip(*(_at(table, sgd, "ratio", p) for p in started), strict=True)]
     shares = _at(table, sgd, "share"), _at(table, sgd, "uniform_share")
-    ratios, products = ([_logs(table, m, c) for m in METHODS] for c in ("ratio", "hessian_noise_trace"))
+    ratios, products = ([_at(table, m, c) for m in METHODS] for c in ("ratio", "hessian_noise_trace"))
     rows: tuple[tuple[str, str, Interval], ...] = (
-        ("Tr(HΣ) is above Tr H Tr Σ / P after training by SGD", "log ratio", interval(ratios[0])),
-        ("and at all times after the start", "lowest log ratio of the run", interval(lowest)),
+        ("Tr(HΣ) is above Tr H Tr Σ / P after training by SGD", "ratio − 1", interval(r - 1 for r in ratios[0])),
+        ("and at all times after the start", "lowest ratio of the run − 1", interval(r - 1 for r in lowest)),
         ("Σ's share in the top k eigenvectors is above k/P", "share − k/P", difference(*shares)),
-        ("Reg1 lowers the alignment", f"log ratio of {sgd} − {reg1}", difference(*ratios)),
-        ("Reg1 lowers Tr(HΣ) itself", f"log Tr(HΣ) of {sgd} − {reg1}", difference(*products)),
+        ("Reg1 lowers the alignment", f"ratio of {sgd} − {reg1}, by their sum", interval(_relative(*ratios))),
+        ("Reg1 lowers Tr(HΣ) itself", f"Tr(HΣ) of {sgd} − {reg1}, by their sum", interval(_relative(*products))),
     )
     return [Claim(text, SECTION, quantity, found) for text, quantity, found in rows]
 
@@ -202,10 +208,11 @@ def tables(table: Table) -> str:
             rows.append((f"{method}, {100 * float(progress):.0f} %", *cells))
     first = {m: final.where(method=m).rows[0] for m in METHODS}
     header = ("method, progress", "P Tr(HΣ) / (Tr H Tr Σ)", "share of the top k", "Tr(HΣ)", "Tr H", "Tr Σ", "test loss")
+    errors = [v for v in final.column("probe_error") if not math.isnan(v)]
+    error = f"{interval(errors).mean:.0%} on average and {max(errors):.0%} at most" if errors else "not known"
     note = (
         f"k/P is {float(first[METHODS[0]]['uniform_share']):.2g}; learning rate {first[METHODS[0]]['lr']}, λ₁ "
-        f"{first[METHODS[1]]['strength']}. The probes' own error in Tr(HΣ), half the 95 % interval, is "
-        f"{interval(abs(v) for v in final.column('probe_error')).mean:.1%} on average."
+        f"{first[METHODS[1]]['strength']}. The probes' own error in the ratio, half the 95 % interval, is {error}."
     )
     return "\n\n".join([markdown(header, rows), note])
 

@@ -12,6 +12,7 @@ for any orthonormal q_j: with the top eigenvectors for q_j, little is left to th
 Letters: ``N`` samples, ``P`` parameter entries, ``k`` eigenvectors, ``G̃`` the gradients about their mean.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,9 @@ class NoiseAlignment:
         eigenvalues: the k largest of H.
         noise: v_jᵀ Σ v_j along their eigenvectors.
         parameters: P.
+        ratio_interval: P Tr(HΣ) / (Tr H Tr Σ), with the 95 % interval of the same probes in both traces, to first order in
+            their deviations; unbounded where the interval of Tr H reaches zero, and nan where Tr H is not positive, or there
+            is no noise.
     """
 
     hessian_noise_trace: Interval
@@ -45,12 +49,12 @@ class NoiseAlignment:
     eigenvalues: tuple[float, ...]
     noise: tuple[float, ...]
     parameters: int
+    ratio_interval: Interval
 
     @property
     def ratio(self) -> float:
-        """P Tr(HΣ) / (Tr H Tr Σ); nan where Tr H is not positive, or there is no noise."""
-        isotropic = self.hessian_trace.mean * self.covariance_trace / self.parameters
-        return self.hessian_noise_trace.mean / isotropic if isotropic > 0 else float("nan")
+        """The mean of ``ratio_interval``."""
+        return self.ratio_interval.mean
 
     @property
     def share(self) -> float:
@@ -64,11 +68,15 @@ class NoiseAlignment:
 
     def __str__(self) -> str:
         """In a line."""
-        k = len(self.noise)
+        k, ratio = len(self.noise), f"{self.ratio_interval} times its value for noise without direction"
+        if not math.isfinite(self.ratio):
+            ratio = f"with no value for noise without direction to compare with, for Tr H = {self.hessian_trace}"
+        elif not math.isfinite(self.ratio_interval.high):
+            ratio += " (and anything else, for Tr H is not known to be positive)"
         return (
-            f"Tr(HΣ) = {self.hessian_noise_trace}, {self.ratio:.3g} times its value for noise without direction; the {k} "
-            f"largest eigenvalues, {self.eigenvalues[0]:.3g} to {self.eigenvalues[-1]:.3g}, have {self.share:.3g} of Tr Σ = "
-            f"{self.covariance_trace:.3g} (without direction {self.uniform_share:.2g})"
+            f"Tr(HΣ) = {self.hessian_noise_trace}, {ratio}; the {k} largest eigenvalues, {self.eigenvalues[0]:.3g} to "
+            f"{self.eigenvalues[-1]:.3g}, have {self.share:.3g} of Tr Σ = {self.covariance_trace:.3g} (without direction "
+            f"{self.uniform_share:.2g})"
         )
 
 
@@ -117,17 +125,32 @@ def noise_alignment(
     known, known_trace = float((top.products * of_top).sum()), float((top.products * top.vectors).sum())
     generator = torch.Generator().manual_seed(seed)
     products, traces = [], []
-    for _ in range(probes):
-        v = torch.randint(2, (P,), generator=generator).to(mean) * 2 - 1
-        v = v - Q.T @ (Q @ v)
-        Hv = H @ v
-        products.append(known + float(Hv @ covariance_product(v)))
-        traces.append(known_trace + float(Hv @ v))
+    with H.one_graph():
+        for _ in range(probes):
+            v = torch.randint(2, (P,), generator=generator).to(mean) * 2 - 1
+            v = v - Q.T @ (Q @ v)
+            Hv = H @ v
+            products.append(known + float(Hv @ covariance_product(v)))
+            traces.append(known_trace + float(Hv @ v))
+    gamma = float(G.covariance_trace())
     return NoiseAlignment(
         interval(products),
         interval(traces),
-        float(G.covariance_trace()),
+        gamma,
         tuple(top.values.tolist()),
         tuple((Q * of_top).sum(1).tolist()),
         P,
+        _ratio(products, traces, gamma / P),
     )
+
+
+def _ratio(products: list[float], traces: list[float], each: float) -> Interval:
+    """Mean product by ``each`` times mean trace: a/b ± t s/√n, s of (a_i − (a/b) b_i)/b, the first order in both."""
+    a, b = interval(products), interval(traces)
+    if not b.mean * each > 0 or not math.isfinite(a.mean):
+        return interval([math.nan] * len(products))
+    ratio = a.mean / (b.mean * each)
+    if not b.low > 0:
+        return Interval(ratio, -math.inf, math.inf, a.n, a.diverged)
+    away = interval((p - ratio * each * t) / (b.mean * each) for p, t in zip(products, traces, strict=True))
+    return Interval(ratio, ratio + away.low, ratio + away.high, a.n, a.diverged)

@@ -102,8 +102,8 @@ def check_assumptions(
         batch: the training set S.
         neighbours: as for `gap_decomposition`.
         tolerance: what is small.
-        steps: the most products with H that Lanczos's method may take. With fewer than P of them it may miss the smallest
-            eigenvalue, so that "holds" is then no proof.
+        steps: the products with H that Lanczos's method takes for the smallest eigenvalue, P at most. With fewer than P of them
+            it may miss that one, so that "holds" is then no proof.
         chunk: as for `Hessian`.
 
     Raises:
@@ -142,7 +142,9 @@ def _stationary(H: Hessian, tolerance: float) -> Assumption:
 
 
 def _nondegenerate(H: Hessian, steps: int) -> Assumption:
-    pair = H.eigenpairs(smallest=True, steps=min(steps, H.size))
+    pair = H.eigenpairs(
+        smallest=True, tolerance=0, steps=min(steps, H.size)
+    )  # it may be any small share of the largest
     largest = float(H.eigenpairs(steps=min(steps, H.size)).values.abs())
     value, residual = float(pair.values), float(pair.residuals)
     eps = max(torch.finfo(p.dtype).eps for p in H.parameters.values())

@@ -23,7 +23,10 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..intervals import Interval, interval
+from ..rules.process_wide import eager
+from ..second_pass import traceless
 from ..statistics import record
+from .curvature import refuse_unlike
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def bootstrap_error(
     are drawn from the data set with replacement, as a bootstrap does.
 
     Args:
-        model: which is left as it is, ``.grad`` included.
+        model: which is left as it is, ``.grad`` and buffers included.
         loss_fn: ``loss_fn(*batch)`` gives losses (M,).
         batch: the pool.
         sizes: N, two or more different ones.
@@ -82,7 +85,8 @@ def bootstrap_error(
         seed: of the draws.
 
     Raises:
-        ArgumentError: fewer than two sizes, numbers out of range, or gradients that are all alike.
+        ArgumentError: fewer than two sizes, numbers out of range, gradients that are all alike, or losses that differ when
+            they are computed again, as under dropout.
         As `record.per_sample_gradients`.
     """
     sizes = tuple(sizes)
@@ -92,10 +96,13 @@ def bootstrap_error(
     for name, (value, low) in least.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ArgumentError(f"{name} must be a whole number of at least {low}; got {value!r}")
-    with torch.random.fork_rng(devices=[]), record(model, compiled=False) as rec:
-        losses = loss_fn(*batch)
-    K = rec.per_sample_gradients(losses).gram().double()
-    rec.release()
+    with traceless(model):
+        with torch.enable_grad(), record(model, compiled=False) as rec:
+            losses = loss_fn(*batch)
+        K = rec.per_sample_gradients(losses).gram().double()
+        rec.release()
+        with eager, torch.no_grad():
+            refuse_unlike(loss_fn(*batch), loss_fn(*batch))
     K = K - K.mean(0) - K.mean(1, keepdim=True) + K.mean()  # of gradients about the pool's mean
     M, sq_norm = len(K), float(K.square().mean())
     if not sq_norm > 0:

@@ -15,15 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import ArgumentError, ArgumentTypeError, RecordingError, UnsupportedError
 from ..graph import check_losses, gradients, hessian_product, refuse_losses, refuse_marked
 from ..per_sample import Direction, as_parameter_dict
 from ..recording import named_parameters
+from ..rules.normalization import is_over_batch
 from ..rules.process_wide import eager
 from ..rules.stand_ins import StandIns
 from ..second_pass import check_parameters, displaced, traceless
 from ..wrappers import ranks_of
+from .lanczos import lanczos
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Hessian:
         H @ v                       # (P,)
         H.eigenpairs(5).values      # the five largest
 
-    Parameters, ``.grad``, buffers and random number generators are left as they are. When the parameters have changed, the
-    next call is about the new ones.
+    Parameters, ``.grad``, buffers and random number generators are left as they are. When parameters, buffers, the mode or the
+    data have changed, the next call is about the new ones.
 
     Args:
         model: the module; its parameters in float32 or float64. What is compiled runs as it was written.
@@ -63,7 +66,7 @@ class Hessian:
     Raises:
         ArgumentError, ArgumentTypeError: losses that are not (N,), not finite, or differ when they are computed again.
         RecordingError: the model has no parameter that requires grad.
-        UnsupportedError: a model that several processes train.
+        UnsupportedError: a model that several processes train, or batch norm in training mode.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor], *batch: Any, chunk: int | None = None):
@@ -89,7 +92,8 @@ class Hessian:
             raise RecordingError("the model has no parameter that requires grad: its loss has no Hessian")
         check_parameters(self.parameters, "Hessian–vector products")
         self.parts = _split(batch, chunk)
-        self._kept: tuple[list[int], list[Tensor | None]] | None = None
+        self._sharing = False
+        self._kept: list[Tensor | None] | None = None
         with self._running():
             losses = []
             for part in self.parts:
@@ -97,11 +101,9 @@ class Hessian:
                 check_losses(first)
                 refuse_losses(first)
                 with torch.no_grad():
-                    if not torch.equal(first, loss_fn(*part)):
-                        raise ArgumentError(
-                            "loss_fn gave other losses when it was called again, so that they are no function of the "
-                            "parameters: put dropout into eval(), and leave random augmentation out"
-                        )
+                    with _NoBatchStatistics(model):
+                        again = loss_fn(*part)
+                    refuse_unlike(first, again)
                 losses.append(first.detach())
         self.samples = sum(part.numel() for part in losses)
 
@@ -137,6 +139,17 @@ class Hessian:
         direction = [t.detach().to(p) for t, p in zip(by_name.values(), self._tensors, strict=True)]
         return self._sum(lambda grads: hessian_product(grads, self._tensors, direction, retain_graph=True))
 
+    @contextmanager
+    def one_graph(self) -> Iterator[None]:
+        """Products in the block share one graph of the gradient, unless there are chunks; nothing may change meanwhile."""
+        outer, self._sharing = self._sharing, True
+        try:
+            yield
+        finally:
+            self._sharing = outer
+            if not outer:
+                self._kept = None
+
     def eigenpairs(
         self, k: int = 1, *, smallest: bool = False, tolerance: float = 1e-3, steps: int = 200, seed: int = 0
     ) -> Eigenpairs:
@@ -153,13 +166,17 @@ class Hessian:
             tolerance: stop when all residuals are below this share of the largest eigenvalue in size.
             steps: the most steps to take.
             seed: of the random start.
+
+        Raises:
+            ArgumentError: k or steps out of range, or a product that is not finite.
         """
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.size:
             raise ArgumentError(f"k must be a whole number in 1 … P = {self.size}; got {k!r}")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < k:
             raise ArgumentError(f"steps must be a whole number of at least k = {k}; got {steps!r}")
-        values, vectors = _lanczos(self._product, self.parameter_vector(), k, smallest, tolerance, steps, seed)
-        products = torch.stack([self._product(v) for v in vectors])
+        with self.one_graph():
+            values, vectors = lanczos(self._product, self.parameter_vector(), k, smallest, tolerance, steps, seed)
+            products = torch.stack([self._product(v) for v in vectors])
         residuals = (products - values[:, None] * vectors).norm(dim=1)
         return Eigenpairs(values, vectors, products, residuals)
 
@@ -168,19 +185,22 @@ class Hessian:
         return list(self.parameters.values())
 
     def _product(self, v: Tensor) -> Tensor:
-        return (self @ v).double()
+        out = (self @ v).double()
+        if not torch.isfinite(out).all():
+            raise ArgumentError(
+                "the product of the Hessian and a vector of unit length is not finite: the loss has no second derivative "
+                "here, as a norm or a square root at zero has none (add a small number inside), or it overflows"
+            )
+        return out
 
     def _sum(self, function: Callable[[list[Tensor | None]], Sequence[Tensor | None]]) -> Tensor:
         """The sum over parts of a function of the gradient of a part's losses, by tensor and with a graph; by N, and flat."""
         sums = [torch.zeros_like(p, requires_grad=False) for p in self._tensors]
-        versions = [p._version for p in self._tensors]
-        if self._kept is not None and self._kept[0] != versions:
-            self._kept = None
         with self._running():
             for part in self.parts:
-                grads = self._gradients(part) if self._kept is None else self._kept[1]
-                if len(self.parts) == 1:
-                    self._kept = versions, grads
+                grads = self._gradients(part) if self._kept is None else self._kept
+                if self._sharing and len(self.parts) == 1:
+                    self._kept = grads
                 for total, g in zip(sums, function(grads), strict=True):
                     if g is not None:
                         total += g.detach()
@@ -203,6 +223,39 @@ class Hessian:
             yield
 
 
+class _NoBatchStatistics(TorchFunctionMode):
+    """Refuses batch norm over the batch, under which a chunk or a changed sample makes every other loss another one."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if is_over_batch(func, args, kwargs):
+            over = (
+                name
+                for name, module in self.model.named_modules()
+                if isinstance(module, nn.modules.batchnorm._BatchNorm)
+                and (module.training or module.running_mean is None)
+            )
+            raise UnsupportedError(
+                f"batch norm in training mode ({', '.join(over) or 'a function'}) makes every loss depend on every sample, so "
+                "that the loss of a data set is no mean over its samples: put the BatchNorm modules into eval() to use their "
+                "running statistics, or replace them by GroupNorm with bootgrad.replace_batchnorm(model)"
+            )
+        return func(*args, **kwargs)
+
+
+def refuse_unlike(losses: Tensor, again: Tensor) -> None:
+    """Raise where losses are others when they are computed again."""
+    if not torch.equal(losses, again):
+        raise ArgumentError(
+            "loss_fn gave other losses when it was called again, so that they are no function of the parameters: put dropout "
+            "into eval(), and leave random augmentation out"
+        )
+
+
 def flat(parts: Iterable[Tensor]) -> Tensor:
     """Tensors one after the other, as one flat tensor."""
     return torch.cat([t.reshape(-1) for t in parts])
@@ -216,56 +269,3 @@ def _split(batch: tuple, chunk: int | None) -> list[tuple]:
         tuple(t[begin : begin + chunk] if isinstance(t, Tensor) and t.dim() and t.size(0) == size else t for t in batch)
         for begin in range(0, size, chunk)
     ]
-
-
-@torch.no_grad()
-def _lanczos(
-    product: Callable[[Tensor], Tensor],
-    like: Tensor,
-    k: int,
-    smallest: bool,
-    tolerance: float,
-    steps: int,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Ritz values (k,) and vectors (k, P) of a symmetric product, from the wanted end on."""
-    P = like.numel()
-    steps = min(steps, P)
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.zeros(steps, P, dtype=torch.float64, device=like.device)
-    diagonal: list[float] = []
-    beside: list[float] = []
-
-    def new_direction(done: int) -> Tensor:
-        return orthogonal(torch.randn(P, dtype=torch.float64, generator=generator).to(like.device), done)
-
-    def orthogonal(w: Tensor, done: int) -> Tensor:
-        for _ in range(2):  # the second time for what the first left by rounding
-            w = w - basis[:done].T @ (basis[:done] @ w)
-        return w
-
-    w = new_direction(0)
-    basis[0] = w / w.norm()
-    while True:
-        j = len(diagonal)
-        w = product(basis[j])
-        diagonal.append(float(basis[j] @ w))
-        w = orthogonal(w, j + 1)
-        beta = float(w.norm())
-        if j + 1 == steps or (j + 1 >= k and j % 5 == 4):
-            values, s = torch.linalg.eigh(_tridiagonal(diagonal, beside))
-            wanted = torch.arange(k) if smallest else torch.arange(j, j - k, -1)
-            residual = beta * float(s[-1, wanted].abs().max())
-            if j + 1 == steps or residual <= tolerance * float(values.abs().max()):
-                return values[wanted].to(basis), s[:, wanted].T.to(basis) @ basis[: j + 1]
-        if beta <= 1e-12 * max(
-            map(abs, (*diagonal, *beside))
-        ):  # all that is reached from here is known: go on elsewhere
-            w, beta = new_direction(j + 1), 0.0
-        beside.append(beta)
-        basis[j + 1] = w / w.norm()
-
-
-def _tridiagonal(diagonal: list[float], beside: list[float]) -> Tensor:
-    off = torch.diag(torch.tensor(beside, dtype=torch.float64), 1)
-    return torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + off + off.T

@@ -10,6 +10,7 @@ the same initialization, batches and all other noise, ``m`` ≤ N neighbours tha
 """
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..intervals import Interval, interval
 from ..per_sample import Direction
+from ..wrappers import by_names_as_written
 from .curvature import Hessian
 
 Neighbours = Mapping[int, Direction] | Iterable[tuple[int, Direction]]
@@ -39,11 +41,12 @@ class GapDecomposition:
         remainder: what the loss has beyond its second-order expansion, N times its mean.
         loss_rise: Σ_i [L_S(A(Sⁱ)) − L_S(A(S))], the sum of these three, whose expectation is the gap's.
         replace_one: mean of ℓ_i(A(Sⁱ)) − ℓ_i(A(S)), likewise, without any expansion.
-        test_gap: loss on test samples minus that on S, or None.
+        test_gap: loss on test samples minus that on S, or None; of one data set its interval is over the test samples.
         variability: Tr V.
         sizes: mean absolute gradient, curvature and remainder of a neighbour, N times.
-        largest_move: the largest ‖Δ_i‖.
-        rounding: of the losses' dtype, in the sum of all rises, at most: a remainder below it is not known.
+        largest_move: the largest ‖Δ_i‖; nan where one is nan.
+        rounding: of the losses' dtype, in the sum of all rises, about: N eps max(1, mean |ℓ|), as of cross entropy, whose
+            error is that of the logits' exponentials however small the loss. A remainder below it is not known.
         tolerance: the share of the curvature term, both in mean absolute value, from which on the remainder is too large.
         over: what the intervals are over: ``"neighbours"``, of one data set, or ``"seeds"``.
     """
@@ -96,7 +99,7 @@ class GapDecomposition:
             **{name: mean(name) for name in _TERMS},
             test_gap=None if any(part.test_gap is None for part in parts) else mean("test_gap"),
             sizes=_mean_sizes(list(zip(*(part.sizes for part in parts), strict=True))),
-            largest_move=max(part.largest_move for part in parts),
+            largest_move=_largest(part.largest_move for part in parts),
             rounding=max(part.rounding for part in parts),
             tolerance=parts[0].tolerance,
             over="seeds",
@@ -104,13 +107,16 @@ class GapDecomposition:
 
     def __str__(self) -> str:
         """The table, and whether the expansion holds."""
+        test = "not given" if self.test_gap is None else str(self.test_gap)
+        if self.test_gap is not None and self.over == "neighbours":
+            test += f" over {self.test_gap.n} test samples"
         rows = [
             ("gradient", "N ⟨∇L, Δ⟩", self.gradient),
             ("curvature", "½ N Tr[H V]", self.curvature),
             ("remainder", "third order and beyond", self.remainder),
             ("their sum", "Σ [L(A(Sⁱ)) − L(A(S))]", self.loss_rise),
             ("replace-one", "mean of ℓ_i(A(Sⁱ)) − ℓ_i(A(S))", self.replace_one),
-            ("test", "L_test(A(S)) − L(A(S))", "not given" if self.test_gap is None else self.test_gap),
+            ("test", "L_test(A(S)) − L(A(S))", test),
             ("variability", "Tr V", self.variability),
         ]
         lines = [f"{'term':12}{'':32}mean [95 % interval over {self.curvature.n} {self.over}]"]
@@ -145,7 +151,8 @@ def gap_decomposition(
         loss_fn: ``loss_fn(*batch)`` gives losses (N,).
         batch: the training set S.
         neighbours: pairs of i and A(Sⁱ), or a mapping from the one to the other: the parameters, by name or flat, after the
-            same training with sample i replaced by a fresh one and all else alike. Some of the N are enough, drawn at random.
+            same training with sample i replaced by a fresh one and all else alike; frozen ones may be among them. Buffers are
+            the model's for all: running statistics of A(Sⁱ) are not taken over. Some of the N are enough, drawn at random.
         test: a batch of fresh samples, for the measured gap.
         tolerance: the share of the curvature term from which on a remainder is too large.
         chunk: how many samples to run at a time, as for `Hessian`.
@@ -162,7 +169,8 @@ def gap_decomposition(
     terms: list[list[float]] = []
     pairs = iter(neighbours.items() if isinstance(neighbours, Mapping) else neighbours)
     for block in iter(lambda: list(_moves(itertools.islice(pairs, _BLOCK), H, theta)), []):
-        curvatures = [float(move @ (H @ move).double()) / 2 for _, move in block]
+        with H.one_graph():
+            curvatures = [float(move @ (H @ move).double()) / 2 for _, move in block]
         for (i, move), curvature in zip(block, curvatures, strict=True):
             moved = H.losses(move)
             first, rise = float(gradient @ move), float((moved - losses).mean())
@@ -189,8 +197,8 @@ def gap_decomposition(
         test_gap=gap,
         variability=variability,
         sizes=_mean_sizes(columns),
-        largest_move=max(columns[5]) ** 0.5,
-        rounding=eps * N * float(losses.abs().mean()),
+        largest_move=_largest(columns[5]) ** 0.5,
+        rounding=eps * N * max(1.0, float(losses.abs().mean())),
         tolerance=tolerance,
     )
 
@@ -201,11 +209,21 @@ def _mean_sizes(columns: Sequence[Sequence[float]]) -> tuple[float, float, float
     return gradient, curvature, remainder
 
 
+def _largest(values: Iterable[float]) -> float:
+    """The largest, or nan if there is one, wherever it stands."""
+    values = list(values)
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
 def _moves(pairs: Iterable[tuple[int, Direction]], H: Hessian, theta: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(i, Δ_i) in float64, of pairs (i, A(Sⁱ))."""
+    frozen = by_names_as_written({name: p for name, p in H.model.named_parameters() if not p.requires_grad})
     for i, parameters in pairs:
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < H.samples:
             raise ArgumentError(
                 f"neighbours are numbered by the sample that was replaced, 0 … {H.samples - 1}; got {i!r}"
             )
+        if isinstance(parameters, Mapping):
+            by_name = by_names_as_written(parameters)
+            parameters = {name: p for name, p in by_name.items() if name not in frozen}
         yield i, H.vector(parameters, f"neighbour {i}").double() - theta

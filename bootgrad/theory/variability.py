@@ -91,7 +91,8 @@ class VariabilityBound:
                 eigenvalue of any batch's Hessian; max(|1 − η μ|, |1 − η L|) where all eigenvalues are in μ … L; 1 + η L else.
 
         Raises:
-            ArgumentError: a number out of range, or neither statistics nor both of ``population`` and ``deviation``.
+            ArgumentError: a number out of range, neither statistics nor both of ``population`` and ``deviation``, or a bound
+                that a float does not hold; all is as before then.
         """
         if population is None or deviation is None:
             if statistics is None or statistics.batch_size < 2:
@@ -110,13 +111,24 @@ class VariabilityBound:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= self.samples:
             raise ArgumentError(f"batch_size must be a whole number in 1 … N = {self.samples}; got {batch_size!r}")
         rms = lr * math.sqrt(population + deviation)  # of η (g(z') − g(z_i))
-        added = rms**2 / (batch_size * self.samples)
+        root = math.sqrt(batch_size * self.samples)
+        added = (rms / root) * (rms / root)  # products, for a power that overflows raises
+        of_population = lr * math.sqrt(population) / root
         together = 2 * expansion * math.sqrt(self.fresh_batches) * rms / self.samples
-        self.any_order = (expansion * math.sqrt(self.any_order) + math.sqrt(added)) ** 2
-        self.fresh_batches = expansion**2 * self.fresh_batches + together + added
-        self.leading_order = expansion**2 * self.leading_order + added
-        part = lr**2 * population / (batch_size * self.samples)
-        self.population_part = expansion**2 * self.population_part + part
+        length = expansion * math.sqrt(self.any_order) + rms / root
+        parts = {
+            "any_order": length * length,
+            "fresh_batches": expansion * (expansion * self.fresh_batches) + together + added,
+            "leading_order": expansion * (expansion * self.leading_order) + added,
+            "population_part": expansion * (expansion * self.population_part) + of_population * of_population,
+        }
+        if not all(map(math.isfinite, parts.values())):
+            raise ArgumentError(
+                f"the bound would be beyond the numbers that a float holds, with lr {lr}, population {population}, deviation "
+                f"{deviation} and expansion {expansion}: training has diverged, or the products of expansions have"
+            )
+        for name, value in parts.items():
+            setattr(self, name, value)
         self.steps += 1
 
     def __str__(self) -> str:
@@ -137,7 +149,7 @@ class VariabilityBound:
             samples, steps, parts = int(state["samples"]), int(state["steps"]), [float(v) for v in state["parts"]]
             if samples != self.samples:
                 raise ValueError(f"it is about {samples} samples, this bound about {self.samples}")
-            if steps < 0 or len(parts) != len(_PARTS) or not all(v >= 0 for v in parts):
+            if steps < 0 or len(parts) != len(_PARTS) or not all(math.isfinite(v) and v >= 0 for v in parts):
                 raise ValueError(f"{steps} steps and parts {parts}")
         except (KeyError, TypeError, ValueError) as error:
             raise ArgumentError(f"not a state_dict of a VariabilityBound: {error!r}") from None

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bootgrad.intervals import interval
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -45,6 +47,15 @@ def test_rows_of_diagonal_networks(bench, monkeypatch):
     rows = degenerate.rows(2, 50)
     assert [(r["samples"], r["case"]) for r in rows] == [(n, c) for n in (32, 12) for c in ("trained", "pruned")]
     assert all(r["seeds"] == 2 and float(r["share"]) > 0 for r in rows)
+    parts, gaps = [], []
+    for x, y, fresh_x, fresh_y, truth in (degenerate.draw(seed, 32) for seed in range(2)):
+        theta = degenerate.solutions([(x, y, fresh_x, fresh_y, truth)], 0.5, 50)[0]
+        found, gap, _ = degenerate.decompose(theta, x, y, truth)
+        parts.append(found)
+        gaps.append(gap)
+    for term in ("loss_rise", "replace_one"):
+        expected = interval(getattr(part, term).mean - gap for part, gap in zip(parts, gaps, strict=True))
+        assert rows[0][f"{term}_less_gap"] == str(expected)
 
 
 def test_bounds_on_a_short_convex_run(bench, monkeypatch):

@@ -69,6 +69,13 @@ def test_an_eigenvalue_within_its_residual_of_zero_is_unclear():
     assert check.verdict == "unclear" and check.error > abs(check.value) > 0
 
 
+def test_a_small_share_of_the_largest_eigenvalue_is_resolved():
+    spectrum = torch.cat([torch.tensor([3e-5]), torch.linspace(0.01, 1, 119)]).tolist()
+    model, loss_fn, z = quadratic(spectrum)
+    check = check_assumptions(model, loss_fn, z)["nondegenerate"]
+    assert check.verdict == "holds" and check.value == pytest.approx(3e-5, rel=1e-4)
+
+
 def test_a_gradient_shows():
     model, loss_fn, z = quadratic([1.0, 1.0], away=5.0)
     check = check_assumptions(model, loss_fn, z)["stationary"]

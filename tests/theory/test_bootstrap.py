@@ -96,6 +96,30 @@ def test_eq_10_for_all_mini_batches_that_there_are(size, replacement):
     torch.testing.assert_close(covariance(means), covariance(G) / size * factor, **CLOSE)
 
 
+def test_buffers_and_generators_stay_and_dropout_is_refused():
+    model, loss_fn, x, y = network()
+
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen += 1
+            torch.rand(1)
+            return x
+
+    model.append(Counting())
+    state = torch.get_rng_state()
+    bootstrap_error(model, loss_fn, x, y, sizes=(2, 4), draws=2)
+    assert float(model[-1].seen) == 0 and torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        bootstrap_error(model, loss_fn, x, y, sizes=(2, 4), draws=2)
+    model.append(torch.nn.Dropout(0.5))
+    with pytest.raises(ArgumentError, match=r"other losses when it was called again.*put dropout into eval\(\)"):
+        bootstrap_error(model, loss_fn, x, y, sizes=(2, 4), draws=2)
+
+
 def test_mistakes_are_errors():
     model, loss_fn, x, y = network()
     for options, message in (

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bootgrad.errors import ArgumentError, ArgumentTypeError, RecordingError
+from bootgrad.errors import ArgumentError, ArgumentTypeError, RecordingError, UnsupportedError
 from bootgrad.theory import Hessian
 
 from .problems import CLOSE, Direct, dense_hessian, losses_at, network, rows, vector
@@ -45,6 +45,52 @@ def test_nothing_of_the_model_is_changed_and_changes_of_it_are_seen():
         model[0].weight.mul_(2)
     assert not torch.allclose(H @ v, first)
     torch.testing.assert_close(H @ v, dense_hessian(model, x, y) @ v, **CLOSE)
+
+
+class Doubling(nn.Module):
+    """Twice as much in training mode, and a buffer as a factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.ones(()).double())
+
+    def forward(self, x):
+        return x * self.factor * (2 if self.training else 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model[0].weight.data.mul_(3),
+        lambda model: model[-1].factor.mul_(3),
+        lambda model: model.eval(),
+    ],
+    ids=["data", "buffer", "mode"],
+)
+def test_products_are_about_the_model_of_now(change):
+    model, loss_fn, x, y = network()
+    model.append(Doubling())
+    H = Hessian(model, loss_fn, x, y)
+    v = torch.randn(H.size, generator=torch.Generator().manual_seed(1)).double()
+    first, values = H @ v, H.eigenpairs().values
+    change(model)
+    expected = dense_hessian(model, x, y)
+    assert not torch.allclose(expected @ v, first, rtol=1e-3)
+    torch.testing.assert_close(H @ v, expected @ v, **CLOSE)
+    assert not torch.allclose(H.eigenpairs().values, values, rtol=1e-3)
+
+
+def test_a_block_of_products_runs_the_model_once():
+    model, loss_fn, x, y = network()
+    calls = []
+    H = Hessian(model, lambda x, y: calls.append(1) or loss_fn(x, y), x, y)
+    v, before = torch.ones(H.size).double(), len(calls)
+    with H.one_graph():
+        first = H @ v
+        H.eigenpairs(2)
+        assert torch.equal(H @ v, first) and len(calls) == before + 1
+    H @ v
+    assert len(calls) == before + 2
 
 
 @pytest.mark.parametrize("smallest", [False, True])
@@ -138,3 +184,27 @@ def test_a_function_without_a_second_derivative_is_refused():
     H = Hessian(model, lambda: Once.apply(model.theta))
     with pytest.raises(RecordingError, match="once_differentiable"):
         H @ torch.ones(3).double()
+
+
+@pytest.mark.parametrize("loss", [lambda t: t.square().sum().sqrt().reshape(1), lambda t: t.norm().reshape(1)])
+def test_a_loss_without_a_second_derivative_here_is_refused(loss):
+    model = Direct(torch.zeros(3).double())
+    with pytest.raises(ArgumentError, match="no second derivative here, as a norm or a square root at zero"):
+        Hessian(model, lambda: loss(model.theta)).eigenpairs()
+
+
+@pytest.mark.parametrize("tracking", [True, False])
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_batch_norm_over_the_batch_is_refused_by_name(chunk, tracking):
+    model, loss_fn, x, y = network()
+    model.append(nn.BatchNorm1d(2, track_running_stats=tracking).double())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UnsupportedError, match=r"batch norm in training mode \(3\).*eval\(\).*replace_batchnorm"):
+        Hessian(model, loss_fn, x, y, chunk=chunk)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    if tracking:
+        model.eval()
+        assert Hessian(model, loss_fn, x, y, chunk=chunk).samples == 12
+    with pytest.raises(UnsupportedError, match=r"batch norm in training mode \(a function\)"):
+        plain = network()[0]
+        Hessian(plain, lambda x, y: F.batch_norm(plain(x), None, None, training=True).square().sum(1), x, y)

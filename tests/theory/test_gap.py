@@ -256,6 +256,55 @@ def test_rounding_of_float32_is_told():
     assert "take the model in float64" not in text
 
 
+def test_rounding_of_small_losses_is_not_small():
+    """The error of cross entropy is about eps however small the loss, for logits are rounded that are not."""
+    model = Direct(torch.tensor([12.0, 0.0]))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(50, 2)
+
+    def loss_fn(x):
+        return torch.nn.functional.cross_entropy(x + model.theta, torch.zeros(50, dtype=torch.long), reduction="none")
+
+    moves = 0.01 * torch.randn(50, 2, generator=generator)
+    found = gap_decomposition(model, loss_fn, x, neighbours=enumerate(model.theta.detach() + moves))
+    model = model.double()
+    exact = gap_decomposition(model, loss_fn, x.double(), neighbours=enumerate(model.theta.detach() + moves.double()))
+    assert exact.holds and "float64" not in str(exact)
+    assert abs(found.remainder.mean - exact.remainder.mean) > 0.1 * exact.sizes[1]  # noise of the size of the term
+    assert found.rounding >= 50 * 2**-23 and "take the model in float64" in str(found)
+
+
+def test_one_move_of_nan_is_told_wherever_it_stands():
+    model, loss_fn, x, y = network()
+    theta = vector(model)
+    for order in ((0, 1), (1, 0)):
+        moved = [theta + 0.01, theta * float("nan")]
+        found = gap_decomposition(model, loss_fn, x, y, neighbours=[(k, moved[k]) for k in order])
+        assert found.largest_move != found.largest_move and not found.holds and found.curvature.diverged == 1
+        whole = GapDecomposition.over_seeds(
+            [found, gap_decomposition(model, loss_fn, x, y, neighbours={0: theta + 0.01})]
+        )
+        assert whole.largest_move != whole.largest_move
+
+
+def test_the_test_gap_is_said_to_be_over_test_samples():
+    model, loss_fn, x, y = network()
+    found = gap_decomposition(model, loss_fn, x, y, neighbours={0: vector(model) + 0.01}, test=(x[:7], y[:7]))
+    line = next(line for line in str(found).splitlines() if line.startswith("test"))
+    assert line.endswith("over 7 test samples") and "test samples" not in str(GapDecomposition.over_seeds([found] * 2))
+
+
+def test_frozen_parameters_may_be_among_the_neighbours():
+    model, loss_fn, x, y = network()
+    model[0].bias.requires_grad_(False)
+    moved = {name: p.detach() + 0.01 for name, p in model.named_parameters()}
+    found = gap_decomposition(model, loss_fn, x, y, neighbours={0: moved})
+    moved.pop("0.bias")
+    assert str(gap_decomposition(model, loss_fn, x, y, neighbours={0: moved})) == str(found)
+    with pytest.raises(ArgumentError, match="neighbour 0 has unknown other"):
+        gap_decomposition(model, loss_fn, x, y, neighbours={0: {**moved, "other": moved["0.weight"]}})
+
+
 def test_mistakes_are_errors():
     model, loss_fn, x, y = network()
     theta = vector(model)

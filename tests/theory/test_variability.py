@@ -151,7 +151,15 @@ GOOD = {"samples": 4, "steps": 2, "parts": [4.0, 3.0, 2.0, 1.0]}
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"samples": 5}, {"steps": -1}, {"parts": [1.0]}, {"parts": [1, 2, 3, math.nan]}, {"parts": None}]
+    "wrong",
+    [
+        {"samples": 5},
+        {"steps": -1},
+        {"parts": [1.0]},
+        {"parts": [1, 2, 3, math.nan]},
+        {"parts": [1, 2, 3, math.inf]},
+        {"parts": None},
+    ],
 )
 def test_what_is_no_state_is_refused(wrong):
     bound = VariabilityBound(4)
@@ -175,3 +183,22 @@ def test_mistakes_are_errors():
         with pytest.raises(ArgumentError, match=message):
             bound.update(**{"lr": 0.1, "batch_size": 2, **both, **options})
     assert bound.state_dict() == VariabilityBound(4).state_dict()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"lr": 1e200, "population": 1e300, "deviation": 1.0},
+        {"lr": 0.1, "population": 1.7e308, "deviation": 1.7e308},
+        {"lr": 0.1, "population": 1.0, "deviation": 1.0, "expansion": 1e200},
+    ],
+)
+def test_a_bound_beyond_all_numbers_is_refused(step):
+    bound = VariabilityBound(4)
+    bound.update(0.1, 1, population=1.0, deviation=1.0)
+    before = bound.state_dict()
+    with pytest.raises(ArgumentError, match="beyond the numbers that a float holds"):
+        bound.update(**{"batch_size": 1, **step})
+    assert bound.state_dict() == before
+    bound.update(1e-200, 1, population=1e300, deviation=0.0)
+    assert bound.steps == 2
