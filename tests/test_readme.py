@@ -95,7 +95,7 @@ def test_units_are_as_they_are_said_to_be():
 
 def test_the_commands_exist():
     commands = [line.partition("#")[0].split() for line in re.findall(r"^bootgrad .*$", README, re.MULTILINE)]
-    assert {words[1] for words in commands} == {"train", "compare", "plan", "info"}
+    assert {words[1] for words in commands} == {"train", "compare", "experiment", "diagnose", "plan", "info"}
     for words in commands:
         assert callable(cli._parser().parse_args(words[1:]).run)
 
