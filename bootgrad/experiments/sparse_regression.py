@@ -31,7 +31,8 @@ strengths. Beside it: plain SGD, also with as many steps as the penalties cost (
 from earlier steps, {PRODUCTS} times with the full gradient in every step, as here; the latter in the full form), gradient
 descent, the same with isotropic noise of the power that SGD's has at each point, weight decay, and SAM. Of every method the
 whole grid of learning rates and strengths is run, and the setting is taken that has the lowest mean loss on {VALIDATION}
-fresh samples, over data sets of seeds that serve nothing else.
+fresh samples, over data sets of seeds that serve nothing else. The start was settled after 0.1, 0.3 and 0.5 had been looked
+at: at 0.3 the benefit is a few percent.
 """
 SETTING = ("lr", "strength", "ratio")
 COLUMNS = ("stage", "method", *SETTING, "seed", "train_loss", "validation_loss", "test_loss")
