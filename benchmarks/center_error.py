@@ -9,7 +9,6 @@ and over seeds.
 """
 
 import argparse
-import csv
 import itertools
 import statistics
 from collections import defaultdict
@@ -23,7 +22,7 @@ from bootgrad import centers
 from bootgrad.training.data import ImageData, load
 from bootgrad.training.model import reference_cnn
 
-from .results import FOLDER, setting
+from .results import FOLDER, setting, write
 
 MOMENTA = (0.0, 0.9)
 THIRDS = ("first third", "second third", "last third")
@@ -124,10 +123,7 @@ def main() -> None:
             f"momentum {row['momentum']}  {row['center']:24}{row['part']:14}"
             f"error {row['relative_error']:>6}   cosine {row['cosine']:>6}"
         )
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ on each of the N data sets with one of them replaced, with more samples than coo
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 import bootgrad
 from bootgrad.intervals import Interval, interval
 
-from .results import FOLDER, setting
+from .results import FOLDER, setting, write
 
 D, SPARSITY, NOISE = 16, 3, 0.5
 SAMPLES = {"more samples than coordinates": 32, "fewer": 12}
@@ -133,11 +132,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--csv", type=Path, default=FOLDER / "degenerate.csv")
     options = parser.parse_args()
-    found = rows(options.seeds)
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
+    write(options.csv, rows(options.seeds))
 
 
 if __name__ == "__main__":

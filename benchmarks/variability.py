@@ -10,7 +10,6 @@ small network, where ρ is taken from the extreme eigenvalues of the training lo
 """
 
 import argparse
-import csv
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.func import functional_call, grad, vmap
 import bootgrad
 from bootgrad.theory import Hessian, VariabilityBound
 
-from .results import FOLDER, setting
+from .results import FOLDER, setting, write
 
 N, B, POOL, D, CLASSES = 64, 8, 512, 8, 3
 REPLACEMENTS = 4  # z'_i for each i
@@ -166,11 +165,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--csv", type=Path, default=FOLDER / "variability.csv")
     options = parser.parse_args()
-    found = rows(options.seeds)
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
+    write(options.csv, rows(options.seeds))
 
 
 if __name__ == "__main__":

@@ -111,6 +111,14 @@ def compare(study: Study, problem: Problem, way: Way, epochs: float | None = Non
         study.rows({**best, "stage": "final", "seed": seed}, partial(whole, seed))
 
 
+def compare_all(study: Study, problems: Sequence[Problem], ways: Sequence[Way]) -> None:
+    """`compare` all ways on all problems, under a progress bar."""
+    with study.progress(sum(p.calls(ways, len(study.seeds)) for p in problems), study.options.name):
+        for problem in problems:
+            for way in ways:
+                compare(study, problem, way)
+
+
 def final(table: Table, **settings: Value) -> Table:
     """The final rows that have some settings, seed by seed."""
     found = table.where(stage="final", **settings)

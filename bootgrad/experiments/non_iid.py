@@ -15,7 +15,7 @@ from .image_comparison import (
     SEARCH_SEED,
     Problem,
     against_sgd,
-    compare,
+    compare_all,
     draw_problems,
     lower,
     measured,
@@ -115,11 +115,7 @@ def problems(data: ImageData, full: bool) -> list[Problem]:
 
 def run(study: Study) -> None:
     """All ways on both problems."""
-    both = problems(shrunk(study.images()), study.full)
-    with study.progress(sum(p.calls(WAYS, len(study.seeds)) for p in both), "non-iid"):
-        for p in both:
-            for way in WAYS:
-                compare(study, p, way)
+    compare_all(study, problems(shrunk(study.images()), study.full), WAYS)
 
 
 def claims(table: Table) -> list[Claim]:

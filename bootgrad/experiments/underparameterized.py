@@ -16,7 +16,7 @@ from .image_comparison import (
     QUICK_GRID,
     Problem,
     against_sgd,
-    compare,
+    compare_all,
     draw_problems,
     final,
     lower,
@@ -92,11 +92,7 @@ def problems(data: ImageData, full: bool) -> list[Problem]:
 
 def run(study: Study) -> None:
     """All ways on all problems."""
-    found = problems(shrunk(study.images()), study.full)
-    with study.progress(sum(p.calls(WAYS, len(study.seeds)) for p in found), "underparameterized"):
-        for p in found:
-            for way in WAYS:
-                compare(study, p, way)
+    compare_all(study, problems(shrunk(study.images()), study.full), WAYS)
 
 
 def claims(table: Table) -> list[Claim]:
