@@ -3,7 +3,6 @@
 L(θ) + λ₁ (1/B) Σ_i ‖g_i − c‖² + λ₂ ‖ḡ − c‖²
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -12,9 +11,10 @@ from ..intervals import Interval, interval
 from ..training.data import ImageData
 from .evidence import Claim
 from .image_comparison import COLUMNS as OF_RUNS
-from .image_comparison import FULL_GRID, QUICK_GRID, Problem, compare, draw_intervals, final, intervals, lower, measured
+from .image_comparison import FULL_GRID, QUICK_GRID, Problem, compare, compare_times, final, same_time
 from .image_draws import draw as draw_images
 from .image_draws import is_small, shrunk
+from .image_reports import against_sgd, draw_intervals, intervals, lower, measured
 from .image_runs import BOTH, REG1, REG2, SGD, UNCENTERED, Way
 from .study import Study
 from .table import Table, Value
@@ -48,11 +48,6 @@ def problems(data: ImageData, full: bool) -> tuple[Problem, Problem]:
     return small, replace(small, settings={"batch": LARGE}, batch=LARGE, epochs=epochs * LARGE / SMALL)
 
 
-def same_time(way: Way) -> Way:
-    """SGD for as long as a way takes."""
-    return replace(SGD, name=f"sgd, time of {way.name}")
-
-
 def run(study: Study) -> None:
     """All ways in small batches, then SGD with their times, then large batches; the quick form has Reg1 alone for these.
 
@@ -67,24 +62,14 @@ def run(study: Study) -> None:
     with study.progress(total, "cnn"):
         for way in WAYS:
             compare(study, small, way)
-        for way in timed:
-            ratio = interval(final(study.table, way=way.name, batch=SMALL).column("ratio")).mean
-            compare(study, small, same_time(way), small.epochs * ratio if math.isfinite(ratio) else None)
+        compare_times(study, small, timed)
         for way in in_large:
             compare(study, large, way)
 
 
 def claims(table: Table) -> list[Claim]:
     """Each way against SGD at equal epochs and at equal time; small batches against large ones; Reg2's center."""
-    found = []
-    for way in WAYS[1:]:
-        for plain, when, source in ((SGD, "equal epochs", SECTION), (same_time(way), "equal time", "ours")):
-            text = f"{way.name} ends at {{}} than SGD of {when}"
-            ends = text.format("a lower test loss"), text.format("a higher accuracy")
-            for said, column in zip(ends, ("test_loss", "test_accuracy"), strict=True):
-                found += _claim(table, (way, SMALL), (plain, SMALL), said, column, source)
-        text = f"{way.name} is better than SGD of equal time where both are stopped by validation"
-        found += _claim(table, (way, SMALL), (same_time(way), SMALL), text, "stopped_loss", "ours")
+    found = against_sgd(table, WAYS[1:], SECTION, {"batch": SMALL})
     found += _claim(table, (SGD, SMALL), (SGD, LARGE), f"SGD of batches of {LARGE} loses against batches of {SMALL}")
     for way in LARGE_WAYS[1:]:
         text = f"with {way.name}, batches of {LARGE} are better than without"
@@ -98,13 +83,14 @@ def claims(table: Table) -> list[Claim]:
     return [*found, Claim(text, SECTION, f"{PAPERS_RATIO} − time of a step", ratio)]
 
 
-def _claim(table: Table, first: tuple[Way, int], second: tuple[Way, int], text: str, column: str = "test_loss",
-           source: str = SECTION) -> list[Claim]:  # fmt: skip
+def _claim(
+    table: Table, first: tuple[Way, int], second: tuple[Way, int], text: str, column: str = "test_loss"
+) -> list[Claim]:
     """`lower` of two ways and batch sizes; none where one was not run."""
     kinds: list[dict[str, Value]] = [{"way": way.name, "batch": batch} for way, batch in (first, second)]
     if not all(len(final(table, **kind)) for kind in kinds):
         return []
-    return [lower(table, *kinds, text=text, source=source, column=column)]
+    return [lower(table, *kinds, text=text, source=SECTION, column=column)]
 
 
 def tables(table: Table) -> str:

@@ -7,7 +7,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,11 +17,16 @@ from torch import Tensor, nn
 
 import bootgrad
 
+from ..centers import Center
+from ..strengths import Rule
 from .image_draws import Draw, Pair
 
 LOSSES = ("train_loss", "validation_loss", "test_loss", "gap", "stopped_loss")
-MEASURES = (*LOSSES, "train_accuracy", "test_accuracy", "gamma", "ratio", "steps")
+OF_STEPS = ("ratio", "steps", "reg1", "reg2")
+MEASURES = (*LOSSES, "train_accuracy", "test_accuracy", "gamma", *OF_STEPS)
 Network = Callable[[tuple[int, int, int], int], nn.Module]
+MakeCenter = Callable[[nn.Module, Pair], Center]
+MakeRule = Callable[[str, float, torch.optim.Optimizer], Rule]
 _PLAIN_EVERY, _CHUNK, _GAMMA_IMAGES = 8, 500, 1000
 
 
@@ -34,24 +39,39 @@ class Way:
     """A way to train: SGD on the mean loss + λ₁ Reg1 + λ₂ Reg2, with λ₁ = reg1 · s and λ₂ = reg2 · B · s.
 
     Reg2 is about Γ/B, so that s means much the same to both, and for every batch size.
+
+    Attributes:
+        name: of the way.
+        reg1: whether Reg1 is taken, and how strongly.
+        reg2: likewise.
+        center: its name, or (model, training images) → the center.
+        rule: (``"reg1"`` or ``"reg2"``, the λ it would have, optimizer) → the rule that sets λ in place of a constant.
     """
 
     name: str
     reg1: float = 0.0
     reg2: float = 0.0
-    center: str = "batch_mean"
+    center: str | MakeCenter = "batch_mean"
+    rule: MakeRule | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether it has no penalty."""
         return self.reg1 == 0 and self.reg2 == 0
 
-    def regularizer(self, model: nn.Module, strength: float, batch: int) -> bootgrad.GradientRegularizer | None:
+    def regularizer(
+        self, model: nn.Module, images: Pair, optimizer: torch.optim.Optimizer, strength: float, batch: int
+    ) -> bootgrad.GradientRegularizer | None:
         """What takes its backward passes; None where these are plain."""
         if self.is_plain:
             return None
-        reg1, reg2 = self.reg1 * strength, self.reg2 * batch * strength
-        return bootgrad.GradientRegularizer(model, reg1=reg1, reg2=reg2, center=self.center, statistics=False)
+        center = self.center if isinstance(self.center, str) else self.center(model, images)
+
+        def asked(name: str, value: float) -> float | Rule:
+            return self.rule(name, value, optimizer) if self.rule is not None and value else value
+
+        reg1, reg2 = asked("reg1", self.reg1 * strength), asked("reg2", self.reg2 * batch * strength)
+        return bootgrad.GradientRegularizer(model, reg1=reg1, reg2=reg2, center=center, statistics=False)
 
 
 SGD = Way("sgd")
@@ -62,7 +82,7 @@ BOTH = Way("both", reg1=1.0, reg2=1.0, center="ema")
 
 
 def train(model: nn.Module, images: Pair, way: Way, *, lr: float, strength: float, batch: int, epochs: float, seed: int,
-          on_epoch: Callable[[], object] = lambda: None) -> tuple[float, int]:  # fmt: skip
+          on_epoch: Callable[[], object] = lambda: None) -> dict[str, float]:  # fmt: skip
     """Train by SGD, in whole batches of images that are shuffled anew in each epoch.
 
     Before every eighth step a copy of the model takes a plain one of the same batch, and both are timed.
@@ -79,7 +99,8 @@ def train(model: nn.Module, images: Pair, way: Way, *, lr: float, strength: floa
         on_epoch: called after each epoch, and at the end.
 
     Returns:
-        Median seconds of a step over those of a plain one, nan if none was timed; and the number of steps.
+        The columns `OF_STEPS`: median seconds of a step over those of a plain one, nan if none was timed, the number of steps,
+        and λ₁ and λ₂ of the last one.
 
     Raises:
         Diverged: a loss was not finite.
@@ -88,11 +109,12 @@ def train(model: nn.Module, images: Pair, way: Way, *, lr: float, strength: floa
     B = min(batch, len(y))
     per_epoch = len(y) // B
     steps = round(epochs * per_epoch)
-    optimizer, regularizer = torch.optim.SGD(model.parameters(), lr=lr), way.regularizer(model, strength, B)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    regularizer = way.regularizer(model, images, optimizer, strength, B)
     plain = copy.deepcopy(model)
     of_plain = torch.optim.SGD(plain.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(seed)
-    pairs = []
+    pairs, strengths = [], dict.fromkeys(("reg1", "reg2"), 0.0)
     for number in range(steps):
         place = number % per_epoch
         if place == 0:
@@ -101,22 +123,23 @@ def train(model: nn.Module, images: Pair, way: Way, *, lr: float, strength: floa
         is_timed = number % _PLAIN_EVERY == _PLAIN_EVERY // 2
         if is_timed or number == 0:
             plain.load_state_dict(model.state_dict())
-            of_step = _step(plain, of_plain, None, x[chosen], y[chosen])
-        seconds = _step(model, optimizer, regularizer, x[chosen], y[chosen])
+            of_step, _ = _step(plain, of_plain, None, x[chosen], y[chosen])
+        seconds, taken = _step(model, optimizer, regularizer, x[chosen], y[chosen])
+        strengths |= taken
         if is_timed:
             pairs.append((seconds, of_step))
         if place == per_epoch - 1 or number == steps - 1:
             on_epoch()
     ours, theirs = zip(*(pairs or [(math.nan, math.nan)]), strict=True)
-    return statistics.median(ours) / statistics.median(theirs), steps
+    return {"ratio": statistics.median(ours) / statistics.median(theirs), "steps": steps, **strengths}
 
 
 def run(way: Way, images: Draw, network: Network, *, final: bool, seed: int, **options) -> dict[str, float]:
     """Train a new model, and measure it: the columns `MEASURES` of a row.
 
     Accuracies and losses are means over images, ``gap`` the test loss minus the training loss, ``stopped_loss`` the test
-    loss after the epoch with the lowest validation loss, ``gamma`` Γ of up to 1000 training images, ``ratio`` and ``steps``
-    as `train` returns them. Of a run that diverged losses are infinite, and the others nan.
+    loss after the epoch with the lowest validation loss, ``gamma`` Γ of up to 1000 training images, the rest as `train` returns
+    it. Of a run that diverged losses are infinite, and the others nan.
 
     Args:
         way: how to train.
@@ -131,8 +154,8 @@ def run(way: Way, images: Draw, network: Network, *, final: bool, seed: int, **o
     model = network((shape[0], shape[1], shape[2]), images.classes)
     best = Best(model, images.validation)
     try:
-        ratio, steps = train(model, images.train, way, seed=seed, on_epoch=best.look, **options)
-        row = {"gamma": gamma(model, images.train) if final else math.nan, "ratio": ratio, "steps": steps}
+        row = train(model, images.train, way, seed=seed, on_epoch=best.look, **options)
+        row["gamma"] = gamma(model, images.train) if final else math.nan
     except Diverged:
         return {name: math.inf if name in (LOSSES if final else LOSSES[:2]) else math.nan for name in MEASURES}
     row["train_loss"], row["train_accuracy"] = evaluate(model, images.train)
@@ -186,13 +209,16 @@ def losses_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return losses
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, regularizer, x: Tensor, y: Tensor) -> float:
-    """Take a step; its seconds."""
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, regularizer, x: Tensor, y: Tensor
+) -> tuple[float, Mapping[str, float]]:
+    """Take a step; its seconds, and λ by penalty."""
     start = time.perf_counter()
     optimizer.zero_grad()
+    strengths: Mapping[str, float] = {}
     if regularizer is None:
         losses_of(model, x, y).mean().backward()
     else:
-        regularizer.backward(partial(losses_of, model), x, y)
+        strengths = regularizer.backward(partial(losses_of, model), x, y).strengths
     optimizer.step()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, strengths

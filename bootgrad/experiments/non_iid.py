@@ -9,19 +9,10 @@ from ..errors import DataError
 from ..training.data import ImageData
 from .evidence import Claim
 from .image_comparison import COLUMNS as OF_RUNS
-from .image_comparison import (
-    FULL_GRID,
-    QUICK_GRID,
-    SEARCH_SEED,
-    Problem,
-    against_sgd,
-    compare_all,
-    draw_problems,
-    lower,
-    measured,
-)
+from .image_comparison import FULL_GRID, QUICK_GRID, SEARCH_SEED, Problem, compare_all
 from .image_draws import Draw, Pair, is_small, shrunk
 from .image_draws import draw as draw_images
+from .image_reports import against_sgd, draw_problems, lower, measured
 from .image_runs import BOTH, REG1, REG2, SGD
 from .study import Study
 from .table import Table
@@ -32,7 +23,8 @@ ABOUT = """
 A bootstrap knows what it draws from: it cannot tell how much a solution would move under a distribution that it has not seen.
 In the first problem nine tenths of the training images are of one class, another one for each seed, and the test images of all
 classes alike; in the second a CNN is trained on the upper halves of images and tested on the lower ones. SGD, Reg1 about the
-batch mean, Reg2 and both about a moving average; λ₁ = s, λ₂ = B·s. Validation images are of the training distribution, for
+batch mean, Reg2 and both about a moving average; λ₁ = s, λ₂ = B·s; in the full form also SGD with as many more epochs as fit
+into the time of each. Validation images are of the training distribution, for
 another is not known when one trains. In the first problem, whose images are few, a setting's validation loss is the mean over
 three searches, each with another class in excess, in the full form.
 """
@@ -114,14 +106,15 @@ def problems(data: ImageData, full: bool) -> list[Problem]:
 
 
 def run(study: Study) -> None:
-    """All ways on both problems."""
-    compare_all(study, problems(shrunk(study.images()), study.full), WAYS)
+    """All ways on both problems; in the full form SGD of their times, too."""
+    compare_all(study, problems(shrunk(study.images()), study.full), WAYS, WAYS[1:] if study.full else ())
 
 
 def claims(table: Table) -> list[Claim]:
     """Each way against SGD, and its Γ."""
-    found = against_sgd(table, WAYS[1:], SECTION)
+    found = []
     for problem in (SKEWED, HALVES):
+        found += against_sgd(table, WAYS[1:], SECTION, {"problem": problem}, f"{problem}: ")
         mine, theirs = ({"problem": problem, "way": way.name} for way in (REG1, SGD))
         text = f"{problem}: Reg1 lowers Γ of the training images at the end"
         found.append(lower(table, mine, theirs, text=text, source=SECTION, column="gamma"))

@@ -15,9 +15,10 @@ from .conduct import markdown
 from .covariances import STATISTICS, compared, gram
 from .evidence import Claim
 from .image_comparison import COLUMNS as OF_RUNS
-from .image_comparison import FULL_GRID, QUICK_GRID, Problem, compare, draw_intervals, final, intervals, lower, measured
+from .image_comparison import FULL_GRID, QUICK_GRID, Problem, compare, compare_times, final, same_time
 from .image_draws import Pair, is_small, shrunk
 from .image_draws import draw as draw_images
+from .image_reports import against_sgd, draw_intervals, intervals, measured
 from .image_runs import MEASURES, REG1, REG2, SGD, Diverged, train
 from .study import Study
 from .table import Row, Table, Value
@@ -30,7 +31,8 @@ A mini-batch stands for the population, and with few training images it is a poo
 compared with Σ, that of held-out images at the same parameters: ratio of the traces, overlap of the spaces of the five largest
 eigenvalues (1 where they are the same), and ‖Σ̂ − Σ‖_F / ‖Σ‖_F. Mini-batches are of training images, and for comparison of fresh
 ones: what these miss is the size of the sample, what only those of training images miss is overfitting. Then SGD is compared
-with Reg1 about the batch mean and Reg2 about a moving average on as many images; λ₁ = s, λ₂ = B·s.
+with Reg1 about the batch mean and Reg2 about a moving average on as many images; λ₁ = s, λ₂ = B·s; in the full form also with
+as many more epochs as fit into the time of each.
 """
 COLUMNS = ("size", "moment", "source", "sample", *OF_RUNS, *STATISTICS)
 
@@ -103,7 +105,7 @@ def along(data: ImageData, p: Problem, lr: float, seed: int, half: int, moments:
 
 
 def run(study: Study) -> None:
-    """For each number of images: all ways, then Σ along SGD's path.
+    """For each number of images: all ways, SGD of their times in the full form, and Σ along SGD's path.
 
     Raises:
         DataError: the data set is too small.
@@ -117,10 +119,13 @@ def run(study: Study) -> None:
     moments = (START, TENTH, END) if study.full else (START, END)
     problems = [problem(data, size, study.full) for size in sizes]
     seeds = len(study.seeds)
-    with study.progress(sum(p.calls(WAYS, seeds) + seeds for p in problems), "small-data"):
+    timed = WAYS[1:] if study.full else ()
+    calls = (*WAYS, *map(same_time, timed))
+    with study.progress(sum(p.calls(calls, seeds) + seeds for p in problems), "small-data"):
         for size, p in zip(sizes, problems, strict=True):
             for way in WAYS:
                 compare(study, p, way)
+            compare_times(study, p, timed)
             lr = float(final(study.table, way=SGD.name, size=size).rows[0]["lr"])
             for seed in study.seeds:
                 settings: dict[str, Value] = {"stage": "covariance", "size": size, "way": SGD.name, "seed": seed}
@@ -140,10 +145,7 @@ def claims(table: Table) -> list[Claim]:
         ratios = _statistic(table, "trace_ratio", size, END, "training", BATCH)
         text = f"with {size} images, the trace of training images underestimates the population's at the end"
         found.append(Claim(text, SECTION, "1 − ratio of traces", interval(1 - r for r in ratios)))
-        for way in WAYS[1:]:
-            text = f"with {size} images, {way.name} ends at a lower test loss than SGD"
-            mine, theirs = ({"way": w.name, "size": size} for w in (way, SGD))
-            found.append(lower(table, mine, theirs, text=text, source=SECTION))
+        found += against_sgd(table, WAYS[1:], SECTION, {"size": size}, f"with {size} images, ")
     return found
 
 

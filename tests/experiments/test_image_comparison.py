@@ -3,11 +3,10 @@ from functools import partial
 
 import pytest
 
-from bootgrad.experiments.image_comparison import COLUMNS, Grid, Problem, compare, final, intervals, lower, measured
+from bootgrad.experiments.image_comparison import COLUMNS, Grid, Problem, compare, compare_all, final
 from bootgrad.experiments.image_draws import draw
 from bootgrad.experiments.image_runs import MEASURES, REG1, SGD
 from bootgrad.experiments.study import Options, Study
-from bootgrad.experiments.table import Table
 
 from .images import blobs, network
 
@@ -56,45 +55,26 @@ def test_a_search_may_have_part_of_the_images_and_several_seeds(problem, tmp_pat
     assert study.table.where(stage="search 2").column("validation_loss") == [1001.0]
 
 
-def rows(way, lr, losses, stage="final"):
-    measures = dict.fromkeys(MEASURES, 0.5)
-    return [
-        {
-            "stage": stage,
-            "problem": "p",
-            "way": way,
-            "lr": lr,
-            "strength": 0.0,
-            "seed": k,
-            **measures,
-            "test_loss": loss,
-        }
-        | {"test_accuracy": 1 - loss / 10, "gamma": 10.0**loss}
-        for k, loss in enumerate(losses)
-    ]
+def test_plain_training_is_given_the_same_time(problem, tmp_path, monkeypatch):
+    def told(way, images, network, *, final, seed, **options):
+        return {**dict.fromkeys(MEASURES, 1.0), "ratio": math.nan if way.is_plain else 3.0, "steps": options["epochs"]}
+
+    monkeypatch.setattr("bootgrad.experiments.image_comparison.run", told)
+    study = Study(Options("trial", seeds=2), HERE, tmp_path)
+    other = Problem(**{**vars(problem), "settings": {"problem": "others"}})
+    compare_all(study, [problem, other], (SGD, REG1), timed=(REG1,))
+    assert study.table.values("way") == ["sgd", "reg1", "sgd, time of reg1"]
+    for name in ("blobs", "others"):
+        epochs = [final(study.table, problem=name, way=way).column("steps") for way in study.table.values("way")]
+        assert epochs == [[2, 2], [2, 2], [6, 6]]
+    assert len(study.table) == sum(p.calls((SGD, REG1, SGD), 2) for p in (problem, other))
 
 
-@pytest.fixture
-def table():
-    searched = [row for lr in (0.01, 0.1, 0.3) for way in ("a", "b") for row in rows(way, lr, [1.0], "search 1")]
-    return Table(HERE, [*searched, *rows("a", 0.3, [3.0, 1.0, 2.0])[::-1], *rows("b", 0.1, [4.1, 2.0, 2.9])])
+def test_a_way_that_always_diverged_is_given_no_more_time(problem, tmp_path, monkeypatch):
+    def told(way, images, network, *, final, seed, **options):
+        return {**dict.fromkeys(MEASURES, math.inf), "ratio": math.nan, "steps": options["epochs"]}
 
-
-@pytest.mark.parametrize(
-    ("column", "mean", "quantity"),
-    [
-        ("test_loss", 1.0, "test loss of b − a"),
-        ("test_accuracy", 0.1, "test accuracy of a − b"),
-        ("gamma", 1.0, "log₁₀ Γ of b − a"),
-    ],
-)
-def test_what_is_better_is_above_zero(table, column, mean, quantity):
-    claim = lower(table, {"way": "a"}, {"way": "b"}, text="", source="ours", column=column)
-    assert claim.found.mean == pytest.approx(mean) and claim.found.low > 0 and claim.quantity == quantity
-
-
-def test_tables_show_all_and_say_where_a_search_ended_at_an_edge(table):
-    text = measured(table, ("problem",))
-    assert "| p | a | 0.3 | 0 | 2 [-0.484, 4.48] |" in text
-    assert text.endswith("At an edge of what was searched: learning rate of p a.")
-    assert {way: found.mean for way, found in intervals(table, "test_loss").items()} == pytest.approx({"a": 2, "b": 3})
+    monkeypatch.setattr("bootgrad.experiments.image_comparison.run", told)
+    study = Study(Options("trial", seeds=2), HERE, tmp_path)
+    compare_all(study, [problem], (REG1,), timed=(REG1,))
+    assert final(study.table, way="sgd, time of reg1").column("steps") == [2, 2]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from bootgrad.centers import EmaMean
 from bootgrad.errors import DataError
 from bootgrad.experiments.image_draws import draw
 from bootgrad.experiments.image_runs import (
@@ -23,6 +24,7 @@ from bootgrad.experiments.image_runs import (
     run,
     train,
 )
+from bootgrad.strengths import Bound
 from bootgrad.training.model import reference_cnn
 
 from .images import blobs, network, per_sample, rows_of, same
@@ -79,16 +81,43 @@ def test_steps_are_those_of_plain_autograd(images, way):
         slopes = torch.autograd.grad(total, list(parameters.values()))
         moving, weight = 0.9 * moving + 0.1 * mean.detach(), 0.9 * weight + 0.1
         parameters = {n: (p - lr * g).detach() for (n, p), g in zip(parameters.items(), slopes, strict=True)}
-    _, steps = train(model, (x, y), way, lr=lr, strength=s, batch=B, epochs=0.75, seed=7)
-    assert steps == 3
+    found = train(model, (x, y), way, lr=lr, strength=s, batch=B, epochs=0.75, seed=7)
+    assert found["steps"] == 3 and (found["reg1"], found["reg2"]) == (way.reg1 * s, way.reg2 * B * s)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), parameters[name], rtol=1e-10, atol=1e-12)
 
 
-def test_strengths_are_of_the_batch():
-    regularizer = Way("w", reg1=2.0, reg2=3.0, center="ema").regularizer(network(), 0.01, 16)
+def test_strengths_are_of_the_batch(images):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regularizer = Way("w", reg1=2.0, reg2=3.0, center="ema").regularizer(model, images.train, optimizer, 0.01, 16)
     assert regularizer.strengths == {"reg1": 0.02, "reg2": pytest.approx(0.48)}
-    assert SGD.regularizer(network(), 0.01, 16) is None
+    assert SGD.regularizer(model, images.train, optimizer, 0.01, 16) is None
+
+
+def test_a_way_may_have_a_center_and_rules_of_its_own(images):
+    model, seen = network(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def center(model, images):
+        seen.append(images)
+        return EmaMean(0.5)
+
+    def rule(name, value, optimizer):
+        seen.append((name, value))
+        return Bound(optimizer, scale=value)
+
+    way = Way("w", reg1=2.0, reg2=3.0, center=center, rule=rule)
+    regularizer = way.regularizer(model, images.train, optimizer, 0.01, 16)
+    assert regularizer.centers["reg2"].decay == 0.5
+    assert (
+        {name: r.scale for name, r in regularizer.strengths.items()} == dict(seen[1:]) == {"reg1": 0.02, "reg2": 0.48}
+    )
+    assert seen[0] is images.train
+    only = Way("w", reg1=2.0, rule=rule).regularizer(model, images.train, optimizer, 0.01, 16)
+    assert only.strengths["reg2"] == 0
+    found = train(model, images.train, way, lr=0.1, strength=0.01, batch=16, epochs=1, seed=0)
+    assert found["reg1"] == pytest.approx(0.02 * 0.1 / 32) and found["reg2"] == pytest.approx(0.48 * 0.1 / 2)
 
 
 def test_gamma_is_the_covariance_trace_of_all_images():
@@ -159,12 +188,12 @@ def test_the_best_parameters_are_kept(images):
 
 def test_fewer_images_than_a_batch_are_one_batch(images):
     few = images.train[0][:5], images.train[1][:5]
-    ratio, steps = train(network(), few, SGD, lr=0.1, strength=0.0, batch=16, epochs=2, seed=0)
-    assert steps == 2 and math.isnan(ratio)
+    found = train(network(), few, SGD, lr=0.1, strength=0.0, batch=16, epochs=2, seed=0)
+    assert found["steps"] == 2 and math.isnan(found["ratio"])
 
 
 def test_a_penalty_takes_longer_than_a_plain_step(images):
     torch.manual_seed(0)
     model = reference_cnn((1, 8, 8), 4)
-    ratio, _ = train(model, images.train, BOTH, lr=0.01, strength=0.01, batch=32, epochs=24, seed=0)
-    assert 1 < ratio < 10
+    found = train(model, images.train, BOTH, lr=0.01, strength=0.01, batch=32, epochs=24, seed=0)
+    assert 1 < found["ratio"] < 10
