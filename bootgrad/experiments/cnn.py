@@ -28,7 +28,8 @@ with Reg1 about the batch mean; with both about the moving average. A step with 
 epochs as fit into the time of each way. Batches of 128 take as many steps as those of 16, and so differ from them in their
 noise alone; what they lose, penalties should give back. λ₁ = s and λ₂ = B·s, for Reg2 is about Γ/B. The time of a step is a
 multiple of that of plain steps, which a copy of the model takes in between. Learning rate and s are those with the lowest
-validation loss. Images of more than 256 pixels are halved by averaging.
+validation loss; images of more than 100 pixels are searched on a third of the training set, in as many epochs. Images of more
+than 256 pixels are halved by averaging.
 """
 COLUMNS = ("batch", *OF_RUNS)
 

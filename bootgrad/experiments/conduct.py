@@ -111,7 +111,9 @@ def summary(experiment: Experiment, study: Study) -> str:
         f"The {form} form, {study.options.seeds} seeds, {_duration(study.seconds)} of computing: "
         f"`bootgrad experiment {study.options.name}{' --full' if study.full else ''}"
         f"{f' --data {study.options.data}' if study.options.data else ''} --seeds {study.options.seeds}`. "
-        "Intervals are over seeds, by Student's t; a claim is unclear where runs diverged. Numbers of all runs: results.csv.",
+        "Intervals are over seeds, by Student's t, each at 95 %: of many claims without any effect one in twenty would be "
+        "decided by chance. Settings that were searched for are those of one search, whose luck is not in the intervals. "
+        "A claim is unclear where runs diverged. Numbers of all runs: results.csv.",
         "",
         *(
             f"- {place['date']}: {place['device']['name']}, {place['device']['threads']} threads, torch "

@@ -58,6 +58,13 @@ def mean_correlation(pairs: Iterable[tuple[Sequence[float], Sequence[float]]]) -
     return Interval(math.tanh(z.mean), math.tanh(z.low), math.tanh(z.high), z.n, z.diverged)
 
 
+def within(found: Interval, margin: float) -> Interval:
+    """``margin − |x|`` for an interval of x: above zero as a whole where all of it lies between −margin and margin."""
+    sizes = sorted((abs(found.low), abs(found.high)))
+    nearest = 0.0 if found.low <= 0 <= found.high else sizes[0]
+    return Interval(margin - abs(found.mean), margin - sizes[1], margin - nearest, found.n, found.diverged)
+
+
 @dataclass(frozen=True)
 class Claim:
     """A statement that numbers can contradict.

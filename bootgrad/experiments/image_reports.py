@@ -18,11 +18,13 @@ def lower(table: Table, first: Mapping[str, Value], second: Mapping[str, Value],
           column: str = "test_loss") -> Claim:  # fmt: skip
     """A claim that a column is lower, or an accuracy higher, in the final rows of ``first`` than in those of ``second``.
 
-    Γ, which spans decades, is compared by its logarithm.
+    Γ, which spans decades, is compared by its logarithm. Learning rates are named where they differ.
     """
-    columns = [final(table, **settings).column(column) for settings in (first, second)]
-    differing = [name for name in first if name != "way" and first[name] != second[name]]
-    names = [", ".join([str(kind["way"]), *(f"{n} {kind[n]}" for n in differing)]) for kind in (first, second)]
+    rows = [final(table, **settings) for settings in (first, second)]
+    columns = [own.column(column) for own in rows]
+    kinds = [{**settings, "lr": own.rows[0]["lr"]} for settings, own in zip((first, second), rows, strict=True)]
+    differing = [name for name in kinds[0] if name != "way" and kinds[0][name] != kinds[1][name]]
+    names = [", ".join([str(kind["way"]), *(f"{n} {kind[n]}" for n in differing)]) for kind in kinds]
     name = column.replace("_", " ")
     if column == "gamma":
         columns = [[math.log10(value) if value > 0 else math.nan for value in values] for values in columns]

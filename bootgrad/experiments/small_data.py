@@ -13,7 +13,7 @@ from ..intervals import interval
 from ..training.data import ImageData
 from .conduct import markdown
 from .covariances import STATISTICS, compared, gram
-from .evidence import Claim
+from .evidence import Claim, within
 from .image_comparison import COLUMNS as OF_RUNS
 from .image_comparison import FULL_GRID, QUICK_GRID, Problem, compare, compare_times, final, same_time
 from .image_draws import Pair, is_small, shrunk
@@ -29,8 +29,9 @@ ABOUT = """
 A mini-batch stands for the population, and with few training images it is a poor stand-in. The CNN is trained by SGD on 1000,
 500 and 200 images. At its start, after a tenth of the training and at the end, the covariance Σ̂ of a mini-batch's gradients is
 compared with Σ, that of held-out images at the same parameters: ratio of the traces, overlap of the spaces of the five largest
-eigenvalues (1 where they are the same), and ‖Σ̂ − Σ‖_F / ‖Σ‖_F. Mini-batches are of training images, and for comparison of fresh
-ones: what these miss is the size of the sample, what only those of training images miss is overfitting. Then SGD is compared
+eigenvalues, and ‖Σ̂ − Σ‖_F / ‖Σ‖_F without what is noise of the held-out set. Directions of that set are an estimate, too, so
+that the overlap stays below 1. Mini-batches are of training images, and for comparison of fresh ones: what these miss is the
+size of the sample, what only those of training images miss is overfitting. Then SGD is compared
 with Reg1 about the batch mean and Reg2 about a moving average on as many images; λ₁ = s, λ₂ = B·s; in the full form also with
 as many more epochs as fit into the time of each.
 """
@@ -55,6 +56,12 @@ def problem(data: ImageData, size: int, full: bool) -> Problem:
     return Problem({"size": size, **_NO_SAMPLE}, draw, BATCH, epochs, grid, others=_NO_STATISTICS)
 
 
+def kinds(training: Pair, fresh: Pair) -> list[tuple[str, int]]:
+    """The mini-batches that are looked at: their sources and sizes."""
+    pairs = zip(SOURCES, (training, fresh), strict=True)
+    return [(source, sample) for source, own in pairs for sample in SAMPLES if sample <= len(own[1])]
+
+
 def estimates(model: nn.Module, training: Pair, fresh: Pair, population: Pair, seed: int) -> list[Row]:
     """How well mini-batches of training images, and of fresh ones, estimate the population's Σ: means over 20 of each size."""
     parts = (training, fresh, population)
@@ -62,14 +69,15 @@ def estimates(model: nn.Module, training: Pair, fresh: Pair, population: Pair, s
     generator = torch.Generator().manual_seed(seed)
     *places, others = torch.arange(len(K)).split([len(y) for _, y in parts])
     rows: list[Row] = []
-    for source, own in zip(SOURCES, places, strict=True):
-        for sample in (s for s in SAMPLES if s <= len(own)):
-            found = []
-            for _ in range(REPEATS):
-                index = torch.cat([own[torch.randperm(len(own), generator=generator)[:sample]], others])
-                found.append(compared(K[index][:, index], sample))
-            means = {name: statistics.fmean(f[name] for f in found) for name in STATISTICS}
-            rows.append({"source": source, "sample": sample, **means})
+    for source, sample in kinds(training, fresh):
+        own = places[SOURCES.index(source)]
+        found = []
+        for _ in range(REPEATS):
+            index = torch.cat([own[torch.randperm(len(own), generator=generator)[:sample]], others])
+            found.append(compared(K[index][:, index], sample))
+        means = {name: statistics.fmean(f[name] for f in found) for name in found[0]}
+        means["error"] = math.sqrt(max(0.0, means.pop("sq_error")))
+        rows.append({"source": source, "sample": sample, **means})
     return rows
 
 
@@ -99,7 +107,7 @@ def along(data: ImageData, p: Problem, lr: float, seed: int, half: int, moments:
             train(model, images.train, SGD, lr=lr, strength=0.0, batch=p.batch, epochs=moment * p.epochs, seed=seed)
             found = estimates(model, training, fresh, population, seed)
         except Diverged:
-            found = [{"source": source, "sample": SAMPLES[0], **_NO_STATISTICS} for source in SOURCES]
+            found = [{"source": source, "sample": n, **_NO_STATISTICS} for source, n in kinds(training, fresh)]
         rows += [{"moment": moment, "lr": lr, "strength": 0.0, **dict.fromkeys(MEASURES, math.nan), **f} for f in found]
     return rows
 
@@ -137,14 +145,12 @@ def claims(table: Table) -> list[Claim]:
     found = []
     for size in _sizes(table):
         for moment, when in ((START, "at the start"), (END, "at the end")):
-            ratios = _statistic(table, "trace_ratio", size, moment, "training", BATCH)
+            logs = interval(map(_log, _statistic(table, "trace_ratio", size, moment, "training", BATCH)))
             text = f"with {size} images, the trace of training images is within a tenth of the population's {when}"
-            found.append(
-                Claim(text, SECTION, "0.1 − abs(ratio of traces − 1)", interval(0.1 - abs(r - 1) for r in ratios))
-            )
-        ratios = _statistic(table, "trace_ratio", size, END, "training", BATCH)
+            found.append(Claim(text, SECTION, "log 1.1 − |mean of log ratio of traces|", within(logs, math.log(1.1))))
+        logs = interval(-_log(r) for r in _statistic(table, "trace_ratio", size, END, "training", BATCH))
         text = f"with {size} images, the trace of training images underestimates the population's at the end"
-        found.append(Claim(text, SECTION, "1 − ratio of traces", interval(1 - r for r in ratios)))
+        found.append(Claim(text, SECTION, "−log ratio of traces", logs))
         found += against_sgd(table, WAYS[1:], SECTION, {"size": size}, f"with {size} images, ")
     return found
 
@@ -194,6 +200,10 @@ def draw(table: Table):
     for ax in axes[3 + len(sizes) :]:
         ax.set_axis_off()
     return figure
+
+
+def _log(ratio: float) -> float:
+    return math.log(ratio) if ratio > 0 else math.nan
 
 
 def _sizes(table: Table) -> list[Value]:

@@ -1,19 +1,24 @@
+import math
+
 import pytest
 import torch
 
-from bootgrad.experiments.covariances import compared, gram
+from bootgrad.experiments.covariances import _sq_norm_of_population, compared, gram
 
 from .images import blobs, network, per_sample
 
 
 def plainly(a, b, k):
-    """The same from P×P matrices."""
-    A, B = torch.cov(a.T), torch.cov(b.T)
+    """The same from P×P matrices; ‖Σ‖² by Himeno and Yamada's formula as they give it."""
+    A, B, m = torch.cov(a.T), torch.cov(b.T), len(b)
     U, V = (torch.linalg.eigh(M)[1][:, -k:] for M in (A, B))
+    Q = (b - b.mean(0)).square().sum(1).square().sum() / (m - 1)
+    sq_norm = (m - 1) / (m * (m - 2) * (m - 3))
+    sq_norm = sq_norm * ((m - 1) * (m - 2) * (B @ B).trace() + B.trace() ** 2 - m * Q)
     return {
         "trace_ratio": float(A.trace() / B.trace()),
         "overlap": float((U.T @ V).square().sum() / k),
-        "error": float((A - B).norm() / B.norm()),
+        "sq_error": float((A.square().sum() - 2 * (A * B).sum() + sq_norm) / sq_norm),
     }
 
 
@@ -29,7 +34,31 @@ def test_a_set_and_itself_are_the_same():
     rows = torch.randn(9, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).repeat(2, 1)
     found = compared(rows @ rows.T, 9)
     assert found["trace_ratio"] == pytest.approx(1) and found["overlap"] == pytest.approx(1)
-    assert found["error"] == pytest.approx(0, abs=1e-6)
+
+
+def skewed_rows(count, samples, generator):
+    """Rows [count, samples, 6] of long tails, whose covariance is diagonal: that of s (e − 1), e of the exponential law."""
+    s = torch.linspace(1, 0.1, 6, dtype=torch.float64)
+    e = torch.empty(count, samples, 6, dtype=torch.float64).exponential_(generator=generator)
+    return s * (e - 1), s.square().diag()
+
+
+def test_the_norm_of_the_population_is_without_bias():
+    rows, truth = skewed_rows(4000, 8, torch.Generator().manual_seed(0))
+    centered = rows - rows.mean(1, keepdim=True)
+    found = torch.stack([_sq_norm_of_population(x @ x.T / 7) for x in centered])
+    expected = truth.square().sum()
+    assert abs(found.mean() - expected) < 3 * found.std() / math.sqrt(len(found)) < 0.1 * expected
+
+
+def test_the_error_is_that_against_the_population():
+    """Of 12 rows against 12 others: what these are off is not in it."""
+    rows, truth = skewed_rows(4000, 24, torch.Generator().manual_seed(0))
+    found = torch.tensor([compared(x @ x.T, 12, 2)["sq_error"] for x in rows[:1500]])
+    real = torch.stack([(torch.cov(x[:12].T) - truth).square().sum() for x in rows]).mean() / truth.square().sum()
+    assert float(found.median()) == pytest.approx(float(real), rel=0.5)
+    plain = torch.stack([(torch.cov(x[:12].T) - torch.cov(x[12:].T)).square().sum() for x in rows]).mean()
+    assert plain / truth.square().sum() > 1.8 * real
 
 
 def test_the_gram_matrix_is_that_of_the_gradients():

@@ -3,7 +3,8 @@ import math
 import pytest
 from scipy import stats
 
-from bootgrad.experiments.evidence import Claim, correlation, difference, interval, mean_correlation
+from bootgrad.experiments.evidence import Claim, correlation, difference, interval, mean_correlation, within
+from bootgrad.intervals import Interval
 
 
 def test_interval_is_students():
@@ -67,3 +68,18 @@ def test_a_mean_of_correlations_stays_below_one():
     found = mean_correlation((x, y) for y in (*ys, *flat))
     assert (found.mean, found.low, found.high) == pytest.approx(tuple(map(math.tanh, (sum(z) / 3, low, high))))
     assert found.high < 1 and (found.n, found.diverged) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (-0.05, 0.02, "holds"),
+        (-0.05, 0.2, "unclear"),
+        (0.02, 0.08, "holds"),
+        (0.2, 0.3, "does not"),
+        (-0.3, -0.2, "does not"),
+    ],
+)
+def test_within_a_margin(low, high, verdict):
+    found = within(Interval((low + high) / 2, low, high, 5, 0), 0.1)
+    assert Claim("", "", "", found).verdict == verdict and found.low <= found.mean <= found.high

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import matplotlib.image
 import pytest
@@ -10,9 +11,10 @@ import torch
 from bootgrad.errors import DataError
 from bootgrad.experiments import cnn, conduct, non_iid, small_data, underparameterized
 from bootgrad.experiments.image_comparison import final
-from bootgrad.experiments.image_runs import MEASURES
+from bootgrad.experiments.image_runs import MEASURES, Diverged
 from bootgrad.experiments.study import RESULTS, Options, Study
 from bootgrad.experiments.table import Table
+from bootgrad.training.data import ImageData
 
 from .images import blobs, network, rows_of
 
@@ -72,8 +74,22 @@ def test_test_images_are_of_all_classes_alike():
     assert non_iid.balanced((x, y), 3)[0].tolist() == [0, 2, 1, 6, 3, 4]
     with pytest.raises(DataError, match="needs test images of every class"):
         non_iid.balanced((x, y), 4)
-    with pytest.raises(DataError, match="at least 8 training images of every class; got 5 of class 3"):
+    with pytest.raises(DataError, match="at least 8 training images of every class; got 5 of class 0"):
         non_iid.skewed(blobs(train=20), 20, seed=3)
+
+
+def test_every_class_in_excess_has_as_many():
+    data = blobs(train=403, classes=4)
+    few = ImageData(**{**vars(data), "x_train": data.x_train[1:], "y_train": data.y_train[1:]})  # 100, 101, 101 and 100
+    sizes = {len(non_iid.skewed(few, 4000, seed).train[1]) for seed in range(4)}
+    assert len(sizes) == 1
+
+
+def test_one_class_is_not_searched_and_run():
+    found = next(
+        p for p in non_iid.problems(blobs(train=400, classes=10), True) if p.settings["problem"] == non_iid.SKEWED
+    )
+    assert not {seed % 10 for seed in found.search_seeds} & {seed % 10 for seed in range(5)}
 
 
 def test_halves_are_of_one_image():
@@ -118,6 +134,29 @@ def test_estimates_of_a_covariance(monkeypatch):
     assert all(0.5 < r["trace_ratio"] < 2 and 0 < r["overlap"] <= 1 for r in rows)
     by_size = {n: [r["error"] for r in rows if r["sample"] == n] for n in (8, 32)}
     assert max(by_size[32]) < min(by_size[8])
+    assert [(r["source"], r["sample"]) for r in rows] == small_data.kinds(*parts[:2])
+
+
+def test_a_training_run_that_diverged_is_counted(monkeypatch):
+    """In two of five seeds: a row of nan for every mini-batch that there would be, and claims that are unclear."""
+
+    def train(model, *args, seed, **options):
+        if seed < 2:
+            raise Diverged
+
+    monkeypatch.setattr(small_data, "train", train)
+    monkeypatch.setattr(small_data, "REPEATS", 2)
+    data = blobs(train=400, classes=4)
+    p = replace(small_data.problem(data, 64, False), network=lambda shape, classes: network())
+    others = {**dict.fromkeys(small_data.COLUMNS, 0), **p.settings}
+    table = Table(small_data.COLUMNS)
+    for seed in range(5):
+        found = small_data.along(data, p, 0.1, seed, 60, (small_data.START, small_data.END))
+        table.rows += [{**others, "stage": "covariance", "seed": seed, **row} for row in found]
+        table.rows.append({**others, "stage": "final", "way": "sgd", "seed": seed})
+    monkeypatch.setattr(small_data, "WAYS", (small_data.SGD,))
+    claims = small_data.claims(table)
+    assert len(claims) == 3 and {(c.found.n, c.found.diverged, c.verdict) for c in claims} == {(3, 2, "unclear")}
 
 
 def test_too_few_images_for_small_data(tmp_path, monkeypatch):

@@ -35,9 +35,9 @@ def table():
 @pytest.mark.parametrize(
     ("column", "mean", "quantity"),
     [
-        ("test_loss", 1.0, "test loss of b − a"),
-        ("test_accuracy", 0.1, "test accuracy of a − b"),
-        ("gamma", 1.0, "log₁₀ Γ of b − a"),
+        ("test_loss", 1.0, "test loss of b, lr 0.1 − a, lr 0.3"),
+        ("test_accuracy", 0.1, "test accuracy of a, lr 0.3 − b, lr 0.1"),
+        ("gamma", 1.0, "log₁₀ Γ of b, lr 0.1 − a, lr 0.3"),
     ],
 )
 def test_what_is_better_is_above_zero(table, column, mean, quantity):
