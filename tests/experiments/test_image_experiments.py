@@ -4,39 +4,20 @@ import math
 import statistics
 from dataclasses import replace
 
-import matplotlib.image
 import pytest
 import torch
 
 from bootgrad.errors import DataError
 from bootgrad.experiments import cnn, conduct, non_iid, small_data, underparameterized
 from bootgrad.experiments.image_comparison import final
-from bootgrad.experiments.image_runs import MEASURES, Diverged
-from bootgrad.experiments.study import RESULTS, Options, Study
+from bootgrad.experiments.image_runs import Diverged
+from bootgrad.experiments.study import Options, Study
 from bootgrad.experiments.table import Table
 from bootgrad.training.data import ImageData
 
 from .images import blobs, network, rows_of
 
 NAMES = ("cnn", "small-data", "non-iid", "underparameterized")
-
-
-@pytest.fixture(scope="module")
-def conducted(tmp_path_factory):
-    """A function that runs the quick form of an experiment with two seeds, and gives its table and its claims by text."""
-
-    def run(name):
-        out = tmp_path_factory.mktemp(name)
-        page = conduct.conduct(Options(name, seeds=2, threads=1), out).read_text()
-        experiment = conduct.find(name)
-        table = Table.read(out / RESULTS, experiment.COLUMNS)
-        claims = {claim.text: claim for claim in experiment.claims(table)}
-        assert page.startswith(f"# {name}: ") and page.count("| **") == len(claims)
-        assert matplotlib.image.imread(out / "figure.png").std() > 0
-        assert all(set(MEASURES) < set(row) and row["seed"] in (0, 1) for row in final(table))
-        return table, claims
-
-    return run
 
 
 @pytest.mark.parametrize("name", NAMES)
