@@ -24,7 +24,8 @@ from .study import Options, Study
 from .table import Table
 
 EXPERIMENTS = (
-    "idealized", "sparse-regression", "variability", "cnn", "small-data", "non-iid", "underparameterized", "alignment"
+    "idealized", "sparse-regression", "variability", "cnn", "small-data", "non-iid", "underparameterized", "alignment",
+    "window",
 )  # fmt: skip
 
 
