@@ -5,27 +5,29 @@ Folders of ``bootgrad train`` are read (``run.json`` and ``run.csv``, which ``co
 """
 
 import csv
+import itertools
 import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import DataError
 from .experiments.conduct import find
-from .experiments.evidence import difference
+from .experiments.outcomes import PLAIN, Outcomes, compare, outcomes
 from .experiments.study import RECORD, RESULTS
 from .experiments.table import Table
-from .intervals import Interval, interval
 from .training import checkpoint
 from .training.run import CHECKPOINT
 
 _STEPS = "run.csv"
 _FALLS, _NOTHING, _TOO_MUCH = 0.8, 0.01, 1.0
+_LEARNS, _RISES = 0.95, 1.1  # of the loss at the beginning
+_NOISE, _NOT_JUDGED = "noisy gd", "cannot be judged"
 
-# signature → what it means, what to try
+# signature → what it means, what to try; the last one says that others were not looked for
 SIGNATURES = {
     "Γ does not fall": (
         "the samples' gradients disagree as much as at first: SGD's own pull towards small Γ, of the size η/(2B), is weak for "
@@ -48,28 +50,42 @@ SIGNATURES = {
         "steps along loss and penalty are longer than the landscape allows: a penalty adds a curvature of its own",
         "a lower learning rate, or a smaller strength at this one",
     ),
+    "does not learn": (
+        "the loss ends about where it began: steps are too short or too few, a penalty holds the parameters back, the first "
+        "steps were so long that nothing gets through the network any more, or there was nothing left to learn",
+        "plain steps first: a higher learning rate and more of them, a lower rate if the loss jumped early; where they learn, "
+        "a smaller strength",
+    ),
     "isotropic noise does as well as SGD": (
         "not the shape of SGD's noise helps here, but at most its power: where Γ is alike everywhere, there is nothing that "
         "SGD could avoid and that the penalties could add",
         "look at Γ along training: if it does not differ between solutions, Reg1 and Reg2 will not help",
     ),
+    "makes no difference": (
+        "its test loss is that without it, to a few percent: it is too weak, or it does not lower what costs test loss here",
+        "a larger strength, if the search stopped at the largest; else another method",
+    ),
     "seeds differ more than methods": (
-        "so few seeds cannot tell these methods apart",
-        "four times the seeds, which halves the intervals; and compare methods seed by seed, which helps more",
+        "so few seeds cannot tell these methods apart, compared seed by seed, neither by a difference nor by a ratio",
+        "four times the seeds, which halves the interval",
     ),
     "hurts at the highest learning rate": (
         "SGD's own noise grows with the learning rate and penalizes Γ by itself; the explicit penalty comes on top",
         "a smaller strength where the learning rate is high, as λ = η/(2B) times a constant",
+    ),
+    _NOT_JUDGED: (
+        "signatures that need this were not looked for: that they were not found says nothing",
+        "more steps, methods or seeds, by the same command; with random signs Γ is known where Reg1 is taken",
     ),
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A signature that was found.
+    """A signature that was found, or what keeps them from being looked for.
 
     Attributes:
-        where: the run or method that has it; empty for all.
+        where: the run, or the problem and the method, that has it; empty for all.
         signature: one of `SIGNATURES`.
         seen: the numbers that show it.
     """
@@ -109,13 +125,10 @@ def diagnose(folder: str | Path) -> list[Finding]:
 
 def _of_run(folder: Path, name: str) -> Iterator[Finding]:
     steps, settings = _steps_of(folder)
-    if lost := sum(not math.isfinite(value) for value in steps["loss"]):
-        yield Finding(name, "diverges", f"{lost} of {len(steps['loss'])} steps have no finite loss")
     loss, traces = _ends(steps["loss"]), _ends(steps["covariance_trace"])
-    if loss and loss[1] > loss[0]:
-        yield Finding(
-            name, "diverges", f"loss {loss[0]:.3g} at the beginning, {loss[1]:.3g} at the end; lr {settings['lr']}"
-        )
+    yield from _of_loss(name, steps["loss"], settings["lr"])
+    if loss and not traces:
+        yield Finding(name, _NOT_JUDGED, "Γ is known in fewer than ten steps: whether it falls cannot be seen")
     if traces and traces[1] > _FALLS * traces[0]:
         where = f"batch {settings['batch_size']}, lr {settings['lr']}"
         yield Finding(
@@ -130,6 +143,21 @@ def _of_run(folder: Path, name: str) -> Iterator[Finding]:
                 yield Finding(name, "the penalty has nothing left to do", seen)
             elif value > _TOO_MUCH * loss[1]:
                 yield Finding(name, "the penalty outweighs the loss", seen)
+
+
+def _of_loss(name: str, losses: Sequence[float], lr: float) -> Iterator[Finding]:
+    """Whether a run's loss is lost, rises by more than a tenth and than its noise, or does not fall."""
+    ends = _ends(losses)
+    if lost := sum(not math.isfinite(loss) for loss in losses):
+        yield Finding(name, "diverges", f"{lost} of {len(losses)} steps have no finite loss")
+    elif ends is None:
+        yield Finding(name, _NOT_JUDGED, f"{len(losses)} steps: ten are needed to tell a beginning and an end")
+    else:
+        seen = f"loss {ends[0]:.3g} at the beginning, {ends[1]:.3g} at the end; lr {lr}"
+        if ends[1] > max(_RISES * ends[0], ends[0] + _noise(losses)):
+            yield Finding(name, "diverges", seen)
+        elif ends[1] > _LEARNS * ends[0]:
+            yield Finding(name, "does not learn", seen)
 
 
 def _of_variants(test_losses: dict[str, list[float]]) -> Iterator[Finding]:
@@ -147,80 +175,77 @@ def _of_experiment(folder: Path) -> list[Finding]:
     except (KeyError, TypeError) as error:
         raise DataError(f"{folder / RECORD} is not that of an experiment: run it anew by --overwrite") from error
     table = Table.read(folder / RESULTS, find(name).COLUMNS)
-    if "stage" in table.columns:
-        table = table.where(stage="final")
-    if "progress" in table.columns and len(table):
-        table = table.where(progress=max(table.column("progress")))  # test losses are those at the end
-    if not len(table):
+    try:
+        problems = outcomes(table)
+    except ValueError as error:
+        return [Finding("", _NOT_JUDGED, str(error))]
+    if not problems:
         raise DataError(f"{folder} has no final runs yet: go on with the experiment by the same command")
-    if not {"method", "seed", "test_loss"} <= set(table.columns):
-        return []
-    checks = (_diverged, _isotropic, _spread_of_seeds, _high_learning_rates)
-    return [finding for check in checks for finding in check(table)]
+    return [
+        replace(finding, where=", ".join(filter(None, (problem.where, finding.where))))
+        for problem in problems
+        for check in (_diverged, _compared, _high_learning_rates)
+        for finding in check(problem)
+    ]
 
 
-def _diverged(table: Table) -> Iterator[Finding]:
-    for method in table.values("method"):
-        losses = table.where(method=method).column("test_loss")
-        lost = sum(not math.isfinite(loss) for loss in losses)
-        if lost:
-            yield Finding(str(method), "diverges", f"{lost} of {len(losses)} rows have no finite test loss")
+def _diverged(problem: Outcomes) -> Iterator[Finding]:
+    for method in problem.losses:
+        losses = problem.of(method).values()
+        if lost := sum(not math.isfinite(loss) for loss in losses):
+            at = ", ".join(f"{name} {value}" for name, value in problem.chosen(method).items())
+            yield Finding(method, "diverges", f"{lost} of {len(losses)} runs have no finite test loss; {at}")
 
 
-def _isotropic(table: Table) -> Iterator[Finding]:
-    plain = [str(m) for m in table.values("method") if str(m).startswith("sgd") and " + " not in str(m)]
-    if "noisy gd" in table.values("method") and plain:
-        best = min(plain, key=lambda m: interval(_by_seed(table, m)).mean)
-        found = _compared(table, "noisy gd", best)
-        if found and found.mean <= 0:
-            yield Finding(
-                "", "isotropic noise does as well as SGD", f"test loss of noisy gd less that of {best}: {found}"
-            )
+def _compared(problem: Outcomes) -> Iterator[Finding]:
+    """Penalties against plain steps, isotropic noise against SGD; where there are neither, all against the best."""
+    if len(problem.losses) == 1:
+        yield Finding(next(iter(problem.losses)), _NOT_JUDGED, "no other method has final runs to compare it with")
+    penalized = {method: other for method in problem.losses if (other := problem.without(method))}
+    sgd = problem.best([m for m in problem.losses if m.startswith(PLAIN) and " + " not in m and m not in penalized])
+    pairs = penalized | ({_NOISE: sgd} if _NOISE in problem.losses and sgd else {})
+    if not pairs and (best := problem.best(problem.losses)):
+        pairs = {method: best for method in problem.losses if method != best}
+    for method, other in pairs.items():
+        if len(problem.of(method).keys() & problem.of(other).keys()) < 2:
+            yield Finding(method, _NOT_JUDGED, f"it has fewer than two seeds in common with {other}")
+        elif found := compare(problem, method, other):
+            if method == _NOISE and found.is_no_worse:
+                yield Finding("", "isotropic noise does as well as SGD", str(found))
+            elif found.is_worse and method in penalized:
+                yield Finding(method, "ends worse than plain", str(found))
+            elif not found.is_apart and not found.is_alike:
+                yield Finding(method, "seeds differ more than methods", str(found))
+            elif not found.is_apart and method in penalized:
+                yield Finding(method, "makes no difference", str(found))
 
 
-def _spread_of_seeds(table: Table) -> Iterator[Finding]:
-    known = [f for m in table.values("method") if (f := interval(_by_seed(table, str(m)))).n > 1]
-    if len(known) > 1:
-        effect = max(f.mean for f in known) - min(f.mean for f in known)
-        spread = statistics.median(f.high - f.mean for f in known)
-        if spread > effect:
-            seen = f"the methods' mean test losses lie within {effect:.3g}, each is known to ± {spread:.3g}"
-            yield Finding("", "seeds differ more than methods", seen)
-
-
-def _high_learning_rates(table: Table) -> Iterator[Finding]:
-    if "lr" not in table.columns:
-        return
-    highest = max(table.column("lr"))
-    here = table.where(lr=highest)
-    for method in map(str, here.values("method")):
-        without = method.partition(" + ")[0]
-        found = _compared(here, method, without) if "reg" in method and without in here.values("method") else None
-        if found and found.low > 0:
-            seen = f"at lr {highest:g} its test loss less that of {without}: {found}"
-            yield Finding(method, "hurts at the highest learning rate", seen)
-
-
-def _compared(table: Table, first: str, second: str) -> Interval | None:
-    """The difference of two methods' test losses, seed by seed; None where runs are missing or diverged."""
-    losses = _by_seed(table, first), _by_seed(table, second)
-    if len(losses[0]) != len(losses[1]):
-        return None
-    found = difference(*losses)
-    return None if found.diverged else found
-
-
-def _by_seed(table: Table, method: str) -> list[float]:
-    """Test loss of a method by seed: the mean of what the table has of one."""
-    mine = table.where(method=method)
-    return [statistics.fmean(mine.where(seed=seed).column("test_loss")) for seed in sorted(mine.values("seed"))]
+def _high_learning_rates(problem: Outcomes) -> Iterator[Finding]:
+    """Penalties at the highest of several learning rates at which plain steps did not diverge."""
+    for method in problem.losses if "lr" in problem.names else ():
+        if other := problem.without(method):
+            lrs = [{float(setting["lr"]) for setting in problem.settings(name)} for name in (method, other)]
+            held = [lr for lr in lrs[0] & lrs[1] if all(map(math.isfinite, problem.of(other, lr=lr).values()))]
+            found = compare(problem, method, other, lr=max(held)) if len(held) > 1 else None
+            if found and found.is_worse:
+                yield Finding(method, "hurts at the highest learning rate", f"at lr {max(held):g}, {found}")
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float] | None:
-    """Medians of the first and last tenth of a series, of what is known of it; None of fewer than ten."""
-    known = [value for value in values if not math.isnan(value)]
+    """Medians of the first and last tenth of a series, of its finite values; None of fewer than ten."""
+    known = [value for value in values if math.isfinite(value)]
     tenth = len(known) // 10
     return (statistics.median(known[:tenth]), statistics.median(known[-tenth:])) if tenth else None
+
+
+def _noise(values: Sequence[float]) -> float:
+    """What the difference of the two `_ends` does not exceed by chance: four deviations, if values scatter as normal ones.
+
+    Their deviation σ is that of successive values, which no trend adds to: median |Δ| = 0.954 σ. A median of m has 1.25 σ/√m.
+    """
+    known = [value for value in values if math.isfinite(value)]
+    sigma = statistics.median(abs(b - a) for a, b in itertools.pairwise(known)) / 0.954
+    return 4 * math.sqrt(2 / (len(known) // 10)) * 1.25 * sigma
 
 
 def _steps_of(folder: Path) -> tuple[dict[str, list[float]], dict[str, Any]]:

@@ -2,55 +2,84 @@ import csv
 import json
 import math
 import random
+from collections import Counter
 
 import pytest
 
 from bootgrad.cli import main
 from bootgrad.diagnosis import diagnose
 from bootgrad.errors import DataError
-from bootgrad.experiments import alignment, idealized
+from bootgrad.experiments import alignment, cnn, conduct, idealized, small_data, sparse_regression, variability
+from bootgrad.experiments.conduct import EXPERIMENTS
 from bootgrad.experiments.table import Table
 from bootgrad.training import checkpoint
 
 STEPS = 60
 
 
-def train_folder(folder, traces, reg1=0.0, reg1_at_end=0.0, loss=1.0, test_loss=1.0):
-    """What ``bootgrad train`` leaves, of made-up numbers."""
+def falling(first=4.0, last=1.0, n=STEPS):
+    return [first + (last - first) * k / (n - 1) for k in range(n)]
+
+
+def train_folder(folder, traces, reg1=0.0, reg1_at_end=0.0, losses=None, test_loss=1.0):
+    """What ``bootgrad train`` leaves, of made-up numbers; without ``traces`` Γ is not known."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"reg1": reg1, "reg2": 0.0, "batch_size": 128, "lr": 0.1}
     (folder / "run.json").write_text(json.dumps({"settings": settings}))
+    losses = losses or falling()
     with open(folder / "run.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["step", "loss", "covariance_trace", "reg1", "reg2", "test_loss"])
         writer.writeheader()
-        for k in range(STEPS):
-            trace = traces[0] + (traces[1] - traces[0]) * k / (STEPS - 1)
-            test = test_loss if k == STEPS - 1 else ""
-            values = {"step": k, "loss": loss, "covariance_trace": trace, "reg1": reg1_at_end if reg1 else ""}
-            writer.writerow(values | {"reg2": "", "test_loss": test})
+        for k, (loss, trace) in enumerate(
+            zip(losses, falling(*traces, len(losses)) if traces else losses, strict=True)
+        ):
+            test = test_loss if k == len(losses) - 1 else ""
+            values = {"step": k, "loss": loss, "covariance_trace": trace if traces else ""}
+            writer.writerow(values | {"reg1": reg1_at_end if reg1 else "", "reg2": "", "test_loss": test})
+    return folder
+
+
+def write(folder, name, module, rows):
+    """What ``bootgrad experiment`` leaves; columns that a row does not tell are zero."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps({"experiment": {"name": name}}))
+    zeros = dict.fromkeys(module.COLUMNS, 0.0)
+    Table(module.COLUMNS, [zeros | row for row in rows]).write(folder / "results.csv")
     return folder
 
 
 def experiment_folder(folder, losses, lr=0.1):
-    """What ``bootgrad experiment idealized`` leaves; ``losses`` are of each method by seed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps({"experiment": {"name": "idealized"}}))
-    other = dict.fromkeys(idealized.COLUMNS, 0.0) | {"stage": "final", "basin": "shared", "lr": lr}
+    """An experiment with a column of methods; ``losses`` are of each by seed, a list or a dictionary."""
+    searched = {"stage": "search 1", "basin": "all", "method": "sgd 4", "seed": -1, "test_loss": math.inf}
     rows = [
-        other | {"method": method, "seed": seed, "test_loss": loss}
+        {"stage": "final", "basin": "shared", "lr": lr, "method": method, "seed": seed, "test_loss": loss}
         for method, values in losses.items()
+        for seed, loss in (values.items() if isinstance(values, dict) else enumerate(values))
+    ]
+    return write(folder, "idealized", idealized, [searched, *rows])
+
+
+def ways_folder(folder, losses):
+    """An experiment with columns of problems and ways; ``losses`` are by problem, way and seed."""
+    rows = [
+        {"batch": batch, "stage": "final", "way": way, "lr": 0.1, "seed": seed, "test_loss": loss}
+        | {"strength": 0.0 if way.startswith("sgd") else 0.01}
+        for batch, ways in losses.items()
+        for way, values in ways.items()
         for seed, loss in enumerate(values)
     ]
-    Table(idealized.COLUMNS, [*rows, other | {"stage": "search 1", "method": "sgd 4", "test_loss": math.inf}]).write(
-        folder / "results.csv"
-    )
-    return folder
+    return write(folder, "cnn", cnn, rows)
 
 
 def found(folder):
     return [
         f"{finding.where}: {finding.signature}" if finding.where else finding.signature for finding in diagnose(folder)
     ]
+
+
+def seeds(mean, spread=0.01, n=5, seed=0):
+    draw = random.Random(seed)
+    return [mean + spread * draw.uniform(-1, 1) for _ in range(n)]
 
 
 @pytest.mark.parametrize(
@@ -68,22 +97,48 @@ def test_signatures_of_a_run(tmp_path, options, expected):
 
 
 def test_a_run_that_diverged(tmp_path):
-    folder = train_folder(tmp_path, (10, 1))
-    lines = (folder / "run.csv").read_text().splitlines()
-    (folder / "run.csv").write_text("\n".join([*lines[:-1], lines[-1].replace(",1.0,", ",inf,", 1)]) + "\n")
+    folder = train_folder(tmp_path, (10, 1), losses=[*falling()[:-1], math.inf])
     (folder / "run.json").unlink()
     settings = {"reg1": 0.0, "reg2": 0.0, "batch_size": 128, "lr": 0.1}
     checkpoint.save(folder / "checkpoint.pt", dict.fromkeys(checkpoint.KEYS) | {"settings": settings})
     assert found(folder) == ["diverges"]
 
 
+def test_a_penalized_run_that_diverged_is_not_judged_by_its_infinite_loss(tmp_path):
+    losses = [*falling()[:-20], *[math.inf] * 20]
+    assert found(train_folder(tmp_path, (10, 1), losses=losses, reg1=0.1, reg1_at_end=1.0)) == ["diverges"]
+
+
 def test_a_loss_that_rises(tmp_path):
-    folder = train_folder(tmp_path, (10, 1))
-    lines = (folder / "run.csv").read_text().splitlines()
-    (folder / "run.csv").write_text(
-        "\n".join([*lines[:-20], *(x.replace(",1.0,", ",9.0,", 1) for x in lines[-20:])]) + "\n"
-    )
-    assert found(folder) == ["diverges"]
+    assert found(train_folder(tmp_path, (10, 1), losses=[1.0] * 40 + [9.0] * 20)) == ["diverges"]
+    noise = random.Random(0)
+    slowly = [loss + noise.gauss(0, 0.05) for loss in falling(2.3, 3.0)]
+    assert found(train_folder(tmp_path, (10, 1), losses=slowly)) == ["diverges"]
+
+
+def test_a_loss_that_stays_is_not_one_that_rises(tmp_path):
+    noise, counts = random.Random(3), Counter()
+    for _ in range(100):
+        losses = [2.3 + noise.gauss(0, 0.05) for _ in range(STEPS)]
+        counts.update(found(train_folder(tmp_path, (10, 1), losses=losses)))
+    assert set(counts) == {"does not learn"} and counts["does not learn"] >= 95
+
+
+def test_a_rise_within_the_noise_is_none(tmp_path):
+    noise = random.Random(4)
+    for _ in range(100):
+        losses = [2.3 + noise.gauss(0, 0.7) for _ in range(STEPS)]
+        assert "diverges" not in found(train_folder(tmp_path, (10, 1), losses=losses))
+
+
+def test_what_a_run_does_not_tell_is_said(tmp_path, capsys):
+    short = diagnose(train_folder(tmp_path / "short", (10, 1), losses=falling(n=9)))
+    assert [f.signature for f in short] == ["cannot be judged"] and "9 steps: ten are needed" in short[0].seen
+    unknown = train_folder(tmp_path / "unknown", None)
+    assert found(unknown) == ["cannot be judged"]
+    assert main(["diagnose", str(unknown)]) == 0
+    out = capsys.readouterr().out
+    assert "Γ is known in fewer than ten steps" in out and "no signature" not in out
 
 
 def test_an_experiment_without_final_runs(tmp_path):
@@ -92,16 +147,108 @@ def test_an_experiment_without_final_runs(tmp_path):
 
 
 def test_test_losses_are_those_at_the_end(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"experiment": {"name": "alignment"}}))
-    other = dict.fromkeys(alignment.COLUMNS, 0.0) | {"stage": "final", "lr": 0.1}
     rows = [
-        other | {"method": method, "seed": seed, "progress": progress, "test_loss": loss + seed / 100}
+        {
+            "stage": "final",
+            "lr": 0.1,
+            "method": method,
+            "seed": seed,
+            "progress": progress,
+            "test_loss": loss + seed / 100,
+        }
         for method, losses in {"sgd": (0.5, 0.5), "sgd + reg1": (2.0, 0.4)}.items()
         for progress, loss in zip((0.5, 1.0), losses, strict=True)
         for seed in range(4)
     ]
-    Table(alignment.COLUMNS, rows).write(tmp_path / "results.csv")
-    assert found(tmp_path) == []
+    assert found(write(tmp_path, "alignment", alignment, rows)) == []
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_judged(tmp_path, name):
+    module = conduct.find(name)
+    column = "method" if "method" in module.COLUMNS else "way"
+    rows = [
+        {"stage": "final", column: way, "lr": 0.1, "strength": strength, "seed": seed, "test_loss": loss}
+        for way, strength, loss in (("sgd", 0.0, 0.1), ("reg1", 0.01, math.inf), ("both", 0.01, math.inf))
+        for seed in range(5)
+    ]
+    assert found(write(tmp_path, name, module, rows)) == ["reg1: diverges", "both: diverges"]
+
+
+def test_problems_are_judged_one_by_one(tmp_path):
+    losses = {16: {"sgd": seeds(1.0), "reg1": seeds(1.5)}, 128: {"sgd": seeds(2.0), "reg1": seeds(1.5)}}
+    assert found(ways_folder(tmp_path, losses)) == ["batch 16, reg1: ends worse than plain"]
+    diverged = {16: {"sgd": seeds(1.0), "reg1": seeds(0.5)}, 128: {"sgd": seeds(1.0), "reg1": [math.inf] * 5}}
+    assert found(ways_folder(tmp_path, diverged)) == ["batch 128, reg1: diverges"]
+
+
+def test_rows_that_have_no_test_loss_are_no_runs(tmp_path):
+    rows = [
+        {"stage": "final", "way": way, "seed": seed, "moment": 1.0, "strength": strength, "test_loss": loss + seed}
+        for way, strength, loss in (("sgd", 0.0, 1.0), ("reg1", 0.1, 0.5))
+        for seed in range(5)
+    ]
+    rows += [{"stage": "covariance", "way": "sgd", "seed": s, "moment": 0.5, "test_loss": math.nan} for s in range(5)]
+    assert found(write(tmp_path, "small-data", small_data, rows)) == []
+
+
+def grid(lrs, losses_of, stage="final"):
+    return [
+        {"stage": stage, "method": method, "lr": lr, "seed": seed, "validation_loss": loss, "test_loss": loss}
+        for method in ("sgd", "sgd + penalties")
+        for lr in lrs
+        for seed, loss in enumerate(losses_of(method, lr))
+    ]
+
+
+def test_of_a_grid_the_settings_are_judged_that_the_search_prefers(tmp_path):
+    def losses_of(method, lr):
+        if lr == 1.0:
+            return [math.inf] * 5
+        return seeds(0.5 if method == "sgd" else 0.4 if lr == 0.1 else 0.9)
+
+    rows = [*grid((0.1, 0.3, 1.0), losses_of, "search"), *grid((0.1, 0.3, 1.0), losses_of)]
+    folder = write(tmp_path, "sparse-regression", sparse_regression, rows)
+    assert found(folder) == ["sgd + penalties: hurts at the highest learning rate"]
+    assert "at lr 0.3" in diagnose(folder)[0].seen
+
+
+def test_stages_of_other_names_are_final_runs(tmp_path):
+    rows = [
+        {"stage": stage, "method": method, "seed": seed, "strength": strength, "step": step, "test_loss": loss}
+        | {"validation_loss": loss}
+        for stage, method, strength, losses in (
+            ("search 1", "sgd + reg1", 0.1, [0.5]),
+            ("share 1", "sgd", 0.0, seeds(1.0)),
+            ("share 0.3", "sgd + reg1", 0.03, seeds(0.2)),
+            ("share 1", "sgd + reg1", 0.1, seeds(1.5)),
+        )
+        for step in (100, 400)
+        for seed, loss in enumerate(losses)
+    ]
+    assert found(write(tmp_path, "variability", variability, rows)) == ["sgd + reg1: ends worse than plain"]
+
+
+def test_seeds_are_paired_by_their_number(tmp_path):
+    base = [0.1, 0.9, 0.4, 0.7, 0.2]
+    mine = {seed: base[seed] - 0.1 for seed in (4, 2, 0, 1, 3)}
+    assert found(experiment_folder(tmp_path, {"gd": base, "gd + reg1": mine})) == []
+    plain, mine = {s: base[s] for s in (0, 1, 2, 3)}, {s: base[s] + 0.1 for s in (1, 2, 3, 4)}
+    assert found(experiment_folder(tmp_path, {"gd": plain, "gd + reg1": mine})) == ["gd + reg1: ends worse than plain"]
+
+
+def test_what_an_experiment_does_not_tell_is_said(tmp_path, monkeypatch):
+    folder = experiment_folder(tmp_path, {"gd": seeds(1.0)})
+    assert found(folder) == ["gd: cannot be judged"]
+    assert "no other method" in diagnose(folder)[0].seen
+    folder = experiment_folder(tmp_path, {"gd": seeds(1.0), "gd + reg1": [1.0]})
+    assert found(folder) == ["gd + reg1: cannot be judged"]
+    assert "fewer than two seeds in common with gd" in diagnose(folder)[0].seen
+    columns = ("stage", "seed", "train_loss")
+    monkeypatch.setattr(idealized, "COLUMNS", columns)
+    write(tmp_path, "idealized", idealized, [{"stage": "final"}])
+    assert found(tmp_path) == ["cannot be judged"]
+    assert "it lacks method, validation_loss, test_loss" in diagnose(tmp_path)[0].seen
 
 
 def test_variants_are_named_and_compared(tmp_path):
@@ -110,20 +257,28 @@ def test_variants_are_named_and_compared(tmp_path):
     assert found(tmp_path) == ["reg1: Γ does not fall", "reg1: ends worse than plain"]
 
 
-def seeds(mean, spread=0.01, n=5, seed=0):
-    draw = random.Random(seed)
-    return [mean + spread * draw.uniform(-1, 1) for _ in range(n)]
-
-
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [
         ({"sgd 4": seeds(1.0), "gd + reg1": seeds(0.5), "noisy gd": seeds(2.0)}, []),
         ({"sgd 4": seeds(1.0), "noisy gd": seeds(0.5)}, ["isotropic noise does as well as SGD"]),
-        ({"sgd 4": seeds(1.0), "noisy gd": [3.0, 2.0, 0.9, 1.5, 1.1]}, []),  # by chance or not, it is worse
-        ({"gd": seeds(1.0), "gd + reg1": seeds(1.5)}, ["gd + reg1: hurts at the highest learning rate"]),
+        ({"sgd 4": seeds(1.0), "noisy gd": seeds(1.01, seed=1)}, ["isotropic noise does as well as SGD"]),
+        ({"sgd 4": seeds(1.0), "noisy gd": seeds(1.1, seed=1)}, []),
+        (  # the mean difference is below zero, the interval ±1.9
+            {"sgd 4": [1, 1.5, 0.5, 2, 0.2], "noisy gd": [1.9, 0.1, 1.9, 0.1, 1.15]},
+            ["noisy gd: seeds differ more than methods"],
+        ),
+        (
+            {"sgd 1": [math.inf] * 5, "sgd 4": seeds(1.0), "noisy gd": seeds(0.5)},
+            ["sgd 1: diverges", "isotropic noise does as well as SGD"],
+        ),
+        ({"gd": seeds(1.0), "gd + reg1": seeds(1.5)}, ["gd + reg1: ends worse than plain"]),
         ({"gd": seeds(3.0), "gd + reg1": seeds(1.0), "sgd 4": seeds(0.5)}, []),  # better than what it is added to
-        ({"sgd 4": seeds(1.0, 0.5), "gd": seeds(1.0, 0.5, seed=1)}, ["seeds differ more than methods"]),
+        ({"sgd 4": seeds(1.0, 0.5), "gd": seeds(1.1, 0.5, seed=1)}, ["gd: seeds differ more than methods"]),
+        ({"gd": [0.1, 0.9, 0.4, 0.7, 0.2], "gd + reg1": [0.0, 0.79, 0.31, 0.6, 0.1]}, []),  # apart, seed by seed
+        ({"gd": [0.1, 3, 0.4, 10, 1], "gd + reg1": [0.09, 2.7, 0.36, 9.1, 0.9]}, []),  # apart by their ratio
+        ({"gd": seeds(1.0), "gd + reg1": seeds(1.0, seed=1)}, ["gd + reg1: makes no difference"]),
+        ({"gd": seeds(1.0), "sgd 4": seeds(1.0, seed=1)}, []),  # alike, as seeds enough say
         ({"sgd 4": seeds(1.0), "gd": [*seeds(0.5, n=4), math.inf]}, ["gd: diverges"]),
     ],
 )
