@@ -24,7 +24,7 @@ from .training.run import CHECKPOINT
 
 _STEPS = "run.csv"
 _FALLS, _NOTHING, _TOO_MUCH = 0.8, 0.01, 1.0
-_LEARNS, _RISES = 0.95, 1.1  # of the loss at the beginning
+_LEARNS, _RISES, _JUMPS = 0.95, 1.1, 100.0  # of the loss at the beginning
 _NOISE, _NOT_JUDGED = "noisy gd", "cannot be judged"
 
 # signature → what it means, what to try; the last one says that others were not looked for
@@ -126,10 +126,11 @@ def diagnose(folder: str | Path) -> list[Finding]:
 def _of_run(folder: Path, name: str) -> Iterator[Finding]:
     steps, settings = _steps_of(folder)
     loss, traces = _ends(steps["loss"]), _ends(steps["covariance_trace"])
-    yield from _of_loss(name, steps["loss"], settings["lr"])
+    of_loss = list(_of_loss(name, steps["loss"], settings["lr"]))
+    yield from of_loss
     if loss and not traces:
         yield Finding(name, _NOT_JUDGED, "Γ is known in fewer than ten steps: whether it falls cannot be seen")
-    if traces and traces[1] > _FALLS * traces[0]:
+    if traces and not of_loss and traces[1] > _FALLS * traces[0]:
         where = f"batch {settings['batch_size']}, lr {settings['lr']}"
         yield Finding(
             name, "Γ does not fall", f"Γ {traces[0]:.3g} at the beginning, {traces[1]:.3g} at the end; {where}"
@@ -146,18 +147,23 @@ def _of_run(folder: Path, name: str) -> Iterator[Finding]:
 
 
 def _of_loss(name: str, losses: Sequence[float], lr: float) -> Iterator[Finding]:
-    """Whether a run's loss is lost, rises by more than a tenth and than its noise, or does not fall."""
+    """Whether a run's loss is lost; rises by more than a tenth and than its noise; jumps and stays above; or does not fall."""
     ends = _ends(losses)
     if lost := sum(not math.isfinite(loss) for loss in losses):
         yield Finding(name, "diverges", f"{lost} of {len(losses)} steps have no finite loss")
     elif ends is None:
         yield Finding(name, _NOT_JUDGED, f"{len(losses)} steps: ten are needed to tell a beginning and an end")
     else:
-        seen = f"loss {ends[0]:.3g} at the beginning, {ends[1]:.3g} at the end; lr {lr}"
-        if ends[1] > max(_RISES * ends[0], ends[0] + _noise(losses)):
+        first, last, highest = losses[0], ends[1], max(losses)
+        if last > max(_RISES * ends[0], ends[0] + _noise(losses)):
+            yield Finding(name, "diverges", f"loss {ends[0]:.3g} at the beginning, {last:.3g} at the end; lr {lr}")
+        elif last > _RISES * first and highest > _JUMPS * first:
+            seen = f"loss {first:.3g} at the first step, {highest:.3g} at the highest, {last:.3g} at the end; lr {lr}"
             yield Finding(name, "diverges", seen)
-        elif ends[1] > _LEARNS * ends[0]:
-            yield Finding(name, "does not learn", seen)
+        elif last > _LEARNS * ends[0]:
+            yield Finding(
+                name, "does not learn", f"loss {ends[0]:.3g} at the beginning, {last:.3g} at the end; lr {lr}"
+            )
 
 
 def _of_variants(test_losses: dict[str, list[float]]) -> Iterator[Finding]:

@@ -116,12 +116,22 @@ def test_a_loss_that_rises(tmp_path):
     assert found(train_folder(tmp_path, (10, 1), losses=slowly)) == ["diverges"]
 
 
+def test_a_loss_that_jumps(tmp_path):
+    jump = [2.3, 6e9, 2e9, 1e9, 1e7, 1e5]
+    assert found(train_folder(tmp_path, (10, 1), losses=[*jump, *falling(1000, 8, STEPS - 6)])) == ["diverges"]
+    assert found(train_folder(tmp_path, (10, 1), losses=[*jump, *falling(1000, 0.1, STEPS - 40), *[0.1] * 34])) == []
+
+
 def test_a_loss_that_stays_is_not_one_that_rises(tmp_path):
     noise, counts = random.Random(3), Counter()
     for _ in range(100):
         losses = [2.3 + noise.gauss(0, 0.05) for _ in range(STEPS)]
         counts.update(found(train_folder(tmp_path, (10, 1), losses=losses)))
     assert set(counts) == {"does not learn"} and counts["does not learn"] >= 95
+
+
+def test_of_a_run_that_does_not_learn_nothing_is_said_about_its_trace(tmp_path):
+    assert found(train_folder(tmp_path, (10, 9), losses=[2.3] * STEPS)) == ["does not learn"]
 
 
 def test_a_rise_within_the_noise_is_none(tmp_path):
