@@ -218,12 +218,12 @@ def _compared(problem: Outcomes) -> Iterator[Finding]:
         elif found := compare(problem, method, other):
             if method == _NOISE and found.is_no_worse:
                 yield Finding("", "isotropic noise does as well as SGD", str(found))
+            elif found.is_alike and method in penalized:
+                yield Finding(method, "makes no difference", str(found))
             elif found.is_worse and method in penalized:
                 yield Finding(method, "ends worse than plain", str(found))
             elif not found.is_apart and not found.is_alike:
                 yield Finding(method, "seeds differ more than methods", str(found))
-            elif not found.is_apart and method in penalized:
-                yield Finding(method, "makes no difference", str(found))
 
 
 def _high_learning_rates(problem: Outcomes) -> Iterator[Finding]:
@@ -233,7 +233,7 @@ def _high_learning_rates(problem: Outcomes) -> Iterator[Finding]:
             lrs = [{float(setting["lr"]) for setting in problem.settings(name)} for name in (method, other)]
             held = [lr for lr in lrs[0] & lrs[1] if all(map(math.isfinite, problem.of(other, lr=lr).values()))]
             found = compare(problem, method, other, lr=max(held)) if len(held) > 1 else None
-            if found and found.is_worse:
+            if found and found.is_worse and not found.is_alike:
                 yield Finding(method, "hurts at the highest learning rate", f"at lr {max(held):g}, {found}")
 
 

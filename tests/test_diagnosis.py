@@ -288,6 +288,8 @@ def test_variants_are_named_and_compared(tmp_path):
         ({"gd": [0.1, 0.9, 0.4, 0.7, 0.2], "gd + reg1": [0.0, 0.79, 0.31, 0.6, 0.1]}, []),  # apart, seed by seed
         ({"gd": [0.1, 3, 0.4, 10, 1], "gd + reg1": [0.09, 2.7, 0.36, 9.1, 0.9]}, []),  # apart by their ratio
         ({"gd": seeds(1.0), "gd + reg1": seeds(1.0, seed=1)}, ["gd + reg1: makes no difference"]),
+        ({"gd": seeds(2.3), "gd + reg1": seeds(2.306)}, ["gd + reg1: makes no difference"]),  # worse, by 0.3 %
+        ({"gd": seeds(2.3), "gd + reg1": seeds(2.369)}, ["gd + reg1: ends worse than plain"]),  # by 3 %
         ({"gd": seeds(1.0), "sgd 4": seeds(1.0, seed=1)}, []),  # alike, as seeds enough say
         ({"sgd 4": seeds(1.0), "gd": [*seeds(0.5, n=4), math.inf]}, ["gd: diverges"]),
     ],

@@ -16,7 +16,8 @@ from .search import means
 from .table import Table, Value
 
 Setting = tuple[Value, ...]
-PLAIN, ALIKE = SGD.name, 0.05  # the steps without a penalty; a share of a test loss
+PLAIN = SGD.name  # the steps without a penalty
+ALIKE, NEGLIGIBLE = 0.05, 0.01  # shares of a test loss
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ class Comparison:
 
     @property
     def is_alike(self) -> bool:
-        """Whether it is the same but for a few percent."""
-        return any(-ALIKE <= low and high <= ALIKE for low, high in self.bounds)
+        """Whether it is the same but for a few percent, or differs for certain, but by less than one percent."""
+        return any(max(-low, high) <= (ALIKE if low <= 0 <= high else NEGLIGIBLE) for low, high in self.bounds)
 
 
 def compare(problem: Outcomes, method: str, other: str, **fixed: Value) -> Comparison | None:
