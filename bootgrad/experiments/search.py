@@ -24,6 +24,8 @@ def halve(
 ) -> Mapping[str, Value]:
     """The candidate with the lowest score after the last round; each round's rows are stored in the study.
 
+    A single candidate is not run: there is nothing to choose.
+
     Args:
         study: where rows are kept.
         candidates: settings to choose from.
@@ -34,7 +36,7 @@ def halve(
         keep: the share of the candidates that goes on to the next round, at least one.
     """
     left = list(candidates)
-    for number, budget in enumerate(budgets, 1):
+    for number, budget in enumerate(budgets if len(left) > 1 else (), 1):
         scores = []
         for candidate in left:
             settings = {**candidate, stage: f"search {number}"}
@@ -68,7 +70,7 @@ def means(table: Table, names: Sequence[str], score: str) -> dict[tuple[Value, .
 def runs_of_halving(candidates: int, rounds: int = 3, keep: float = 1 / 3) -> int:
     """How many runs `halve` takes, for a progress bar."""
     total = 0
-    for _ in range(rounds):
+    for _ in range(rounds if candidates > 1 else 0):
         total += candidates
         candidates = max(1, math.ceil(keep * candidates))
     return total

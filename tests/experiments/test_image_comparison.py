@@ -47,12 +47,26 @@ def test_a_search_may_have_part_of_the_images_and_several_seeds(problem, tmp_pat
         return dict.fromkeys(MEASURES, float(seed))
 
     monkeypatch.setattr("bootgrad.experiments.image_comparison.run", told)
-    problem = Problem(**{**vars(problem), "share": 0.5, "search_seeds": (1000, 1002), "grid": Grid((0.1,), (0.01,))})
+    problem = Problem(
+        **{**vars(problem), "share": 0.5, "search_seeds": (1000, 1002), "grid": Grid((0.1,), (0.01, 0.1))}
+    )
     study = Study(Options("trial", seeds=2), HERE, tmp_path)
     compare(study, problem, REG1, 6.0)
-    searched = [(seed, False, 32, epochs) for epochs in (2.0, 6.0) for seed in (1000, 1002)]
+    searched = [(seed, False, 32, epochs) for epochs in (2.0, 2.0, 6.0) for seed in (1000, 1002)]
     assert seen == searched + [(seed, True, 64, 6.0) for seed in (0, 1)]
     assert study.table.where(stage="search 2").column("validation_loss") == [1001.0]
+
+
+def test_a_single_candidate_is_not_searched(problem, tmp_path):
+    study = Study(Options("trial", seeds=2), HERE, tmp_path)
+    problem = Problem(**{**vars(problem), "grid": Grid((0.1,), (0.01,))})
+    for way in (SGD, REG1):
+        compare(study, problem, way)
+    assert len(study.table) == problem.calls((SGD, REG1), 2) == 4
+    rows = final(study.table, way=REG1.name).rows
+    assert [(row["seed"], row["lr"], row["strength"], row["reg1"]) for row in rows] == [
+        (k, 0.1, 0.01, 0.01) for k in (0, 1)
+    ]
 
 
 def test_plain_training_is_given_the_same_time(problem, tmp_path, monkeypatch):

@@ -183,6 +183,8 @@ def test_halving_keeps_the_best_and_sends_the_diverged_to_the_end(tmp_path):
     assert budgets == [(lr, 0.5) for lr in (9, 1, 2, 4, 8, 7)] + [(2, 1.0), (4, 1.0)]
     assert len(s.table) == len(budgets) == runs_of_halving(6, 2)
     assert halve(s, candidates, compute, score="loss", budgets=(0.5, 1.0)) == {"lr": 2} and len(budgets) == 8
+    assert halve(s, [{"lr": 9}], compute, score="loss") == {"lr": 9} and len(budgets) == 8  # nothing to choose from
+    assert runs_of_halving(1) == 0
 
 
 def test_the_lowest_of_a_grid_has_no_run_that_diverged():
