@@ -67,19 +67,26 @@ def measured(table: Table, by: Sequence[str] = ()) -> str:
 
     Says of which ways the values lie at an edge of what was searched.
     """
-    rows, edges = [], []
+    rows = []
     for settings in _kinds(table, (*by, "way")):
-        mine, searched = final(table, **settings), table.where(stage="search 1", **settings)
+        mine = final(table, **settings)
         chosen = mine.rows[0]
         found = [interval(mine.column(name)) for name in ("test_loss", "test_accuracy", "gap", "stopped_loss")]
         found += [interval(mine.column(name)) for name in ("train_accuracy", "gamma", "ratio")]
         rows.append((*settings.values(), f"{chosen['lr']:g}", f"{chosen['strength']:g}", *found))
-        for name, symbol in (("lr", "learning rate"), ("strength", "s")):
+    return f"{markdown((*by, *_HEADER), rows)}\n\n{edges(table, by)}"
+
+
+def edges(table: Table, by: Sequence[str] = (), strength: str = "s") -> str:
+    """Says of which ways the final runs' values lie at an edge of what was searched; ``strength`` is what that is called."""
+    found = []
+    for settings in _kinds(table, (*by, "way")):
+        chosen, searched = final(table, **settings).rows[0], table.where(stage="search 1", **settings)
+        for name, symbol in (("lr", "learning rate"), ("strength", strength)):
             values = searched.column(name)
             if len(set(values)) > 1 and chosen[name] in (min(values), max(values)):
-                edges.append(f"{symbol} of {' '.join(str(value) for value in settings.values())}")
-    said = f"At an edge of what was searched: {', '.join(edges) or 'nothing'}."
-    return f"{markdown((*by, *_HEADER), rows)}\n\n{said}"
+                found.append(f"{symbol} of {' '.join(str(value) for value in settings.values())}")
+    return f"At an edge of what was searched: {', '.join(found) or 'nothing'}."
 
 
 def draw_intervals(ax, found: Mapping[str, Interval], title: str, unit: str) -> None:
