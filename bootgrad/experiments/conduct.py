@@ -25,7 +25,7 @@ from .table import Table
 
 EXPERIMENTS = (
     "idealized", "sparse-regression", "variability", "cnn", "small-data", "non-iid", "underparameterized", "alignment",
-    "window",
+    "window", "strength",
 )  # fmt: skip
 
 

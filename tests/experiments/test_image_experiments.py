@@ -17,7 +17,7 @@ from bootgrad.training.data import ImageData
 
 from .images import blobs, network, rows_of
 
-NAMES = ("cnn", "small-data", "non-iid", "underparameterized", "window")
+NAMES = ("cnn", "small-data", "non-iid", "underparameterized", "window", "strength")
 
 
 @pytest.mark.parametrize("name", NAMES)
