@@ -282,6 +282,8 @@ class GradientRegularizer:
             if c is not None:
                 with silent(step.ranks):
                     center_pairs.add_derivative(outcome, step.parameters, c, self.centers[name], strength)
+        added = self._strengths.added(step.plan, outcome, step.parameters, centers)
+        step.plan = self._strengths.settled(step.plan, added)
         grads = gated(step.scaling.scaled(outcome.grads), outcome.finite, step.scaling.skips)
         checks = [outcome.finite, torch.isfinite(distances.sq_mean) if outcome.mean else None]
         if step.scaling.skips:  # for the penalties alone, too
@@ -290,12 +292,14 @@ class GradientRegularizer:
         known = [t for t in checks if t is not None]
         finite = torch.stack(known).all() if known else None
         report, leaves = step.report(outcome, distances, finite), outcome.leaves
+        # Before anything is written: a rule of the user's may raise.
+        self._strengths.after(self.step, step.plan, outcome, added, centers["reg1"] is not None, report, finite)
         if step.ranks is not None:
             leaves, grads = step.ranks.stored(leaves, grads)
         add_to_grads(leaves, grads)
         if outcome.mean and finite is not None:
             center_pairs.move(self.centers, outcome.mean, centers, finite)
-        self._strengths.after(self.step, step.plan, outcome, step.parameters, centers, report, finite)
+        self._strengths.count(step.plan, finite)
         self.step += 1
         call_hooks(leaves, grads)
         return report

@@ -1,6 +1,6 @@
 """A step that is done, as rules for λ see it: the gradient of its mean loss, and what a penalty has added to it.
 
-    ∇R = (∇(L + λ R) − ḡ)/λ
+    λ ∇R = ∇(L + λ R) − ḡ
 
 Nothing is computed before a rule asks.
 """
@@ -12,7 +12,98 @@ import torch
 from torch import Tensor
 
 from .methods.base import Directions, Gradients, mean_by_name
+from .ops.schema import accumulation_dtype
 from .penalties import Report, total_sq_distance, total_sq_norm
+
+LOST = (
+    8.0,
+    64.0,
+)  # roundings of parameters, and of the sums that gradients are, in which what is shorter than them is lost
+FARTHEST = 1e4  # what λ is multiplied or divided by at most, to be measured better
+
+
+class Added:
+    """What a penalty has added to the gradient of a step, ``taken`` times ∇R.
+
+    Attributes:
+        is_empty: whether R is zero whatever the parameters, so that what was added is rounding.
+    """
+
+    def __init__(self, outcome: Gradients, parameters: Mapping[str, Tensor], taken: float, is_empty: bool):
+        """Keep the gradients."""
+        self.is_empty = is_empty
+        self._outcome, self._parameters, self._taken = outcome, parameters, taken
+        self._apart: dict[str, Tensor] | None = None  # where the outcome has it no more
+        self._norms: tuple[float, float] | None = None
+
+    @torch.no_grad()
+    def norms(self) -> tuple[float, float]:
+        """‖ḡ‖ and ‖taken ∇R‖."""
+        if self._norms is None:
+            mean = self._outcome.mean
+            if self._apart is None:
+                sq_added = total_sq_distance(self._totals().values(), mean.values())
+            else:
+                sq_added = total_sq_norm(self._apart.values())
+            sq_mean, sq_added = torch.stack([total_sq_norm(mean.values()), sq_added]).tolist()
+            self._norms = math.sqrt(sq_mean), math.sqrt(sq_added)
+        return self._norms
+
+    def is_finite(self) -> bool:
+        """Whether both norms are."""
+        return all(map(math.isfinite, self.norms()))
+
+    def log_ratio(self) -> float | None:
+        """The logarithm of ‖∇R‖/‖ḡ‖; None where one is zero or not finite, or the difference lost in the rounding of ḡ."""
+        mean, added = self.norms()
+        dtypes = {p.dtype for p in self._parameters.values()}
+        pairs = [(LOST[0], d) for d in dtypes] + [(LOST[1], accumulation_dtype(d)) for d in dtypes]
+        resolution = max(count * torch.finfo(d).eps for count, d in pairs)
+        if not (0 < mean < math.inf and resolution * mean <= added < math.inf):
+            return None
+        return math.log(added) - math.log(self._taken) - math.log(mean)
+
+    def remedy(self) -> float:
+        """What to multiply λ by, where there is no ratio, for ‖λ ∇R‖ to be nearer to ‖ḡ‖; one where that is no help."""
+        mean, added = self.norms()
+        if not 0 < mean < math.inf:
+            return 1.0
+        if not added < math.inf:
+            return 1 / FARTHEST
+        return min(mean / added, FARTHEST) if added > 0 else FARTHEST
+
+    @torch.no_grad()
+    def gradient(self) -> dict[str, Tensor]:
+        """∇R by parameter name, in memory of its own."""
+        return {name: t / self._taken for name, t in self._by_name().items()}
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Let the step's gradient be ḡ + factor · taken ∇R.
+
+        Of leaves outside of the model, of which no ḡ is made, it will be zero.
+        """
+        self._apart, outcome = self._by_name(), self._outcome
+        names = {id(p): name for name, p in self._parameters.items()}
+        for k, (leaf, g) in enumerate(zip(outcome.leaves, outcome.grads, strict=True)):
+            if g is None:
+                continue
+            name = names.get(id(leaf))
+            if name is None:
+                outcome.grads[k] = torch.zeros_like(g)
+                continue
+            mean = outcome.mean[name]
+            whole = torch.add(mean, self._apart[name], alpha=factor) if factor else mean.clone()
+            outcome.grads[k] = whole.to(g.dtype) if g.layout == torch.strided else whole.to_sparse(g.sparse_dim())
+
+    def _by_name(self) -> dict[str, Tensor]:
+        if self._apart is not None:
+            return self._apart
+        return {name: g - self._outcome.mean[name] for name, g in self._totals().items()}
+
+    def _totals(self) -> dict[str, Tensor]:
+        by_name = mean_by_name(self._parameters, self._outcome.leaves, self._outcome.grads)
+        return {name: by_name[name] for name in self._outcome.mean}
 
 
 class Seen:
@@ -22,7 +113,7 @@ class Seen:
         penalty: ``"reg1"`` or ``"reg2"``.
         step: its number.
         batch_size: B.
-        is_measured: whether the gradient has this penalty in it and no other, so that `norms` and `gradient` tell of it.
+        is_measured: whether the gradient had this penalty in it and no other, which `added` then tells of.
         has_center: whether Reg1 was about a center, and not about the batch mean.
         mean: ḡ by parameter name; empty where it was not made.
     """
@@ -32,43 +123,29 @@ class Seen:
         penalty: str,
         step: int,
         outcome: Gradients,
-        parameters: Mapping[str, Tensor],
         report: Report,
         finite: Tensor | None,
-        taken: float | None,
+        added: Added | None,
         has_center: bool,
     ):
-        """Keep what came of the step; ``taken`` is what the penalty was multiplied by, None where it is not measured."""
+        """Keep what came of the step; ``added`` is what the penalty has, None where it is not measured."""
         self.penalty, self.step, self.batch_size, self.mean = penalty, step, outcome.batch_size, outcome.mean
-        self.is_measured, self.has_center = taken is not None, has_center
-        self._outcome, self._parameters, self._report = outcome, parameters, report
-        self._finite, self._taken = finite, taken
+        self.is_measured, self.has_center = added is not None, has_center
+        self._report, self._finite, self._added = report, finite, added
 
     def is_finite(self) -> bool:
         """Whether the gradient is, and the optimizer's step is not skipped; an accelerator is waited for."""
         return self._finite is None or bool(self._finite)
 
-    @torch.no_grad()
-    def norms(self) -> tuple[float, float]:
-        """‖ḡ‖ and ‖∇R‖."""
-        assert self._taken is not None
-        apart = total_sq_distance(self._totals().values(), self.mean.values())
-        sq_mean, sq_penalty = torch.stack([total_sq_norm(self.mean.values()), apart]).tolist()
-        return math.sqrt(sq_mean), math.sqrt(sq_penalty) / self._taken
-
-    @torch.no_grad()
-    def gradient(self) -> dict[str, Tensor]:
-        """∇R by parameter name, in memory of its own."""
-        assert self._taken is not None
-        return {name: (g - self.mean[name]).div_(self._taken) for name, g in self._totals().items()}
+    @property
+    def added(self) -> Added:
+        """What the penalty has added, of a step that is measured."""
+        assert self._added is not None
+        return self._added
 
     def spreads(self) -> tuple[float, float]:
         """Γ and the value of Reg1, nan where the report does not tell."""
         return float(self._report.covariance_trace), float(self._report.reg1)
-
-    def _totals(self) -> dict[str, Tensor]:
-        by_name = mean_by_name(self._parameters, self._outcome.leaves, self._outcome.grads)
-        return {name: by_name[name] for name in self.mean}
 
 
 def cosine_of(a: Directions, b: Directions) -> float:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from .centers import BatchMean
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .methods.base import Directions, Gradients
 from .penalties import Report
-from .seen import Seen
+from .seen import Added, Seen
 from .strengths import AUTO, Rule
 
 Strength = float | str | Callable[[int], float] | Rule
@@ -31,6 +31,7 @@ class Plan:
         asked: λ by penalty.
         taken: what each of those that are taken is multiplied by, λ times the steps it stands for.
         measured: the penalty whose gradient rules are shown.
+        trial: what that is taken with in place of its λ, which is found from it.
         turn: the one that is taken alone, for both.
         needs_mean: whether a rule asks for ḡ.
         notes: for the report.
@@ -39,6 +40,7 @@ class Plan:
     asked: Mapping[str, float]
     taken: Mapping[str, float]
     measured: str | None
+    trial: float | None
     turn: str | None
     needs_mean: bool
     notes: list[str]
@@ -97,38 +99,71 @@ class Strengths:
         """What the step that comes takes, about centers of which the values are known."""
         taken: dict[str, float] = {}
         known = {name for name in PENALTIES if values[name] is not None or isinstance(centers[name], BatchMean)}
-        notes = []
+        may_measure = {name: rule for name, rule in self._rules.items() if name in known and rule.due(step)}
+        trials = {name: rule.trial for name, rule in may_measure.items() if rule.trial is not None}
+        notes = [_bounded(name, asked[name]) for name, rule in self._rules.items() if rule.is_bounded]
         for name, strength in asked.items() if step % every == 0 else ():
+            strength = trials.get(name, strength)
             if strength and name not in known:
                 notes.append(_FIRST_STEP[name])
+            elif not strength and name in self._rules and self._rules[name].trial is not None:
+                notes.append(f"{name} was left out: its rule has measured no λ yet")
             if strength and (name == "reg1" or values[name] is not None):
                 taken[name] = every * strength
-        due = [name for name, rule in self._rules.items() if name in taken and name in known and rule.due(step)]
+        due = [name for name in may_measure if name in taken]
         turn = self._owed if self._owed in taken else due[0] if due and len(taken) == 2 else None
         if turn is not None:
             notes.append(f"{turn} was taken alone, twice as strong: the penalties take turns where one is measured")
             taken, due = {turn: 2 * taken[turn]}, [name for name in due if name == turn]
         measured = due[0] if due else None
+        trial = None if measured is None else trials.get(measured)
         needs_mean = measured is not None or any(rule.waits for rule in self._rules.values())
-        return Plan(asked, taken, measured, turn, needs_mean, notes)
+        return Plan(asked, taken, measured, trial, turn, needs_mean, notes)
+
+    def added(
+        self,
+        plan: Plan,
+        outcome: Gradients,
+        parameters: Mapping[str, Tensor],
+        values: Mapping[str, Directions | None],
+    ) -> Added | None:
+        """What the measured penalty has added to the gradient of a step; None where none is measured."""
+        if plan.measured is None:
+            return None
+        is_own_mean = plan.measured == "reg1" and values["reg1"] is None and outcome.batch_size == 1
+        return Added(outcome, parameters, plan.taken[plan.measured], is_empty=is_own_mean)
+
+    def settled(self, plan: Plan, added: Added | None) -> Plan:
+        """The plan with the λ that a trial has found, after its gradient was scaled to that."""
+        if plan.trial is None or plan.measured is None or added is None:
+            return plan
+        name, rule = plan.measured, self._rules[plan.measured]
+        found = rule.found(added) if added.is_finite() and not added.is_empty else 0.0
+        added.rescale(found / plan.trial)
+        notes = list(plan.notes)
+        if not found:
+            notes.append(f"{name} was left out: its gradient is zero, or was lost in rounding or overflow")
+        elif not plan.asked[name] and rule.is_bounded:
+            notes.append(_bounded(name, found))
+        return replace(plan, asked={**plan.asked, name: found}, notes=notes)
 
     def after(
         self,
         step: int,
         plan: Plan,
         outcome: Gradients,
-        parameters: Mapping[str, Tensor],
-        values: Mapping[str, Directions | None],
+        added: Added | None,
+        has_center: bool,
         report: Report,
         finite: Tensor | None,
     ) -> None:
-        """Show the rules a step that is done."""
-        about_mean = values["reg1"] is None
-        is_empty = plan.measured == "reg1" and about_mean and outcome.batch_size == 1  # Reg1 is zero there
+        """Show the rules a step of which all is known and nothing is written yet; `count` is to follow."""
         for name, rule in self._rules.items():
-            taken = plan.taken[name] if name == plan.measured and not is_empty else None
-            seen = Seen(name, step, outcome, parameters, report, finite, taken, not about_mean)
-            rule.after(seen)
+            own = added if name == plan.measured and added is not None and not added.is_empty else None
+            rule.after(Seen(name, step, outcome, report, finite, own, has_center))
+
+    def count(self, plan: Plan, finite: Tensor | None) -> None:
+        """Take in whose turn it was."""
         if plan.turn is not None and (finite is None or bool(finite)):
             self._owed = None if plan.turn == self._owed else next(name for name in PENALTIES if name != plan.turn)
 
@@ -138,28 +173,34 @@ class Strengths:
         return {"owed": self._owed, **rules} if rules else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`; there is nothing to take over from one without rules.
+        """Go on from a `state_dict`; rules of penalties that had none begin anew.
 
         Raises:
             ValueError: a state of other rules.
         """
         rules = self._rules
-        if not state or not rules:
-            return
         for name, rule in rules.items():
-            if state[name]["rule"] != type(rule).__name__:
+            if name in state and state[name]["rule"] != type(rule).__name__:
                 raise ValueError(f"{name} is a {type(rule).__name__} here, and was a {state[name]['rule']}")
-        if state["owed"] not in (None, *PENALTIES):
-            raise ValueError(f"{state['owed']!r} is no penalty")
+        owed = state["owed"] if state else None
+        if owed not in (None, *PENALTIES):
+            raise ValueError(f"{owed!r} is no penalty")
         before = self.state_dict()
         try:
             for name, rule in rules.items():
-                rule.load_state_dict(state[name])
+                if name in state:
+                    rule.load_state_dict(state[name])
+                else:
+                    rule.reset()
         except Exception:
             for name, rule in rules.items():
                 rule.load_state_dict(before[name])
             raise
-        self._owed = state["owed"]
+        self._owed = owed
+
+
+def _bounded(name: str, strength: float) -> str:
+    return f"the λ of {name} is held at {strength:.6g}, a bound of its rule"
 
 
 def _parsed(name: str, given: Any) -> Strength:

@@ -7,8 +7,16 @@ A rule is asked for λ before each step, and shown the step after it. What rules
     ∇R = (∇(L + λ R) − ḡ)/λ
 
 from the two gradients that a step has anyway: no pass is made for it. It is that of the whole batch, of all micro-batches and
-ranks, before a scaler's factor; by random signs and on fractions it is the estimate that the step takes. In float32 what is
-shorter than about 1e-6 ‖ḡ‖ is rounding, in half precision 1e-2: λ = 0 cannot be measured, and these rules keep λ > 0.
+ranks, before a scaler's factor; by random signs and on fractions it is the estimate that the step takes. λ = 0 cannot be
+measured, and these rules keep λ > 0.
+
+**The first λ is that of the step it is measured on**, whatever the unit of the loss: the pass takes some λ', a trial, and what
+is written to ``.grad`` is
+
+    ḡ + (λ/λ') (∇(L + λ' R) − ḡ)
+
+So it is, too, where λ ∇R was lost in the rounding of ḡ, that is shorter than 8e-6 ‖ḡ‖ in float32 and 0.06 ‖ḡ‖ in bfloat16: the
+next step is a trial with a larger λ', and what was lost is left out of averages.
 
 **Two penalties take turns to be measured**: one is taken alone, with 2λ, and on the next step with penalties the other is, with
 2λ, too, so that both steps together have what they would have had.
@@ -16,6 +24,7 @@ shorter than about 1e-6 ‖ḡ‖ is rounding, in half precision 1e-2: λ = 0 ca
 Letters: ``ḡ`` the gradient of a batch's mean loss, ``R`` a penalty without λ, ``B`` samples, ``η`` the learning rate.
 """
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -26,12 +35,13 @@ from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
 from .methods.choice import is_number
-from .seen import Seen, cosine_of
+from .seen import Added, Seen, cosine_of
 from .wrappers import by_names_as_written
 
 __all__ = ["AUTO", "Bound", "LookAhead", "Rule", "Seen", "Share"]
 
-LOW, START, HIGH = 1e-8, 1e-3, 10.0
+LOW, HIGH = 1e-20, 1e20
+TRIAL = 100.0  # where nothing is known; what is too large for a step is not for its measurement
 
 
 class Rule(ABC):
@@ -39,7 +49,12 @@ class Rule(ABC):
 
     Args:
         low, high: the bounds of λ.
+
+    Attributes:
+        is_bounded: whether the last λ is one of them, and would have been beyond it; the report then says so.
     """
+
+    is_bounded = False
 
     def __init__(self, low: float, high: float):
         """Check the bounds."""
@@ -49,11 +64,20 @@ class Rule(ABC):
 
     @abstractmethod
     def strength(self, penalty: str, step: int) -> float:
-        """λ for the step that comes; it may fail and be asked for again."""
+        """λ for the step that comes, zero for none; it may fail and be asked for again."""
 
     def due(self, step: int) -> bool:
         """Whether the gradient of the penalty is to be measured as soon as it is taken."""
         return False
+
+    @property
+    def trial(self) -> float | None:
+        """What the step that comes takes in place of λ where it is `due`, to be scaled to `found` afterwards; None for λ."""
+        return None
+
+    def found(self, added: Added) -> float:
+        """λ for a step with a `trial`, from what that has added; nothing is to change yet. Zero for none."""
+        raise NotImplementedError
 
     @property
     def waits(self) -> bool:
@@ -62,7 +86,11 @@ class Rule(ABC):
 
     @abstractmethod
     def after(self, seen: Seen) -> None:
-        """Take in a step, of whatever kind; one that is not finite is to be left out."""
+        """Take in a step, of whatever kind, before its gradient is written; one that is not finite is to be left out."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Begin anew."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -73,41 +101,89 @@ class Rule(ABC):
         """Go on from a `state_dict`; where it cannot be read, with any error, all is as before."""
 
     def _within(self, value: float) -> float:
+        self.is_bounded = not self.low <= value <= self.high
         return min(max(value, self.low), self.high)
 
 
 class _Measuring(Rule):
-    """A rule with a λ of its own, moved by measurements at least ``every`` steps apart."""
+    """A rule with a λ of its own, moved by measurements at least ``every`` steps apart.
 
-    def __init__(self, every: int, start: float, low: float, high: float):
+    Args:
+        share: ‖λ ∇R‖/‖ḡ‖ that it begins with, where no ``start`` is given.
+
+    Attributes:
+        value: λ; None as long as there is none.
+    """
+
+    value: float | None
+    _trial: float | None
+    _next: int
+
+    def __init__(self, share: float, every: int, start: float | None, low: float, high: float):
         """Check the options."""
         super().__init__(low, high)
         if not low > 0:
             raise ArgumentError(
                 f"low must be above zero, for a penalty that is not taken cannot be measured; got {low}"
             )
-        if not is_number(start) or not low <= start <= high:
-            raise ArgumentError(f"start must be a number from low = {low} to high = {high}; got {start!r}")
-        self.every = _whole("every", every)
-        self.value = float(start)
-        self._next = 0
+        if start is not None and (not is_number(start) or not low <= start <= high):
+            raise ArgumentError(f"start must be a number from low = {low} to high = {high}, or None; got {start!r}")
+        self.every, self.start = _whole("every", every), None if start is None else float(start)
+        self._share = share
+        self.reset()
+
+    def reset(self):
+        """Begin anew."""
+        self.value = self.start
+        self._trial = None
+        self._next, self.is_bounded = 0, False
 
     def strength(self, penalty, step):
         """The λ that was last set."""
-        return self.value
+        return self.value or 0.0
 
     def due(self, step):
-        """From ``every`` steps after the last measurement on."""
-        return step >= self._next
+        """From ``every`` steps after the last measurement on, and where there is a trial."""
+        return self._trial is not None or step >= self._next
+
+    @property
+    def trial(self):
+        """Some λ, where there is none yet, or one at which the last measurement would not have been lost."""
+        return TRIAL if self.value is None and self._trial is None else self._trial
+
+    def found(self, added):
+        """λ, or the first one."""
+        log_ratio = added.log_ratio()
+        if self.value is None and log_ratio is not None:
+            return self._of_share(log_ratio)
+        return self.value or 0.0
 
     def state_dict(self):
-        """λ, and when to measure."""
-        return {"value": self.value, "next": self._next}
+        """λ, when to measure, and with what."""
+        return {"value": self.value, "next": self._next, "trial": self._trial}
 
     def load_state_dict(self, state):
         """Go on from a `state_dict`, within the present bounds."""
-        value, following = _finite(state["value"]), int(state["next"])
-        self.value, self._next = self._within(value), following
+        value, trial = (None if state[key] is None else _finite(state[key]) for key in ("value", "trial"))
+        self._next = int(state["next"])
+        self.value, self._trial = None if value is None else self._within(value), trial
+        self.is_bounded = self.value in (self.low, self.high) and self.value != self.start
+
+    def _of_share(self, log_ratio: float) -> float:
+        """λ of the share, with ‖∇R‖/‖ḡ‖."""
+        return self._within(self._share * math.exp(min(-log_ratio, 700.0)))
+
+    def _measured(self, seen: Seen) -> float | None:
+        """Log ‖∇R‖/‖ḡ‖ of a step that tells it; of one that should, None, and the next step tries it with another λ."""
+        if not seen.is_measured or not seen.is_finite():
+            return None
+        tried, log_ratio = self.trial or self.value or 0.0, seen.added.log_ratio()
+        trial = tried * seen.added.remedy()
+        if log_ratio is None and trial != tried and LOW <= trial <= HIGH:
+            self._trial = trial
+        else:
+            self._trial, self._next = None, seen.step + self.every
+        return log_ratio
 
 
 class Share(_Measuring):
@@ -115,17 +191,19 @@ class Share(_Measuring):
 
         λ = share · exp(−⟨log ‖∇R‖/‖ḡ‖⟩)
 
-    ⟨ ⟩ is a moving average over the steps that are measured; λ is held between them, and is ``start`` up to the first. No unit
-    of the loss or the penalty changes what is trained: of a times the loss, λ is 1/a of what it was.
+    ⟨ ⟩ is a moving average over the steps that are measured; λ is held between them. No unit of the loss or the penalty changes
+    what is trained, from the first step on: of a times the loss, λ is 1/a of what it was. As long as nothing is measured, as
+    on a first step whose center knows nothing, the penalty is left out.
 
-    Price: a sweep over the parameters on steps that are measured; for exact Reg1 about a constant center without
-    statistics, which makes no ḡ, one forward-sized product there, of 6. An accelerator is waited for.
+    Price: a sweep over the parameters on steps that are measured, and a few more on the first; for exact Reg1 about a constant
+    center without statistics, which makes no ḡ, one forward-sized product there, of 6. An accelerator is waited for.
 
     Args:
         share: ‖λ ∇R‖/‖ḡ‖.
         every: steps from one measurement to the next, at least.
         decay: weight of the past in the average, bias-corrected.
-        start, low, high: λ at first, above zero, and its bounds.
+        start: λ up to the first measurement, which has a unit; None for that of the share, from the first measurement on.
+        low, high: bounds of λ, above zero.
     """
 
     def __init__(
@@ -134,24 +212,24 @@ class Share(_Measuring):
         every: int = 10,
         *,
         decay: float = 0.8,
-        start: float = START,
+        start: float | None = None,
         low: float = LOW,
         high: float = HIGH,
     ):
         """Start with nothing measured."""
-        super().__init__(every, start, low, high)
-        self.share = _positive("share", share)
-        self._log_ratio = _Average(decay, 1)
+        self.share, self._log_ratio = _positive("share", share), _Average(decay, 1)
+        super().__init__(self.share, every, start, low, high)
+
+    def reset(self):
+        """Begin anew."""
+        super().reset()
+        self._log_ratio.clear()
 
     def after(self, seen):
         """Measure, where it is due; a penalty without gradient leaves λ as it is."""
-        if not seen.is_measured or not seen.is_finite():
-            return
-        loss, penalty = seen.norms()
-        self._next = seen.step + self.every
-        if 0 < loss < math.inf and 0 < penalty < math.inf:
-            (log_ratio,) = self._log_ratio.take(math.log(penalty) - math.log(loss))
-            self.value = self._within(self.share * math.exp(min(-log_ratio, 700.0)))
+        log_ratio = self._measured(seen)
+        if log_ratio is not None:
+            self.value = self._of_share(*self._log_ratio.take(log_ratio))
 
     def state_dict(self):
         """λ, the average, and when to measure."""
@@ -174,7 +252,10 @@ class LookAhead(_Measuring):
     one pair of consecutive steps at a time: where they point the same way, more of the penalty would have lowered L' further.
 
     It sees one step ahead, so that what a penalty does to the loss of later steps is no part of it; and only as long as batches
-    are new to the model, in the first epoch, does L' tell of data that it has not been trained on.
+    are new to the model, in the first epoch, does L' tell of data that it has not been trained on. Optimizers that rescale
+    gradients, as Adam does, or add momentum to them, step along something else than ḡ + λ ∇R, of which the cosine does not
+    tell. There is to be one step of the optimizer between two backward calls: of several, outside of a block of `accumulate`,
+    ḡ' is at the parameters that ∇R is of.
 
     Price: a few sweeps over the parameters and a tensor of each parameter's size on one step of ``every``, held until the next
     step; where ḡ would not be made, see `Share`, on both. An accelerator is waited for.
@@ -182,16 +263,29 @@ class LookAhead(_Measuring):
     Args:
         rate: how far log λ moves where the two are parallel.
         every: steps from one pair to the next, at least.
-        start, low, high: λ at first, above zero, and its bounds.
+        start: λ at first; None for that at which ‖λ ∇R‖ is 0.01 ‖ḡ‖ on the first step that is measured, as `Share` finds it.
+        low, high: bounds of λ, above zero.
     """
 
+    _held: dict[str, Tensor]  # ∇R of the step before
+
     def __init__(
-        self, rate: float = 0.2, every: int = 5, *, start: float = START, low: float = LOW, high: float = HIGH
+        self,
+        rate: float = 0.2,
+        every: int = 5,
+        *,
+        start: float | None = None,
+        low: float = LOW,
+        high: float = HIGH,
     ):
         """Start with nothing measured."""
-        super().__init__(every, start, low, high)
+        super().__init__(0.01, every, start, low, high)
         self.rate = _positive("rate", rate)
-        self._held: dict[str, Tensor] = {}  # ∇R of the step before
+
+    def reset(self):
+        """Begin anew."""
+        super().reset()
+        self._held = {}
 
     @property
     def waits(self):
@@ -207,9 +301,10 @@ class LookAhead(_Measuring):
             cosine = cosine_of(held, seen.mean)
             if math.isfinite(cosine):
                 self.value = self._within(self.value * math.exp(self.rate * cosine))
-        if seen.is_measured:
-            self._held = seen.gradient()
-            self._next = seen.step + self.every
+        log_ratio = self._measured(seen)
+        if log_ratio is not None:
+            self.value = self._of_share(log_ratio) if self.value is None else self.value
+            self._held = seen.added.gradient()
 
     def state_dict(self):
         """λ, when to measure, and ∇R where it waits for the next step."""
@@ -243,13 +338,13 @@ class Bound(Rule):
     about a center, else S, each averaged over steps: about the batch mean these factors are B/(B − 1) and one.
 
     It assumes SGD near a minimum with η h ≪ 1, samples drawn with equal chances, and a penalty that leaves the noise about as
-    it was. Of an SGD with momentum μ, η is lr/(1 − μ). Optimizers that rescale gradients, as Adam does, have no such bound:
-    give a rate, and search for the scale.
+    it was. Of an SGD with momentum μ, η is lr/(1 − μ). Optimizers that rescale gradients, as Adam does, have no such bound, and
+    are refused, as are groups of parameters with unlike η: give a rate, and search for the scale.
 
     Price: none; ``measured``, an accelerator is waited for on one step of ``every``.
 
     Args:
-        rate: the optimizer, whose first group's lr is read at every step, or η, a number or a function of the step.
+        rate: a `torch.optim.SGD`, of which η is read at every step, or η, a number or a function of the step.
         scale: what λ is multiplied by.
         batch_size: B; None for the moving average of those of the steps before. On the first step, which has none before, λ₁ is
             then ``start``.
@@ -257,6 +352,9 @@ class Bound(Rule):
         every: steps from one such report to the next, at least.
         decay: weight of the past in averages, bias-corrected.
         start, low, high: λ₁ before B is known, and bounds.
+
+    Raises:
+        ArgumentError: an optimizer of another kind, or with unlike η; then, too, when it is read.
     """
 
     def __init__(
@@ -280,13 +378,21 @@ class Bound(Rule):
             raise ArgumentTypeError(
                 f"rate must be an optimizer, a number or a function of the step; got {type(rate).__name__}"
             )
+        if hasattr(rate, "param_groups"):
+            _check_sgd(rate)
         self.rate, self.scale, self.start = rate, _positive("scale", scale), float(start)
         self.batch_size = None if batch_size is None else _whole("batch_size", batch_size)
         self.measured, self.every = bool(measured), _whole("every", every)
         self._size, self._parts = _Average(decay, 1), _Average(decay, 3)  # B; S, D and Reg1
         self._next = 0
-        if is_number(rate):
+        if not callable(rate):
             self._learning_rate(0)
+
+    def reset(self):
+        """Begin anew."""
+        self._size.clear()
+        self._parts.clear()
+        self._next, self.is_bounded = 0, False
 
     def strength(self, penalty, step):
         """λ by the formula."""
@@ -325,15 +431,47 @@ class Bound(Rule):
     def _learning_rate(self, step: int) -> float:
         """η of the step."""
         if hasattr(self.rate, "param_groups"):
-            group = self.rate.param_groups[0]
-            momentum = group.get("momentum") or 0.0
-            share = 1 - group.get("dampening", 0.0) if momentum else 1.0
-            value = float(group["lr"]) * share / (1 - momentum) if momentum < 1 else math.inf
+            rates = [_rate_of(group) for group in self.rate.param_groups]
+            value = rates[0]
+            if not all(math.isclose(value, other, rel_tol=1e-9) for other in rates):
+                shown = ", ".join(f"{other:.4g}" for other in rates)
+                raise ArgumentError(
+                    f"the optimizer's groups of parameters have unlike rates lr/(1 − momentum), {shown}, where the bound knows "
+                    "one: give it as rate=…, a number or a function of the step"
+                )
         else:
-            value = float(self.rate(step) if callable(self.rate) else self.rate)
+            given = self.rate(step) if callable(self.rate) else self.rate
+            try:
+                value = float(given)
+            except (TypeError, ValueError):
+                raise ArgumentTypeError(
+                    f"rate must give a number, the learning rate of the step; got {given!r}"
+                ) from None
         if not 0 <= value < math.inf:
             raise ArgumentError(f"the learning rate must be finite and not negative; got {value}")
         return value
+
+
+def _check_sgd(optimizer: Any) -> None:
+    """Raise unless its steps are those of `torch.optim.SGD`, which a subclass with a step of its own does not tell."""
+    kind = type(optimizer)
+    if not issubclass(kind, torch.optim.SGD) or inspect.unwrap(kind.step) is not inspect.unwrap(torch.optim.SGD.step):
+        raise ArgumentError(
+            f"the bound is of the steps of torch.optim.SGD; got {kind.__name__}, whose steps are its own: of a wrapper give "
+            "the SGD in it, else rate=…, the learning rate as a number or a function of the step, and search for scale"
+        )
+
+
+def _rate_of(group: Mapping[str, Any]) -> float:
+    """η of a group of SGD's parameters, lr (1 − dampening)/(1 − momentum)."""
+    momentum = float(group["momentum"])
+    if not momentum:
+        return float(group["lr"])
+    if not momentum < 1:
+        raise ArgumentError(
+            f"momentum must be below 1, for the bound has the rate lr/(1 − momentum) of the optimizer; got {momentum}"
+        )
+    return float(group["lr"]) * (1 - group["dampening"]) / (1 - momentum)
 
 
 AUTO: Callable[[], Rule] = Share  # what "auto" stands for
@@ -346,7 +484,12 @@ class _Average:
         """Start with none."""
         if not is_number(decay) or not 0 <= decay < 1:
             raise ArgumentError(f"decay must be in [0, 1); got {decay!r}")
-        self.decay, self.weight, self.values = decay, 0.0, [0.0] * count
+        self.decay, self._count = decay, count
+        self.clear()
+
+    def clear(self) -> None:
+        """Back to none."""
+        self.weight, self.values = 0.0, [0.0] * self._count
 
     def take(self, *new: float) -> list[float]:
         """The averages with ``new`` among them."""

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..seen import Seen
+from ..seen import Added, Seen
 from ..strengths import Rule
 from .ensembles import diagonal_network, penalized_gradient
 from .image_runs import LOSSES, MEASURES
@@ -85,16 +85,23 @@ def train(
     generator = torch.Generator().manual_seed(0)
     theta = x.new_full((*shape, 2 * INPUTS), START)
     for number in range(steps):
-        strength = x.new_tensor([rule.strength(_PENALTY, number) for rule in rules]).view(shape)
-        are_due = [rule.due(number) for rule in rules]
         part = problem.batch(BATCH, generator)
         total, mean = penalized_gradient(diagonal_network, theta, part, ratio, 1.0, whole=problem.train)
         added = total - mean  # ∇R
-        theta = theta - lr * (mean + strength[..., None] * added)
         step = Step(number, mean.flatten(0, 1), added.flatten(0, 1))
-        for copy, (rule, row, is_due) in enumerate(zip(rules, step.mean.unbind(), are_due, strict=True)):
-            rule.after(SeenCopy(step, copy, row, is_due))
+        seen = [SeenCopy(step, copy, rule.due(number)) for copy, rule in enumerate(rules)]
+        strength = x.new_tensor([_strength(rule, s) for rule, s in zip(rules, seen, strict=True)]).view(shape)
+        theta = theta - lr * (mean + strength[..., None] * added)
+        for rule, s in zip(rules, seen, strict=True):
+            rule.after(s)
     return theta, strength
+
+
+def _strength(rule: Rule, seen: Seen) -> float:
+    """λ of a step; in place of a trial, that which is found of ∇R."""
+    if seen.is_measured and rule.trial is not None:
+        return rule.found(seen.added)
+    return rule.strength(_PENALTY, seen.step)
 
 
 class Step:
@@ -121,18 +128,12 @@ class Step:
         return torch.stack([self.mean, self.added], 1).double().norm(dim=-1).tolist()
 
 
-class SeenCopy(Seen):
-    """A step, as the rule of one copy is shown it."""
+class AddedCopy(Added):
+    """∇R of one copy."""
 
-    def __init__(self, step: Step, copy: int, mean: Tensor, is_measured: bool):
-        """Keep the step; ``mean`` is ḡ (P,) of the copy."""
-        self.penalty, self.step, self.batch_size, self.mean = _PENALTY, step.number, BATCH, {"theta": mean}
-        self.is_measured, self.has_center = is_measured, True
-        self._of_all, self._copy = step, copy
-
-    def is_finite(self):
-        """Whether this copy's gradients are."""
-        return self._of_all.is_finite[self._copy]
+    def __init__(self, step: Step, copy: int):
+        """Keep the step."""
+        self._of_all, self._copy, self._parameters, self._taken = step, copy, {"theta": step.mean}, 1.0
 
     def norms(self):
         """‖ḡ‖ and ‖∇R‖."""
@@ -142,6 +143,21 @@ class SeenCopy(Seen):
     def gradient(self):
         """∇R, in memory of its own."""
         return {"theta": self._of_all.added[self._copy].clone()}
+
+
+class SeenCopy(Seen):
+    """A step, as the rule of one copy is shown it."""
+
+    def __init__(self, step: Step, copy: int, is_measured: bool):
+        """Keep the step."""
+        self.penalty, self.step, self.batch_size = _PENALTY, step.number, BATCH
+        self.mean = {"theta": step.mean[copy]}
+        self.is_measured, self.has_center = is_measured, True
+        self._of_all, self._copy, self._added = step, copy, AddedCopy(step, copy)
+
+    def is_finite(self):
+        """Whether this copy's gradients are."""
+        return self._of_all.is_finite[self._copy]
 
     def spreads(self):
         """Not told."""

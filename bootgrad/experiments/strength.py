@@ -49,12 +49,13 @@ PENALTIES = {SPARSE: ("reg1 + reg2",), PICTURES: ("reg1", "reg2")}
 FIXED = "fixed λ"
 Rate = float | torch.optim.Optimizer
 Kind = tuple[str, str, Sequence[float]]  # a way's name, its rule, and the values of its number that are searched
+FOUND = -1.0  # the λ at the start, where the rule finds it itself
 MAKE: dict[str, Callable[[float, Rate], Rule]] = {
     "share": lambda value, rate: Share(value),
     "bound": lambda value, rate: Bound(rate, value),
-    "look-ahead": lambda value, rate: LookAhead(start=value),
+    "look-ahead": lambda value, rate: LookAhead(start=None if value == FOUND else value),
 }
-UNTUNED = {"share": Share().share, "bound": Bound(0.0).scale, "look-ahead": LookAhead().value}
+UNTUNED = {"share": Share().share, "bound": Bound(0.0).scale, "look-ahead": FOUND}
 SHARES: Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.0)
 SCALES: Sequence[float] = (0.1, 0.3, 1.0, 3.0, 10.0)
 LRS = {True: (0.001, *sparse.LRS[False]), False: sparse.LRS[False][1:3]}
@@ -171,7 +172,8 @@ def tables(table: Table) -> str:
               "runs, search included", "time of a step")  # fmt: skip
     text = (
         "The number is the fixed λ, the share, the scale, or the λ at the start; λ at the end is the median over seeds. "
-        "Runs are whole ones of as many steps, to train once, the search included. –: not measured, or all runs diverged."
+        "Runs are whole ones of as many steps, to train once, the search included. –: not measured, found by "
+        "the rule itself, or all runs diverged."
     )
     return "\n\n".join([markdown(header, rows), text, edges(table, ("problem",), "number")])
 
@@ -221,7 +223,7 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _digits(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3g}"
+    return "–" if math.isnan(value) or value == FOUND else f"{value:.3g}"
 
 
 def _measured(values: Sequence[float]) -> str:

@@ -92,7 +92,7 @@ class Counted(Study):
 def test_all_are_run_at_the_learning_rate_of_sgd_and_go_on_where_they_were_stopped(full, tmp_path, monkeypatch):
     def told(way, images, network, *, final, seed, lr, strength, batch, epochs):
         steps = round(epochs * (len(images.train[1]) // batch))
-        loss = 1 + abs(math.log(lr / 0.1)) + abs(math.log((strength or 1) / 0.3))
+        loss = 1 + abs(math.log(lr / 0.1)) + abs(math.log(abs(strength or 1) / 0.3))
         return {**dict.fromkeys(MEASURES, loss), "steps": steps, "ratio": 1.0 if way.is_plain else 2.0}
 
     def evaluated(make, seeds, grid, steps):

@@ -4,6 +4,7 @@ import torch
 
 from ..methods.steps import gradient_of, losses_of, rows_of
 
+START = 1e-3
 EVERY_STEP = {"every": 1, "decay": 0.0}
 
 

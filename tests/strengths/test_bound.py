@@ -39,7 +39,7 @@ def test_the_learning_rate_of_the_bound():
     ):
         rule = Bound(torch.optim.SGD(parameters, lr=0.1, **options))
         assert rule.strength("reg2", 0) == pytest.approx(0.05 * factor)
-    assert Bound(torch.optim.Adam(parameters, lr=torch.tensor(0.1))).strength("reg2", 0) == pytest.approx(0.05)
+    assert Bound(torch.optim.SGD(parameters, lr=torch.tensor(0.1))).strength("reg2", 0) == pytest.approx(0.05)
     assert Bound(0.2, batch_size=4).strength("reg1", 0) == pytest.approx(0.2 / 8)
     assert Bound(lambda step: 0.1 * step, batch_size=4).strength("reg1", 3) == pytest.approx(0.3 / 8)
     for rate in (-0.1, math.nan, math.inf):
@@ -47,6 +47,58 @@ def test_the_learning_rate_of_the_bound():
             Bound(rate)
         with pytest.raises(bootgrad.BootgradError, match="learning rate must be finite and not negative"):
             Bound(lambda step, rate=rate: rate).strength("reg2", 0)
+
+
+class Decorated(torch.optim.SGD):
+    """With SGD's steps."""
+
+
+class Own(torch.optim.SGD):
+    """With steps of its own."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad, Own])
+def test_optimizers_that_are_not_sgd_are_refused(kind):
+    parameters = [nn.Parameter(torch.ones(1))]
+    assert Bound(Decorated(parameters, lr=0.1)).strength("reg2", 0) == pytest.approx(0.05)
+    optimizer = kind(parameters, lr=0.1)
+    with pytest.raises(
+        bootgrad.errors.ArgumentError, match=f"got {kind.__name__}, whose steps are its own: .*give .*rate="
+    ):
+        Bound(optimizer)
+    assert Bound(lambda step: optimizer.param_groups[0]["lr"]).strength("reg2", 0) == pytest.approx(0.05)
+
+
+def test_groups_of_unlike_rates_are_refused():
+    """When it is made, and when a schedule makes them so; whatever their lr, where that comes to one rate."""
+    first, second = ({"params": [nn.Parameter(torch.ones(1))]} for _ in range(2))
+    with pytest.raises(bootgrad.errors.ArgumentError, match=r"unlike rates lr/\(1 − momentum\), 0.1, 0.0001, .* rate="):
+        Bound(torch.optim.SGD([first, second | {"lr": 1e-4}], lr=0.1))
+    optimizer = torch.optim.SGD([first | {"momentum": 0.9, "weight_decay": 0.1}, second | {"lr": 1.0}], lr=0.1)
+    rule = Bound(optimizer)
+    assert rule.strength("reg2", 0) == pytest.approx(0.5)
+    optimizer.param_groups[1]["lr"] = 0.5
+    with pytest.raises(bootgrad.errors.ArgumentError, match="unlike rates"):
+        rule.strength("reg2", 1)
+
+
+def test_what_is_no_rate_says_so():
+    parameters = [nn.Parameter(torch.ones(1))]
+    with pytest.raises(bootgrad.errors.ArgumentError, match="momentum must be below 1, .* got 1.0"):
+        Bound(torch.optim.SGD(parameters, lr=0.1, momentum=1.0))
+    for word in ("a", None):
+        with pytest.raises(bootgrad.errors.ArgumentTypeError, match=f"rate must give a number, .* got {word!r}"):
+            Bound(lambda step, word=word: word).strength("reg2", 0)
+
+
+def test_a_bound_that_acts_is_noted():
+    model, x, y = data(B=6)
+    reg = regularizer(model, "zero", reg1=Bound(0.1, batch_size=6), reg2=Bound(0.5, high=0.1))
+    _, report = gradient_of(reg, losses_of(model), x, y)
+    assert report.notes == ("the λ of reg2 is held at 0.1, a bound of its rule",)
 
 
 def test_a_batch_of_the_last_samples_does_not_set_the_bound():

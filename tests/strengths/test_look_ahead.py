@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import bootgrad
-from bootgrad import strengths
 from bootgrad.strengths import LookAhead
 
 from ..methods.steps import data, gradient_of, losses_of, regularizer
-from .steps import batches_of, penalty_gradients, plain_gradient, run
+from .steps import START, batches_of, penalty_gradients, plain_gradient, run
 
 
 class Point(nn.Module):
@@ -37,7 +36,7 @@ def test_look_ahead_on_a_quadratic(minimum, sign):
         theta = model(x)[:, 0]
         return 0.5 * (theta - minimum).square() + 0.5 * z * theta.square()
 
-    rule = LookAhead(0.1, every=1, high=0.5)
+    rule = LookAhead(0.1, every=1, start=START)
     reg = bootgrad.GradientRegularizer(model, reg1=rule)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     values = []
@@ -45,14 +44,14 @@ def test_look_ahead_on_a_quadratic(minimum, sign):
         gradient_of(reg, losses, x, z)
         optimizer.step()
         values.append(rule.value)
-    assert values == pytest.approx([strengths.START * math.exp(0.1 * sign * k) for k in range(8)], rel=1e-9)
+    assert values == pytest.approx([START * math.exp(0.1 * sign * k) for k in range(8)], rel=1e-9)
 
 
 @pytest.mark.parametrize("center", ["zero", "batch_mean", "ema"])
 @pytest.mark.parametrize("options", [{}, {"statistics": False}, {"every": 2}], ids=str)
 def test_look_ahead_moves_by_the_cosine(center, options):
     model = data()[0]
-    rule = LookAhead(0.5, every=4)
+    rule = LookAhead(0.5, every=4, start=START)
     reg = regularizer(model, center, reg1=rule, reg2=0.0, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     values, held, added = [], [], {}
@@ -72,7 +71,7 @@ def test_look_ahead_moves_by_the_cosine(center, options):
         optimizer.step()
     first = options.get("every", 1) if center == "ema" else 0  # the first with a center
     assert [k for k, h in enumerate(held) if h] == [k for k in (first + 1, first + 5) if k < 8]
-    assert rule.value != strengths.START
+    assert rule.value != START
 
 
 def test_look_ahead_of_two_penalties():

@@ -71,9 +71,9 @@ def test_states_without_rules_and_of_other_ones():
     assert "strengths" not in state
     reg = regularizer(model, "ema", reg1=Share(), reg2="auto")
     reg.load_state_dict(state)
-    assert reg.step == 1 and reg.strengths["reg1"].value == strengths.START
+    assert reg.step == 1 and reg.strengths["reg1"].value is None
     gradient_of(reg, losses_of(model), x, y)
-    assert reg.strengths["reg1"].value != strengths.START
+    assert reg.strengths["reg1"].value is not None
     old.load_state_dict(copy.deepcopy(reg.state_dict()))  # with λ as numbers again
     assert old.step == 2
     before = copy.deepcopy(reg.state_dict())
@@ -85,7 +85,7 @@ def test_states_without_rules_and_of_other_ones():
         (lambda s: s["reg2"].update(value=math.nan), "in the place of a finite number"),
         (lambda s: s["reg2"].update(log_ratio=[1.0]), "a weight and 1 numbers"),
         (lambda s: s.update(owed="reg3"), "'reg3' is no penalty"),
-        (lambda s: s.pop("reg1"), "lacks 'reg1'"),
+        (lambda s: s.pop("owed"), "lacks 'owed'"),
     ):
         damaged = copy.deepcopy(before)
         damaged["step"], damaged["strengths"]["reg1"]["value"] = 7, 0.5
@@ -93,6 +93,71 @@ def test_states_without_rules_and_of_other_ones():
         with pytest.raises(bootgrad.BootgradError, match=message):
             reg.load_state_dict(damaged)
         assert reg.step == 2 and str(reg.state_dict()["strengths"]) == str(before["strengths"])
+
+
+@pytest.mark.parametrize("kind", ["share", "look ahead", "bound", "mixed"])
+def test_rules_that_a_state_lacks_begin_anew(kind):
+    """As those of a new regularizer, although they have been in use."""
+    batches = batches_of(6)
+    model, twin = data()[0], data()[0]
+    numbers = regularizer(model, "ema")
+    run(numbers, batches[:2], model)
+    used, _ = trained(kind, model)
+    run(used, batches[:4], model)
+    fresh, _ = trained(kind, twin)
+    for reg in (used, fresh):
+        reg.load_state_dict(copy.deepcopy(numbers.state_dict()))
+    assert str(used.state_dict()) == str(fresh.state_dict()) and used._strengths._owed is None
+    assert run(used, batches, model)[0] == run(fresh, batches, twin)[0]
+
+
+def test_a_rule_is_added_for_the_other_penalty():
+    batches = batches_of(4)
+    model = data()[0]
+    before = regularizer(model, "ema", reg1=Share(), reg2=0.1)
+    run(before, batches, model)
+    reg = regularizer(model, "ema", reg1=Share(), reg2="auto")
+    run(reg, batches, model)
+    assert reg.strengths["reg2"].value is not None
+    reg.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert reg.strengths["reg1"].state_dict() == before.strengths["reg1"].state_dict()
+    assert reg.strengths["reg2"].value is None and reg.strengths["reg2"].due(reg.step)
+
+
+class Raising(Share):
+    """Fails when it is shown a step."""
+
+    fails = True
+
+    def after(self, seen):
+        if self.fails:
+            raise KeyError("own")
+        super().after(seen)
+
+
+@pytest.mark.parametrize("in_block", [False, True])
+def test_a_rule_that_raises_leaves_all_as_it_was(in_block):
+    """And the step that is taken again has its gradient once."""
+    model, twin = data()[0], data()[0]
+    reg, other = (regularizer(m, "ema", reg1=0.1, reg2=rule) for m, rule in ((model, Raising()), (twin, Share())))
+    batches = batches_of(2)
+    reg.strengths["reg2"].fails = False
+    for r, m in ((reg, model), (other, twin)):
+        run(r, batches[:1], m)
+    reg.strengths["reg2"].fails = True
+    grads = [p.grad.clone() for p in model.parameters()]
+    before = str(reg.state_dict())
+    with pytest.raises(KeyError, match="own"):
+        if in_block:
+            with reg.accumulate():
+                reg.backward(losses_of(model), *batches[1])
+        else:
+            reg.backward(losses_of(model), *batches[1])
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+    assert str(reg.state_dict()) == before
+    reg.strengths["reg2"].fails = False
+    found, expected = (run(r, batches[1:], m) for r, m in ((reg, model), (other, twin)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["share", "look ahead"])
@@ -137,7 +202,10 @@ def test_micro_batches_are_one_batch(kind, center):
                 of_call = ours.backward(losses_of(model), *part)
         grad, report = gradient_of(whole, losses_of(twin), x, y)
         torch.testing.assert_close(flat(model), grad, rtol=1e-9, atol=1e-12)
-        assert of_call.strengths == block.report.strengths == pytest.approx(report.strengths, rel=1e-9)
+        assert block.report.strengths == pytest.approx(report.strengths, rel=1e-9)
+        assert all(
+            a in (0.0, b) for a, b in zip(of_call.strengths.values(), block.report.strengths.values(), strict=True)
+        )
 
 
 def test_losses_in_place_of_a_function():
@@ -162,7 +230,7 @@ def test_a_compiled_model():
         assert reg.method == "random_signs"
     for ours, expected in zip(*found, strict=True):
         assert ours == pytest.approx(expected, rel=1e-5)
-    assert found[0][-1]["reg1"] != strengths.START != found[0][-1]["reg2"]
+    assert found[0][-1]["reg1"] > 0 < found[0][-1]["reg2"]
 
 
 @pytest.mark.parametrize("kind", ["share", "look ahead", "bound"])
@@ -197,7 +265,7 @@ def test_the_python_of_the_docs_runs():
     names = {"model": model, "loss_fn": losses_of(model), "x": x, "y": y}
     names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
     exec(compile(block, "strengths.md", "exec"), names)  # noqa: S102 — our own file
-    assert names["report"].strengths == {"reg1": strengths.START, "reg2": strengths.START}
+    assert names["report"].strengths == {"reg1": names["reg"].strengths["reg1"].value, "reg2": 0.0}
 
 
 def test_a_captured_graph_is_refused(monkeypatch):

@@ -12,8 +12,8 @@ from bootgrad import strengths
 from bootgrad.centers import FullBatchMean
 from bootgrad.strengths import Share
 
-from ..methods.steps import CENTERS, SIGN_OPTIONS, data, gradient_of, losses_of, regularizer, rows_of
-from .steps import EVERY_STEP, batches_of, penalty_gradients, plain_gradient, run
+from ..methods.steps import CENTERS, SIGN_OPTIONS, data, flat, gradient_of, losses_of, regularizer, rows_of
+from .steps import EVERY_STEP, START, batches_of, penalty_gradients, plain_gradient, run
 
 WAYS = {
     "exact": {},
@@ -30,13 +30,13 @@ WAYS = {
 @pytest.mark.parametrize("name", ["reg1", "reg2"])
 def test_the_share_is_the_share(name, center):
     model, x, y = data(B=6)
-    rule = Share(0.25, **EVERY_STEP)
+    rule = Share(0.25, **EVERY_STEP, start=START)
     reg = regularizer(model, CENTERS[center], **{"reg1": 0.0, "reg2": 0.0, name: rule})
     mean, *grads = penalty_gradients(model, x, y, 0.0 if center == "zero" else None)
     penalty = grads[name == "reg2"]
     first, report = gradient_of(reg, losses_of(model), x, y)
-    torch.testing.assert_close(first, mean + strengths.START * penalty, rtol=1e-10, atol=1e-14)
-    assert report.strengths == {"reg1": 0.0, "reg2": 0.0, name: strengths.START}
+    torch.testing.assert_close(first, mean + START * penalty, rtol=1e-10, atol=1e-14)
+    assert report.strengths == {"reg1": 0.0, "reg2": 0.0, name: START}
     second, report = gradient_of(reg, losses_of(model), x, y)
     assert float((second - mean).norm() / mean.norm()) == pytest.approx(0.25, rel=1e-9)
     assert report.strengths[name] == pytest.approx(0.25 * float(mean.norm() / penalty.norm()), rel=1e-9)
@@ -49,7 +49,7 @@ def test_the_share_is_the_share(name, center):
 def test_in_every_way_it_is_that_of_what_is_added(way, center, name):
     """Measured from the gradient that the step leaves, and plain autograd's."""
     model = data()[0]
-    rule = Share(0.1, **EVERY_STEP, high=1e6)
+    rule = Share(0.1, **EVERY_STEP, start=START)
     options = {"reg1": 0.0, "reg2": 0.0, name: rule} | WAYS[way]
     torch.manual_seed(2)
     reg = regularizer(model, CENTERS[center], **options)
@@ -68,7 +68,7 @@ def test_in_every_way_it_is_that_of_what_is_added(way, center, name):
 
 def test_it_is_held_between_measurements_and_averaged_over_them():
     model = data()[0]
-    rule = Share(0.2, 3, decay=0.5)
+    rule = Share(0.2, 3, decay=0.5, start=START)
     reg = regularizer(model, "zero", reg1=rule, reg2=0.0)
     batches = batches_of(8)
     asked, _ = run(reg, batches, model)
@@ -78,7 +78,7 @@ def test_it_is_held_between_measurements_and_averaged_over_them():
         logs.append(math.log(float(penalty.norm() / mean.norm())))
     averages = [logs[0], (logs[0] + 2 * logs[1]) / 3, (logs[0] + 2 * logs[1] + 4 * logs[2]) / 7]
     expected = [0.2 * math.exp(-average) for average in averages]
-    steps = [strengths.START, *[expected[0]] * 3, *[expected[1]] * 3, expected[2]]
+    steps = [START, *[expected[0]] * 3, *[expected[1]] * 3, expected[2]]
     assert [a["reg1"] for a in asked] == pytest.approx(steps, rel=1e-9)
 
 
@@ -94,27 +94,24 @@ def test_units_of_the_loss_do_not_matter():
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("other", [0.7, "auto"])
+@pytest.mark.parametrize("other", [0.7, "rule"])
 def test_two_penalties_take_turns_to_be_measured(other):
     """Each alone with 2λ, so that two steps have what they would have had; and both at once between."""
     model = data()[0]
-    rule, batches = Share(0.2, 4, decay=0.0), batches_of(6)
-    reg = regularizer(model, "zero", reg1=rule, reg2=other)
-    second = reg.strengths["reg2"]
-    if other == "auto":
-        assert isinstance(second, strengths.AUTO) and second is not rule
-        reg.strengths["reg2"] = second = Share(0.1, 4, decay=0.0)
+    rule, batches = Share(0.2, 4, decay=0.0, start=START), batches_of(6)
+    second = Share(0.1, 4, decay=0.0, start=START) if other == "rule" else other
+    reg = regularizer(model, "zero", reg1=rule, reg2=second)
     measured = [penalty_gradients(model, *batch, 0.0) for batch in batches]
 
     def of_share(share, step, k):
         return share * float(measured[step][0].norm() / measured[step][k].norm())
 
     asked, grads = run(reg, batches, model)
-    first = [strengths.START, *[of_share(0.2, 0, 1)] * 4, of_share(0.2, 4, 1)]
+    first = [START, *[of_share(0.2, 0, 1)] * 4, of_share(0.2, 4, 1)]
     assert [a["reg1"] for a in asked] == pytest.approx(first, rel=1e-9)
     fixed = [0.7] * 6
-    held = [strengths.START] * 2 + [of_share(0.1, 1, 2)] * 4
-    assert [a["reg2"] for a in asked] == pytest.approx(held if other == "auto" else fixed, rel=1e-9)
+    held = [START] * 2 + [of_share(0.1, 1, 2)] * 4
+    assert [a["reg2"] for a in asked] == pytest.approx(held if other == "rule" else fixed, rel=1e-9)
     factors = [(2, 0), (0, 2), (1, 1), (1, 1), (2, 0), (0, 2)]
     for a, grad, (mean, g1, g2), (k1, k2) in zip(asked, grads, measured, factors, strict=True):
         torch.testing.assert_close(grad, mean + k1 * a["reg1"] * g1 + k2 * a["reg2"] * g2, rtol=1e-9, atol=1e-12)
@@ -122,7 +119,7 @@ def test_two_penalties_take_turns_to_be_measured(other):
 
 def test_turns_wait_for_steps_with_penalties_and_for_the_center():
     model = data()[0]
-    rules = {"reg1": Share(**EVERY_STEP), "reg2": Share(0.1, 100)}
+    rules = {"reg1": Share(**EVERY_STEP, start=START), "reg2": Share(0.1, 100, start=START)}
     reg = regularizer(model, "ema", every=2, **rules)
     notes = []
     for batch in batches_of(6):
@@ -133,35 +130,45 @@ def test_turns_wait_for_steps_with_penalties_and_for_the_center():
 
 def test_nothing_to_measure_leaves_it_as_it_is():
     model, x, y = data(B=6)
-    rule = Share(**EVERY_STEP)
+    rule = Share(**EVERY_STEP, start=START)
     reg = regularizer(model, "batch_mean", reg1=rule, reg2=0.0)
     gradient_of(reg, losses_of(model), x[:1], y[:1])  # its own mean
-    assert rule.value == strengths.START
+    assert rule.value == START
     gradient_of(reg, losses_of(model), x, y)
     value = rule.value
-    assert value != strengths.START
+    assert value != START
     gradient_of(reg, lambda x: 0 * model(x).sum(1), x)  # no gradient at all
     gradient_of(reg, lambda x, y: 1e-200 * losses_of(model)(x, y), x, y)  # the penalty's is lost
     assert rule.value == value
 
 
-def test_a_batch_of_one_sample_is_not_measured_about_its_own_mean():
+@pytest.mark.parametrize("start", [None, START])
+def test_a_batch_of_one_sample_is_not_measured_about_its_own_mean(start):
     """The next one is, although ``every`` steps have not gone by."""
     model, x, y = data(B=6, dtype=torch.float32)
-    rule = Share(every=10)
+    rule = Share(every=10, start=start)
     reg = regularizer(model, "batch_mean", reg1=rule, reg2=0.0)
     gradient_of(reg, losses_of(model), x[:1], y[:1])
-    assert rule.value == strengths.START and rule.due(1)
+    assert rule.value == start and rule.due(1)
+    plain = plain_gradient(losses_of(model)(x[:1], y[:1]), model)
+    torch.testing.assert_close(flat(model), plain, rtol=1e-6, atol=1e-8)
     gradient_of(reg, losses_of(model), x, y)
-    assert rule.value != strengths.START and not rule.due(2)
+    assert rule.value != start and not rule.due(2)
 
 
 def test_bounds():
     for low, high in ((1e-8, 1e-3), (1e-3, 10.0)):
         model, x, y = data(B=6)
         rule = Share(1e6 if high < 1 else 1e-6, **EVERY_STEP, low=low, high=high)
-        gradient_of(regularizer(model, "zero", reg1=rule, reg2=0.0), losses_of(model), x, y)
-        assert rule.value == strengths.START
+        reg = regularizer(model, "zero", reg1=rule, reg2=0.0)
+        for _ in range(2):
+            _, report = gradient_of(reg, losses_of(model), x, y)
+            assert report.strengths["reg1"] == rule.value == START
+            assert report.notes == ("the λ of reg1 is held at 0.001, a bound of its rule",)
+        rule.low, rule.high = strengths.LOW, strengths.HIGH
+        for is_bounded in (True, False):  # as of the measurement before
+            assert bool(gradient_of(reg, losses_of(model), x, y)[1].notes) is is_bounded
+        assert rule.value != START
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
@@ -201,7 +208,7 @@ def test_under_batch_norm():
     x, y = batches_of(1)[0]
     rule = Share(0.1, **EVERY_STEP)
     reg = regularizer(model, "zero", reg1=rule, reg2=0.0, batchnorm="contribution")
-    grad, _ = gradient_of(reg, losses_of(model), x, y)
+    grad, report = gradient_of(reg, losses_of(model), x, y)
     plain = plain_gradient(losses_of(model)(x, y), model)
-    added = (grad - plain) / strengths.START
+    added = (grad - plain) / report.strengths["reg1"]
     assert rule.value == pytest.approx(0.1 * float(plain.norm() / added.norm()), rel=1e-7)
