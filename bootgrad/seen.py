@@ -19,7 +19,7 @@ LOST = (
     8.0,
     64.0,
 )  # roundings of parameters, and of the sums that gradients are, in which what is shorter than them is lost
-FARTHEST = 1e4  # what λ is multiplied or divided by at most, to be measured better
+STRONGER, WEAKER = 1e4, 1e-2  # what λ is multiplied by at most, to be measured; float16 has little room below overflow
 
 
 class Added:
@@ -69,8 +69,8 @@ class Added:
         if not 0 < mean < math.inf:
             return 1.0
         if not added < math.inf:
-            return 1 / FARTHEST
-        return min(mean / added, FARTHEST) if added > 0 else FARTHEST
+            return WEAKER
+        return min(mean / added, STRONGER) if added > 0 else STRONGER
 
     @torch.no_grad()
     def gradient(self) -> dict[str, Tensor]:

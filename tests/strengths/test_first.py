@@ -169,7 +169,7 @@ def test_what_is_lost_in_single_precision_is_measured_on_the_next_steps(start, f
 def test_a_trial_that_overflows_takes_nothing_and_the_next_one_is_smaller(monkeypatch):
     (x, y), *_ = wide_batches(1)
     expected = trained(1.0, RULES["share"][1], "batch_mean")[1][0][0]
-    monkeypatch.setattr(strengths, "TRIAL", 1e20)
+    monkeypatch.setattr(strengths, "TRIAL", 1e6)
     model, losses = wide(1e10)
     rule, found = Share(0.1), []
     reg = regularizer(model, "batch_mean", reg1=rule, reg2=0.0)
@@ -263,3 +263,28 @@ def test_no_other_step_has_a_trial(monkeypatch):
     for count, batch in zip([1, 2, 2, 2, 2, 2], batches_of(6), strict=True):
         gradient_of(reg, losses_of(model), *batch)
         assert len(calls) == count
+
+
+@pytest.mark.parametrize("unit", [1.0, 100.0])
+def test_in_float16_a_scaler_skips_no_more_steps_than_without_a_trial(unit):
+    """Where 100 overflows, and λ in the end is that in float32."""
+    skipped, found = [], []
+    for half, rule in ((True, 0.01 / unit), (True, Share(0.1, 3)), (False, Share(0.1, 3))):
+        model, losses = wide(unit)
+        reg = regularizer(model, "batch_mean", reg1=rule, reg2=0.0)
+        scaler = GradScaler("cpu", init_scale=2.0**16)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+        def function(x, y, model=model, half=half):
+            with torch.autocast("cpu", torch.float16, enabled=half):
+                out = model(x)
+            return unit * F.cross_entropy(out.float(), y, reduction="none")
+
+        reports = []
+        for x, y in wide_batches(1) * 24:
+            reports.append(reg.backward(function, x, y, scaler=scaler))
+            scaler.step(optimizer)
+            scaler.update()
+        skipped.append(sum(not report.finite for report in reports))
+        found.append(reports[-1].strengths["reg1"])
+    assert skipped[1] <= skipped[0] and found[1] == pytest.approx(found[2], rel=0.1)
