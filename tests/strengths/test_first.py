@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.amp import GradScaler
 
-from bootgrad import strengths
-from bootgrad.strengths import LookAhead, Share
+from bootgrad.seen import Added
+from bootgrad.strengths import LookAhead, Share, measuring
 
 from ..methods.steps import CENTERS, data, flat, gradient_of, losses_of, regularizer
 from .steps import EVERY_STEP, START, batches_of, penalty_gradients, plain_gradient
@@ -169,7 +169,7 @@ def test_what_is_lost_in_single_precision_is_measured_on_the_next_steps(start, f
 def test_a_trial_that_overflows_takes_nothing_and_the_next_one_is_smaller(monkeypatch):
     (x, y), *_ = wide_batches(1)
     expected = trained(1.0, RULES["share"][1], "batch_mean")[1][0][0]
-    monkeypatch.setattr(strengths, "TRIAL", 1e6)
+    monkeypatch.setattr(measuring, "TRIAL", 1e6)
     model, losses = wide(1e10)
     rule, found = Share(0.1), []
     reg = regularizer(model, "batch_mean", reg1=rule, reg2=0.0)
@@ -256,8 +256,8 @@ def test_a_step_that_a_scaler_skips_leaves_the_trial():
 def test_no_other_step_has_a_trial(monkeypatch):
     """Whose gradient is put together from two; all others are written as they come."""
     calls = []
-    rescale = strengths.Added.rescale
-    monkeypatch.setattr(strengths.Added, "rescale", lambda self, f: (calls.append(f), rescale(self, f)))
+    rescale = Added.rescale
+    monkeypatch.setattr(Added, "rescale", lambda self, f: (calls.append(f), rescale(self, f)))
     model = data()[0]
     reg = regularizer(model, "zero", reg1=Share(0.2, 2), reg2=LookAhead(every=2))
     for count, batch in zip([1, 2, 2, 2, 2, 2], batches_of(6), strict=True):

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bootgrad import strengths
 from bootgrad.centers import FullBatchMean
 from bootgrad.strengths import Share
+from bootgrad.strengths.rule import HIGH, LOW
 
 from ..methods.steps import CENTERS, SIGN_OPTIONS, data, flat, gradient_of, losses_of, regularizer, rows_of
 from .steps import EVERY_STEP, START, batches_of, penalty_gradients, plain_gradient, run
@@ -165,7 +165,7 @@ def test_bounds():
             _, report = gradient_of(reg, losses_of(model), x, y)
             assert report.strengths["reg1"] == rule.value == START
             assert report.notes == ("the λ of reg1 is held at 0.001, a bound of its rule",)
-        rule.low, rule.high = strengths.LOW, strengths.HIGH
+        rule.low, rule.high = LOW, HIGH
         for is_bounded in (True, False):  # as of the measurement before
             assert bool(gradient_of(reg, losses_of(model), x, y)[1].notes) is is_bounded
         assert rule.value != START
