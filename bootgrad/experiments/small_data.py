@@ -147,7 +147,7 @@ def claims(table: Table) -> list[Claim]:
         for moment, when in ((START, "at the start"), (END, "at the end")):
             logs = interval(map(_log, _statistic(table, "trace_ratio", size, moment, "training", BATCH)))
             text = f"with {size} images, the trace of training images is within a tenth of the population's {when}"
-            found.append(Claim(text, SECTION, "log 1.1 − |mean of log ratio of traces|", within(logs, math.log(1.1))))
+            found.append(Claim(text, SECTION, "log 1.1 − size of the mean log ratio of traces", within(logs, math.log(1.1))))
         logs = interval(-_log(r) for r in _statistic(table, "trace_ratio", size, END, "training", BATCH))
         text = f"with {size} images, the trace of training images underestimates the population's at the end"
         found.append(Claim(text, SECTION, "−log ratio of traces", logs))
@@ -194,7 +194,7 @@ def draw(table: Table):
         ax.set(xlabel="images in the mini-batch", xscale="log", xticks=SAMPLES, xticklabels=SAMPLES)
         ax.minorticks_off()
     axes[0].axhline(1, color="grey", linewidth=0.8)
-    axes[0].legend(fontsize="small")
+    axes[2].legend(fontsize="small", loc="upper right")  # where no line is
     for ax, size in zip(axes[3:], sizes, strict=False):
         draw_intervals(ax, intervals(table, "test_loss", size=size), f"Test loss, {size} training images", "nats")
     for ax in axes[3 + len(sizes) :]:

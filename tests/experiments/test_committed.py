@@ -1,4 +1,4 @@
-"""The committed long forms: their pages are what their tables say, and docs/experiments.md quotes the pages."""
+"""The committed long forms: their pages are what their tables say, and what docs quote of them."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from bootgrad.experiments.study import RECORD, RESULTS, Options, Study
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "benchmarks" / "results" / "experiments"
-PAGE = ROOT / "docs" / "experiments.md"
+PAGE, ADVICE = ROOT / "docs" / "experiments.md", ROOT / "docs" / "worth.md"
 FOLDERS = sorted(path.name for path in RUNS.iterdir() if (path / "summary.md").exists())
 
 
@@ -34,7 +34,9 @@ def test_a_page_is_what_its_table_says(folder, tmp_path):
     options = Options(**json.loads((folder / RECORD).read_text())["experiment"] | {"threads": None})
     experiment = conduct.find(options.name)
     study = Study(options, experiment.COLUMNS, tmp_path)
-    assert conduct.summary(experiment, study) == (folder / "summary.md").read_text()
+    page = conduct.summary(experiment, study)
+    assert page == (folder / "summary.md").read_text()
+    assert all(line.count("|") == 6 for line in page.splitlines() if line.endswith("** |"))
     assert options.full and options.seeds >= 5
     assert matplotlib.image.imread(folder / "figure.png").std() > 0
 
@@ -61,4 +63,12 @@ def test_quotations_are_right(name):
     found = {}
     for path in re.findall(r"experiments/([\w-]+)/summary\.md", part):
         found |= verdicts((RUNS / path / "summary.md").read_text())
+    assert quoted and quoted.items() <= found.items()
+
+
+def test_advice_rests_on_what_was_measured():
+    found = {}
+    for folder in FOLDERS:
+        found |= verdicts((RUNS / folder / "summary.md").read_text())
+    quoted = verdicts(ADVICE.read_text())
     assert quoted and quoted.items() <= found.items()
