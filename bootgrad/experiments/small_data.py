@@ -147,7 +147,9 @@ def claims(table: Table) -> list[Claim]:
         for moment, when in ((START, "at the start"), (END, "at the end")):
             logs = interval(map(_log, _statistic(table, "trace_ratio", size, moment, "training", BATCH)))
             text = f"with {size} images, the trace of training images is within a tenth of the population's {when}"
-            found.append(Claim(text, SECTION, "log 1.1 − size of the mean log ratio of traces", within(logs, math.log(1.1))))
+            found.append(
+                Claim(text, SECTION, "log 1.1 − size of the mean log ratio of traces", within(logs, math.log(1.1)))
+            )
         logs = interval(-_log(r) for r in _statistic(table, "trace_ratio", size, END, "training", BATCH))
         text = f"with {size} images, the trace of training images underestimates the population's at the end"
         found.append(Claim(text, SECTION, "−log ratio of traces", logs))
