@@ -204,11 +204,11 @@ def _diverged(problem: Outcomes) -> Iterator[Finding]:
 
 
 def _compared(problem: Outcomes) -> Iterator[Finding]:
-    """Penalties against plain steps, isotropic noise against SGD; where there are neither, all against the best."""
+    """Penalties against plain steps, isotropic noise against as many of SGD; where there are neither, all against the best."""
     if len(problem.losses) == 1:
         yield Finding(next(iter(problem.losses)), _NOT_JUDGED, "no other method has final runs to compare it with")
     penalized = {method: other for method in problem.losses if (other := problem.without(method))}
-    sgd = problem.best([m for m in problem.losses if m.startswith(PLAIN) and " + " not in m and m not in penalized])
+    sgd = problem.best([m for m in problem.losses if m.startswith(PLAIN) and " + " not in m and ", " not in m])
     pairs = penalized | ({_NOISE: sgd} if _NOISE in problem.losses and sgd else {})
     if not pairs and (best := problem.best(problem.losses)):
         pairs = {method: best for method in problem.losses if method != best}

@@ -223,6 +223,32 @@ def test_of_a_grid_the_settings_are_judged_that_the_search_prefers(tmp_path):
     assert "at lr 0.3" in diagnose(folder)[0].seen
 
 
+@pytest.mark.parametrize(
+    ("test_losses", "scores", "expected"),
+    [
+        ({"gd": seeds(1.0, 0.5), "sgd 4": seeds(1.1, 0.5, seed=1)}, (2, 1), ["gd: seeds differ more than methods"]),
+        ({"gd": seeds(1.0, 0.5), "sgd 4": seeds(1.1, 0.5, seed=1)}, (1, 2), ["sgd 4: seeds differ more than methods"]),
+        ({"sgd 1": seeds(1.0), "sgd 4": seeds(0.7), "noisy gd": seeds(0.9)}, (2, 1, 0), []),
+        (
+            {"sgd 1": seeds(1.0), "sgd 4": seeds(0.7), "noisy gd": seeds(0.9)},
+            (1, 2, 0),
+            ["isotropic noise does as well as SGD"],
+        ),
+    ],
+)
+def test_what_others_are_compared_with_is_chosen_by_the_search(tmp_path, test_losses, scores, expected):
+    searched = [
+        {"stage": "search 1", "method": method, "lr": 0.1, "seed": 1000, "validation_loss": score}
+        for method, score in zip(test_losses, scores, strict=True)
+    ]
+    final = [
+        {"stage": "final", "method": method, "lr": 0.1, "seed": seed, "test_loss": loss}
+        for method, values in test_losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    assert found(write(tmp_path, "idealized", idealized, [*searched, *final])) == expected
+
+
 def test_stages_of_other_names_are_final_runs(tmp_path):
     rows = [
         {"stage": stage, "method": method, "seed": seed, "strength": strength, "step": step, "test_loss": loss}
@@ -274,6 +300,10 @@ def test_variants_are_named_and_compared(tmp_path):
         ({"sgd 4": seeds(1.0), "noisy gd": seeds(0.5)}, ["isotropic noise does as well as SGD"]),
         ({"sgd 4": seeds(1.0), "noisy gd": seeds(1.01, seed=1)}, ["isotropic noise does as well as SGD"]),
         ({"sgd 4": seeds(1.0), "noisy gd": seeds(1.1, seed=1)}, []),
+        (  # against SGD of as many steps
+            {"sgd": seeds(1.0), "sgd, 33 × the steps": seeds(0.7), "noisy gd": seeds(0.98)},
+            ["isotropic noise does as well as SGD"],
+        ),
         (  # the mean difference is below zero, the interval ±1.9
             {"sgd 4": [1, 1.5, 0.5, 2, 0.2], "noisy gd": [1.9, 0.1, 1.9, 0.1, 1.15]},
             ["noisy gd: seeds differ more than methods"],

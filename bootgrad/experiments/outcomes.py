@@ -59,9 +59,15 @@ class Outcomes:
         return PLAIN if strength[method] and method != PLAIN and PLAIN in self.losses else None
 
     def best(self, methods: Iterable[str]) -> str | None:
-        """The method with the lowest mean test loss of those without diverged runs."""
-        means = {method: statistics.fmean(self.of(method).values()) for method in methods}
-        return min((method for method in means if math.isfinite(means[method])), key=means.__getitem__, default=None)
+        """The method with the lowest score of those without diverged runs; with the lowest mean test loss if one has no score.
+
+        The lowest of several test losses is low by chance, too: what it is compared with would seem worse, or not apart.
+        """
+        held = [method for method in methods if all(map(math.isfinite, self.of(method).values()))]
+        values = {method: self.scores[method].get(tuple(self.chosen(method).values()), math.nan) for method in held}
+        if not all(map(math.isfinite, values.values())):
+            values = {method: statistics.fmean(self.of(method).values()) for method in held}
+        return min(held, key=values.__getitem__, default=None)
 
 
 @dataclass(frozen=True)

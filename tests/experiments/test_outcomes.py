@@ -76,6 +76,16 @@ def test_the_best_is_of_those_that_did_not_diverge():
     assert problem.best(["a"]) is None
 
 
+def test_the_best_is_chosen_by_scores_where_all_have_them():
+    rows = [row(8, "final", way, (0.1, 0.0), 0, loss) for way, loss in (("a", 1.0), ("b", 2.0))]
+    searches = [
+        row(8, "search 1", way, (0.1, 0.0), 1000, math.nan, validation=v) for way, v in (("a", 2.0), ("b", 1.0))
+    ]
+    for searched, best in ((searches, "b"), (searches[:1], "a"), ([], "a")):
+        (problem,) = outcomes(Table(COLUMNS, [*rows, *searched]))
+        assert problem.best(["a", "b"]) == best
+
+
 def test_ways_are_compared_on_the_seeds_of_both():
     found = compare(two_ways({0: 1.0, 1: 2.0, 2: 4.0}, {2: 2.0, 1: 1.0, 3: 9.0}), "a", "b")
     assert (found.difference.mean, found.difference.n, found.scale) == (1.5, 2, 1.5)
