@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def _of_run(folder: Path, name: str) -> Iterator[Finding]:
 def _of_loss(name: str, losses: Sequence[float], lr: float) -> Iterator[Finding]:
     """Whether a run's loss is lost; rises by more than a tenth and than its noise; jumps and stays above; or does not fall."""
     ends = _ends(losses)
-    if lost := sum(not math.isfinite(loss) for loss in losses):
+    if lost := _lost(losses):
         yield Finding(name, "diverges", f"{lost} of {len(losses)} steps have no finite loss")
     elif ends is None:
         yield Finding(name, _NOT_JUDGED, f"{len(losses)} steps: ten are needed to tell a beginning and an end")
@@ -198,7 +198,7 @@ def _of_experiment(folder: Path) -> list[Finding]:
 def _diverged(problem: Outcomes) -> Iterator[Finding]:
     for method in problem.losses:
         losses = problem.of(method).values()
-        if lost := sum(not math.isfinite(loss) for loss in losses):
+        if lost := _lost(losses):
             at = ", ".join(f"{name} {value}" for name, value in problem.chosen(method).items())
             yield Finding(method, "diverges", f"{lost} of {len(losses)} runs have no finite test loss; {at}")
 
@@ -232,9 +232,19 @@ def _high_learning_rates(problem: Outcomes) -> Iterator[Finding]:
         if other := problem.without(method):
             lrs = [{float(setting["lr"]) for setting in problem.settings(name)} for name in (method, other)]
             held = [lr for lr in lrs[0] & lrs[1] if all(map(math.isfinite, problem.of(other, lr=lr).values()))]
-            found = compare(problem, method, other, lr=max(held)) if len(held) > 1 else None
-            if found and found.is_worse and not found.is_alike:
+            if len(held) < 2:
+                continue
+            losses = problem.of(method, lr=max(held)).values()
+            found = compare(problem, method, other, lr=max(held))
+            if lost := _lost(losses):
+                seen = f"at lr {max(held):g}, {lost} of {len(losses)} runs diverged, none of {other}"
+                yield Finding(method, "hurts at the highest learning rate", seen)
+            elif found and found.is_worse and not found.is_alike:
                 yield Finding(method, "hurts at the highest learning rate", f"at lr {max(held):g}, {found}")
+
+
+def _lost(losses: Iterable[float]) -> int:
+    return sum(not math.isfinite(loss) for loss in losses)
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float] | None:

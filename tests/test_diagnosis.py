@@ -223,6 +223,17 @@ def test_of_a_grid_the_settings_are_judged_that_the_search_prefers(tmp_path):
     assert "at lr 0.3" in diagnose(folder)[0].seen
 
 
+def test_a_penalty_that_diverges_where_plain_steps_do_not_hurts(tmp_path):
+    def losses_of(method, lr):
+        losses = seeds(0.5 if method == "sgd" else 0.4)
+        return [math.inf, *losses[1:-1], math.nan] if method != "sgd" and lr == 0.3 else losses
+
+    rows = [*grid((0.1, 0.3), losses_of, "search"), *grid((0.1, 0.3), losses_of)]
+    folder = write(tmp_path, "sparse-regression", sparse_regression, rows)
+    assert found(folder) == ["sgd + penalties: hurts at the highest learning rate"]
+    assert diagnose(folder)[0].seen == "at lr 0.3, 2 of 5 runs diverged, none of sgd"
+
+
 @pytest.mark.parametrize(
     ("test_losses", "scores", "expected"),
     [
