@@ -248,20 +248,26 @@ def _lost(losses: Iterable[float]) -> int:
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float] | None:
-    """Medians of the first and last tenth of a series, of its finite values; None of fewer than ten."""
+    """A series at its beginning and its end, by its finite values; None of fewer than ten.
+
+    Medians of the first and last tenth; at the beginning the first value where it is higher than that by more than chance, as
+    of a series that is at its floor at once. More of the first values would be of the jump where the first step is too long.
+    """
     known = [value for value in values if math.isfinite(value)]
-    tenth = len(known) // 10
-    return (statistics.median(known[:tenth]), statistics.median(known[-tenth:])) if tenth else None
+    if not (tenth := len(known) // 10):
+        return None
+    first, last = statistics.median(known[:tenth]), statistics.median(known[-tenth:])
+    return (known[0] if known[0] > first + 4 * _deviation(known) else first), last
 
 
 def _noise(values: Sequence[float]) -> float:
-    """What the difference of the two `_ends` does not exceed by chance: four deviations, if values scatter as normal ones.
+    """What the medians of two tenths do not differ by from chance: four deviations, each median of m having 1.25 σ/√m."""
+    return 4 * math.sqrt(2 / (len(values) // 10)) * 1.25 * _deviation(values)
 
-    Their deviation σ is that of successive values, which no trend adds to: median |Δ| = 0.954 σ. A median of m has 1.25 σ/√m.
-    """
-    known = [value for value in values if math.isfinite(value)]
-    sigma = statistics.median(abs(b - a) for a, b in itertools.pairwise(known)) / 0.954
-    return 4 * math.sqrt(2 / (len(known) // 10)) * 1.25 * sigma
+
+def _deviation(values: Sequence[float]) -> float:
+    """σ of normal values by the successive ones, which no trend adds to: median |Δ| = 0.954 σ."""
+    return statistics.median(abs(b - a) for a, b in itertools.pairwise(values)) / 0.954
 
 
 def _steps_of(folder: Path) -> tuple[dict[str, list[float]], dict[str, Any]]:

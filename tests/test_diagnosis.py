@@ -22,7 +22,7 @@ def falling(first=4.0, last=1.0, n=STEPS):
 
 
 def train_folder(folder, traces, reg1=0.0, reg1_at_end=0.0, losses=None, test_loss=1.0):
-    """What ``bootgrad train`` leaves, of made-up numbers; without ``traces`` Γ is not known."""
+    """What ``bootgrad train`` leaves, of made-up numbers; ``traces`` Γ falls between, or all; without them it is not known."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"reg1": reg1, "reg2": 0.0, "batch_size": 128, "lr": 0.1}
     (folder / "run.json").write_text(json.dumps({"settings": settings}))
@@ -30,9 +30,8 @@ def train_folder(folder, traces, reg1=0.0, reg1_at_end=0.0, losses=None, test_lo
     with open(folder / "run.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["step", "loss", "covariance_trace", "reg1", "reg2", "test_loss"])
         writer.writeheader()
-        for k, (loss, trace) in enumerate(
-            zip(losses, falling(*traces, len(losses)) if traces else losses, strict=True)
-        ):
+        series = falling(*traces, len(losses)) if isinstance(traces, tuple) else traces or losses
+        for k, (loss, trace) in enumerate(zip(losses, series, strict=True)):
             test = test_loss if k == len(losses) - 1 else ""
             values = {"step": k, "loss": loss, "covariance_trace": trace if traces else ""}
             writer.writerow(values | {"reg1": reg1_at_end if reg1 else "", "reg2": "", "test_loss": test})
@@ -120,6 +119,29 @@ def test_a_loss_that_jumps(tmp_path):
     jump = [2.3, 6e9, 2e9, 1e9, 1e7, 1e5]
     assert found(train_folder(tmp_path, (10, 1), losses=[*jump, *falling(1000, 8, STEPS - 6)])) == ["diverges"]
     assert found(train_folder(tmp_path, (10, 1), losses=[*jump, *falling(1000, 0.1, STEPS - 40), *[0.1] * 34])) == []
+
+
+@pytest.mark.parametrize(("floor", "drift", "sigma"), [(0.35, 0.0, 0.08), (0.1, 0.015, 0.002)])
+@pytest.mark.parametrize("time_constant", [1, 30])
+def test_a_loss_that_falls_at_once_is_not_judged_by_its_floor_alone(tmp_path, floor, drift, sigma, time_constant):
+    noise, n = random.Random(5), 3000
+    losses = [floor + 2 * math.exp(-k / time_constant) + drift * k / n + noise.gauss(0, sigma) for k in range(n)]
+    assert found(train_folder(tmp_path, (10, 1), losses=losses)) == []
+    rising = train_folder(tmp_path, (10, 1), losses=[*losses, *[3.0] * (n // 5)])
+    assert found(rising) == ["diverges"] and f"loss {losses[0]:.3g} at the beginning, 3 " in diagnose(rising)[0].seen
+
+
+def test_a_jump_is_no_beginning_that_a_loss_falls_from(tmp_path):
+    noise = random.Random(6)
+    losses = [2.3, 1000, 500, 50, 7, *[2.3 + noise.gauss(0, 0.05) for _ in range(1000)]]
+    assert found(train_folder(tmp_path, (10, 1), losses=losses)) == ["does not learn"]
+
+
+def test_a_trace_that_falls_at_once_falls(tmp_path):
+    noise = random.Random(7)
+    traces = [1 + 9 * math.exp(-k / 5) + noise.gauss(0, 0.1) for k in range(1000)]
+    assert found(train_folder(tmp_path, traces, losses=falling(n=1000))) == []
+    assert found(train_folder(tmp_path, traces[200:], losses=falling(n=800))) == ["Γ does not fall"]
 
 
 def test_a_loss_that_stays_is_not_one_that_rises(tmp_path):
