@@ -225,7 +225,7 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _digits(value: float) -> str:
-    return "–" if math.isnan(value) or value == FOUND else f"{value:.3g}"
+    return "–" if math.isnan(value) or value == FOUND else f"{value + 0.0:.3g}"  # of −0, too
 
 
 def _measured(values: Sequence[float]) -> str:
