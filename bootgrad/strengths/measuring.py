@@ -67,7 +67,7 @@ class Measuring(Rule):
         """λ, or the first one."""
         log_ratio = added.log_ratio()
         if self.value is None and log_ratio is not None:
-            return self._of_share(log_ratio)
+            return self._clamped(self._of_share(log_ratio))
         return self.value or 0.0
 
     def state_dict(self):
@@ -82,8 +82,8 @@ class Measuring(Rule):
         self.is_bounded = self.value in (self.low, self.high) and self.value != self.start
 
     def _of_share(self, log_ratio: float) -> float:
-        """λ of the share, with ‖∇R‖/‖ḡ‖."""
-        return self._within(self._share * math.exp(min(-log_ratio, 700.0)))
+        """λ of the share, with ‖∇R‖/‖ḡ‖, whatever the bounds."""
+        return self._share * math.exp(min(-log_ratio, 700.0))
 
     def _measured(self, seen: Seen) -> float | None:
         """Log ‖∇R‖/‖ḡ‖ of a step that tells it; of one that should, None, and the next step tries it with another λ."""
@@ -141,7 +141,7 @@ class Share(Measuring):
         """Measure, where it is due; a penalty without gradient leaves λ as it is."""
         log_ratio = self._measured(seen)
         if log_ratio is not None:
-            self.value = self._of_share(*self._log_ratio.take(log_ratio))
+            self.value = self._within(self._of_share(*self._log_ratio.take(log_ratio)))
 
     def state_dict(self):
         """λ, the average, and when to measure."""
@@ -215,7 +215,7 @@ class LookAhead(Measuring):
                 self.value = self._within(self.value * math.exp(self.rate * cosine))
         log_ratio = self._measured(seen)
         if log_ratio is not None:
-            self.value = self._of_share(log_ratio) if self.value is None else self.value
+            self.value = self._within(self._of_share(log_ratio)) if self.value is None else self.value
             self._held = seen.added.gradient()
 
     def state_dict(self):

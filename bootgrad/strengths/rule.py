@@ -44,7 +44,7 @@ class Rule(ABC):
         return None
 
     def found(self, added: Added) -> float:
-        """λ for a step with a `trial`, from what that has added; nothing is to change yet. Zero for none."""
+        """λ for a step with a `trial`, from what that has added; the rule is to stay as it is. Zero for none."""
         raise NotImplementedError
 
     @property
@@ -70,6 +70,9 @@ class Rule(ABC):
 
     def _within(self, value: float) -> float:
         self.is_bounded = not self.low <= value <= self.high
+        return self._clamped(value)
+
+    def _clamped(self, value: float) -> float:
         return min(max(value, self.low), self.high)
 
 
