@@ -83,8 +83,8 @@ class GradientRegularizer:
             alone, which run compiled models and recurrent kernels, too.
         statistics: whether reports are to tell Γ, ‖ḡ‖² and what follows from them at any price. If not, they are nan where the
             penalties do not bring them along: no norms are made on steps and samples without a penalty, and by ``"exact"``
-            none for Γ, and about a constant center no ḡ, a product of each layer less. By ``"exact"`` Reg1 is then that of the
-            samples it was taken on, and nan where Reg2 was taken, too.
+            none for Γ, and about a constant center no ḡ, a product of each layer less. By ``"exact"`` and by finite differences
+            Reg1 is then that of the samples it was taken on, and nan where Reg2 was taken, too.
         epsilon: length of a finite step relative to ‖θ‖; 0.0001. Parameters must be float32 or wider; under autocast to half
             precision, steps that are shorter than its rounding are lost in it.
         batchnorm: as of `bootgrad.record`, for batch norm in training mode: with ``"contribution"`` penalties are of the
@@ -262,7 +262,8 @@ class GradientRegularizer:
         plan = self._strengths.plan(asked, self.step, self.every, centers, self.centers)
         wants_mean = self.statistics or "reg2" in plan.taken or centers["reg1"] is None or plan.needs_mean
         wants_mean = wants_mean or center_pairs.ask_for_mean(self.centers)
-        penalties = Penalties(plan.taken, centers, generator, self.statistics, wants_mean)
+        others = plan.trial is None
+        penalties = Penalties(plan.taken, centers, generator, self.statistics, wants_mean, others)
         method, fraction = self._method, self.fraction
         step = Step(self.model, parameters, method, fraction, penalties, scaling, plan, alone, self.batchnorm, ranks)
         runs_again = step.takes_two_sweeps or self._method.repeats
@@ -282,7 +283,7 @@ class GradientRegularizer:
             if c is not None:
                 with silent(step.ranks):
                     center_pairs.add_derivative(outcome, step.parameters, c, self.centers[name], strength)
-        added = self._strengths.added(step.plan, outcome, step.parameters, centers)
+        added = self._strengths.added(step.plan, outcome, step.parameters, distances)
         step.plan = self._strengths.settled(step.plan, added)
         grads = gated(step.scaling.scaled(outcome.grads), outcome.finite, step.scaling.skips)
         checks = [outcome.finite, torch.isfinite(distances.sq_mean) if outcome.mean else None]

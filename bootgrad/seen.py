@@ -13,41 +13,67 @@ from torch import Tensor
 
 from .methods.base import Directions, Gradients, mean_by_name
 from .ops.schema import accumulation_dtype
-from .penalties import Report, total_sq_distance, total_sq_norm
+from .penalties import Distances, Report, total_sq_distance, total_sq_norm
 
 LOST = (
     8.0,
     64.0,
 )  # roundings of parameters, and of the sums that gradients are, in which what is shorter than them is lost
+CANCELLED = 10.0  # roundings of sums in E‖g‖², of which Reg1 = E‖g‖² − ‖ḡ‖² cannot be told from zero
 STRONGER, WEAKER = 1e4, 1e-2  # what λ is multiplied by at most, to be measured; float16 has little room below overflow
 
 
 class Added:
-    """What a penalty has added to the gradient of a step, ``taken`` times ∇R.
+    """What the ``penalty`` has added to the gradient of a step, ``taken`` times ∇R."""
 
-    Attributes:
-        is_empty: whether R is zero whatever the parameters, so that what was added is rounding.
-    """
-
-    def __init__(self, outcome: Gradients, parameters: Mapping[str, Tensor], taken: float, is_empty: bool):
-        """Keep the gradients."""
-        self.is_empty = is_empty
+    def __init__(
+        self, outcome: Gradients, parameters: Mapping[str, Tensor], penalty: str, taken: float, distances: Distances
+    ):
+        """Keep the gradients, and what R is and of what lengths it is a difference."""
         self._outcome, self._parameters, self._taken = outcome, parameters, taken
+        self._penalty, self._value, self._sq_mean = penalty, outcome.value(penalty, distances), distances.sq_mean
         self._apart: dict[str, Tensor] | None = None  # where the outcome has it no more
-        self._norms: tuple[float, float] | None = None
+        self._numbers: tuple[float, float, float] | None = None
 
-    @torch.no_grad()
     def norms(self) -> tuple[float, float]:
         """‖ḡ‖ and ‖taken ∇R‖."""
-        if self._norms is None:
-            mean = self._outcome.mean
+        sq_mean, sq_added, _ = self._read()
+        return math.sqrt(sq_mean), math.sqrt(sq_added)
+
+    def is_empty(self) -> bool:
+        """Whether R is zero but for rounding, as all g_i are one, or ḡ its center: so is then what was added, at any λ.
+
+        Of lengths d that are differences of gradients what is lost is d² ≤ r² ‖ḡ‖², r as in `log_ratio`; Γ, which is one of
+        squares, is lost in their sums' rounding as well.
+        """
+        sq_mean, _, value = self._read()
+        relative = self._resolution() ** 2
+        if self._penalty == "reg1":
+            relative = max(relative, *(CANCELLED * torch.finfo(accumulation_dtype(d)).eps for d in self._dtypes()))
+        return value <= relative * sq_mean
+
+    @torch.no_grad()
+    def _read(self) -> tuple[float, float, float]:
+        """‖ḡ‖², ‖taken ∇R‖² and R."""
+        if self._numbers is None:
             if self._apart is None:
-                sq_added = total_sq_distance(self._totals().values(), mean.values())
+                sq_added = total_sq_distance(self._totals().values(), self._outcome.mean.values())
             else:
                 sq_added = total_sq_norm(self._apart.values())
-            sq_mean, sq_added = torch.stack([total_sq_norm(mean.values()), sq_added]).tolist()
-            self._norms = math.sqrt(sq_mean), math.sqrt(sq_added)
-        return self._norms
+            assert self._value is not None
+            numbers = [t.to(sq_added) for t in (self._sq_mean, sq_added, self._value)]
+            sq_mean, of_added, value = torch.stack(numbers).tolist()
+            self._numbers = sq_mean, of_added, value
+        return self._numbers
+
+    def _dtypes(self) -> set[torch.dtype]:
+        return {p.dtype for p in self._parameters.values()}
+
+    def _resolution(self) -> float:
+        """‖d‖/‖ḡ‖ below which differences d of gradients are lost in their rounding."""
+        dtypes = self._dtypes()
+        pairs = [(LOST[0], d) for d in dtypes] + [(LOST[1], accumulation_dtype(d)) for d in dtypes]
+        return max(count * torch.finfo(d).eps for count, d in pairs)
 
     def is_finite(self) -> bool:
         """Whether both norms are."""
@@ -56,10 +82,7 @@ class Added:
     def log_ratio(self) -> float | None:
         """The logarithm of ‖∇R‖/‖ḡ‖; None where one is zero or not finite, or the difference lost in the rounding of ḡ."""
         mean, added = self.norms()
-        dtypes = {p.dtype for p in self._parameters.values()}
-        pairs = [(LOST[0], d) for d in dtypes] + [(LOST[1], accumulation_dtype(d)) for d in dtypes]
-        resolution = max(count * torch.finfo(d).eps for count, d in pairs)
-        if not (0 < mean < math.inf and resolution * mean <= added < math.inf):
+        if not (0 < mean < math.inf and self._resolution() * mean <= added < math.inf):
             return None
         return math.log(added) - math.log(self._taken) - math.log(mean)
 
@@ -79,18 +102,12 @@ class Added:
 
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
-        """Let the step's gradient be ḡ + factor · taken ∇R.
-
-        Of leaves outside of the model, of which no ḡ is made, it will be zero.
-        """
+        """Let the step's gradient be ḡ + factor · taken ∇R; leaves outside of the model keep theirs."""
         self._apart, outcome = self._by_name(), self._outcome
         names = {id(p): name for name, p in self._parameters.items()}
         for k, (leaf, g) in enumerate(zip(outcome.leaves, outcome.grads, strict=True)):
-            if g is None:
-                continue
             name = names.get(id(leaf))
-            if name is None:
-                outcome.grads[k] = torch.zeros_like(g)
+            if g is None or name is None:
                 continue
             mean = outcome.mean[name]
             whole = torch.add(mean, self._apart[name], alpha=factor) if factor else mean.clone()

@@ -262,8 +262,7 @@ class Step:
         covariance, losses, B = outcome.covariance, outcome.losses, outcome.batch_size
         if covariance is None:
             covariance = torch.full_like(distances.sq_mean, torch.nan)
-        reg1 = covariance + distances.about if outcome.reg1 is None else outcome.reg1
-        reg2 = distances.from_center["reg2"]
+        reg1, reg2 = (outcome.value(name, distances) for name in ("reg1", "reg2"))
         dtype = accumulation_dtype(losses.dtype)
 
         believed = outcome.finite if self.scaling.skips else None
@@ -281,7 +280,7 @@ class Step:
             notes.append(f"the centers were left alone: the gradient is not finite{skipped}")
         return Report(
             loss=losses.mean(dtype=dtype) if outcome.loss is None else outcome.loss.to(dtype),
-            reg1=told(reg1),
+            reg1=told(reg1),  # type: ignore[arg-type]  # there always
             reg2=None if reg2 is None else told(reg2),
             covariance_trace=told(covariance),
             mean_sq_norm=told(covariance + distances.sq_mean),

@@ -12,7 +12,7 @@ from .center_pairs import PENALTIES, Centers
 from .centers import BatchMean
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .methods.base import Directions, Gradients
-from .penalties import Report
+from .penalties import Distances, Report
 from .seen import Added, Seen
 from .strengths import AUTO, Rule
 
@@ -100,7 +100,7 @@ class Strengths:
         taken: dict[str, float] = {}
         known = {name for name in PENALTIES if values[name] is not None or isinstance(centers[name], BatchMean)}
         may_measure = {name: rule for name, rule in self._rules.items() if name in known and rule.due(step)}
-        trials = {name: rule.trial for name, rule in may_measure.items() if rule.trial is not None}
+        trials = {name: _trial(name, rule.trial) for name, rule in may_measure.items() if rule.trial is not None}
         notes = [_bounded(name, asked[name]) for name, rule in self._rules.items() if rule.is_bounded]
         for name, strength in asked.items() if step % every == 0 else ():
             strength = trials.get(name, strength)
@@ -125,25 +125,33 @@ class Strengths:
         plan: Plan,
         outcome: Gradients,
         parameters: Mapping[str, Tensor],
-        values: Mapping[str, Directions | None],
+        distances: Distances,
     ) -> Added | None:
         """What the measured penalty has added to the gradient of a step; None where none is measured."""
         if plan.measured is None:
             return None
-        is_own_mean = plan.measured == "reg1" and values["reg1"] is None and outcome.batch_size == 1
-        return Added(outcome, parameters, plan.taken[plan.measured], is_empty=is_own_mean)
+        return Added(outcome, parameters, plan.measured, plan.taken[plan.measured], distances)
 
     def settled(self, plan: Plan, added: Added | None) -> Plan:
-        """The plan with the λ that a trial has found, after its gradient was scaled to that."""
+        """The plan with the λ that a trial has found, after its gradient was scaled to that.
+
+        Raises:
+            ArgumentError: a λ that is negative or not finite, or over the trial is not.
+        """
         if plan.trial is None or plan.measured is None or added is None:
             return plan
         name, rule = plan.measured, self._rules[plan.measured]
-        found = rule.found(added) if added.is_finite() and not added.is_empty else 0.0
+        is_told = added.is_finite() and not added.is_empty()
+        found = _number(name, rule.found(added)) if is_told else 0.0
+        if not math.isfinite(found / plan.trial):
+            raise ArgumentError(
+                f"{name} must be found with a trial that is not so far from it; got {found} with {plan.trial}"
+            )
         added.rescale(found / plan.trial)
         notes = list(plan.notes)
         if not found:
             notes.append(f"{name} was left out: its gradient is zero, or was lost in rounding or overflow")
-        elif not plan.asked[name] and rule.is_bounded:
+        elif not plan.asked[name] and found in (rule.low, rule.high):
             notes.append(_bounded(name, found))
         return replace(plan, asked={**plan.asked, name: found}, notes=notes)
 
@@ -159,7 +167,7 @@ class Strengths:
     ) -> None:
         """Show the rules a step of which all is known and nothing is written yet; `count` is to follow."""
         for name, rule in self._rules.items():
-            own = added if name == plan.measured and added is not None and not added.is_empty else None
+            own = added if name == plan.measured and added is not None and not added.is_empty() else None
             rule.after(Seen(name, step, outcome, report, finite, own, has_center))
 
     def count(self, plan: Plan, finite: Tensor | None) -> None:
@@ -217,6 +225,15 @@ def _asked(given: Strength, name: str, step: int) -> Any:
     if isinstance(given, Rule):
         return given.strength(name, step)
     return given(step) if callable(given) else given
+
+
+def _trial(name: str, given: Any) -> float:
+    trial = _number(f"the trial of {name}", given)
+    if not trial:
+        raise ArgumentError(
+            f"the trial of {name} must be above zero, for λ is found from the gradient that it adds; got {trial}"
+        )
+    return trial
 
 
 def _number(name: str, value: Any) -> float:

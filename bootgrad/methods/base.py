@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Reach
-from ..penalties import total_sq_norm
+from ..penalties import Distances, total_sq_norm
 from ..rules.terms import total
 from ..scaling import Scale, Scaling, multiplied, seeds
 from ..second_pass import Replay
@@ -58,7 +58,8 @@ class Penalties:
     """What the penalties that are taken are multiplied by, the centers of both, and the random numbers of this step.
 
     A center is None where Reg1 is about the batch mean, and where Reg2 cannot be taken. ``statistics`` says whether Γ is
-    wanted, and ``mean`` whether ḡ is: what the penalties themselves do not need is not made otherwise.
+    wanted, and ``mean`` whether ḡ is: what the penalties themselves do not need is not made otherwise. Without ``others``,
+    leaves outside of the model have the gradient of the mean loss alone.
     """
 
     strengths: Mapping[str, float]
@@ -66,6 +67,7 @@ class Penalties:
     generator: torch.Generator
     statistics: bool = True
     mean: bool = True
+    others: bool = True
 
     def strength(self, name: str) -> float:
         """λ, zero for a penalty that is not taken."""
@@ -119,6 +121,14 @@ class Gradients(FirstOrder):
     def batch_size(self) -> int:
         """B."""
         return self.losses.numel() if self.count is None else self.count
+
+    def value(self, name: str, distances: Distances) -> Tensor | None:
+        """Reg1 = Γ + ‖ḡ − c₁‖² or Reg2 = ‖ḡ − c₂‖², (); nan where Γ is not known, None where there is no c₂."""
+        if name == "reg2":
+            return distances.from_center["reg2"]
+        if self.reg1 is not None:
+            return self.reg1
+        return distances.about + (torch.nan if self.covariance is None else self.covariance)
 
 
 class Whole:
@@ -202,6 +212,15 @@ def after_second(losses: Tensor, finite: Tensor | None, second: Tensor | None) -
     if finite is None or second is None:
         return losses, finite
     return torch.where(second, losses, torch.nan), finite & second
+
+
+def of_parameters(
+    parameters: Mapping[str, Tensor], leaves: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The leaves that are parameters, and their gradients."""
+    own = set(map(id, parameters.values()))
+    kept = [(leaf, g) for leaf, g in zip(leaves, grads, strict=True) if id(leaf) in own]
+    return [leaf for leaf, _ in kept], [g for _, g in kept]
 
 
 @torch.no_grad()

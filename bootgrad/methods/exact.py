@@ -1,6 +1,6 @@
 """The penalties' own derivative, by visits of the layers in the backward pass through the per-sample gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ from ..ops.product import Mask, Visit
 from ..penalties import total_sq_distance, total_sq_norm
 from ..per_sample import PerSampleGradients, Zeros
 from ..rules.terms import DenseTerm, SqDistances, VisitedBias, VisitedTerm, total
-from ..scaling import Number, multiplied
+from ..scaling import Number, multiplied, seeds
 from ..statistics import difference
 from .base import (
     Directions,
@@ -46,11 +46,16 @@ class Exact(Method):
         reach, scale = forward.reach(), forward.scale
         G = recording._per_sample_gradients(losses, reach, create_graph=True, visited=True, scale=scale.first)
         # All parameters: a center may depend on what this batch does not reach.
-        leaves = [*forward.parameters.values(), *reach.other_leaves]
+        asked = [*forward.parameters.values(), *(reach.other_leaves if penalties.others else ())]
+        apart = [] if penalties.others or whole.known else reach.other_leaves
+        others: Sequence[Tensor | None] = []
+        if apart:
+            weights = seeds(losses, scale.sample * whole.share)
+            others = graph.gradients(losses, apart, weights, retain_graph=True, allow_unused=True)
         penalty = _Penalty(G, penalties, whole, scale.first)
         objective = (losses * (scale.sample * whole.share)).sum() + penalty.zero / (scale.to_mean * scale.first**2)
         try:
-            grads: list[Tensor | None] = list(torch.autograd.grad(objective, leaves, allow_unused=True))
+            grads: list[Tensor | None] = [*torch.autograd.grad(objective, asked, allow_unused=True), *others]
         except RuntimeError as error:
             if "is not implemented" in str(error):
                 raise UnsupportedError(
@@ -65,7 +70,7 @@ class Exact(Method):
         spread = reg1 if whole.known and penalties.centers["reg1"] is None else None
         grads = multiplied(grads, scale.to_mean)
         forward.let_go()
-        return Gradients(losses.detach(), leaves, grads, own, covariance, reach.finite, reg1, spread)
+        return Gradients(losses.detach(), [*asked, *apart], grads, own, covariance, reach.finite, reg1, spread)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ from .base import (
     after_second,
     combined,
     first_order,
+    of_parameters,
 )
 from .weighted import unrecorded
 
@@ -78,13 +79,18 @@ class FiniteDifference(Method):
         check_parameters(forward.parameters)
         has_rows = "reg1" in penalties.strengths and forward.losses.numel() > 1
         first, G = _with_rows(forward) if has_rows else (first_order(forward), None)
-        second, quotients = self._second(forward, penalties, first, G, whole.mean(lambda: first.mean))
+        second, quotients, sq_spread = self._second(forward, penalties, first, G, whole.mean(lambda: first.mean))
         losses, finite = after_second(first.losses, first.finite, second)
-        leaves, grads = combined((whole.share, first.leaves, first.grads), (2.0, first.leaves, quotients))
-        return Gradients(losses, leaves, grads, first.mean, first.covariance, finite)
+        added = first.leaves, quotients
+        if not penalties.others:
+            added = of_parameters(forward.parameters, *added)
+        leaves, grads = combined((whole.share, first.leaves, first.grads), (2.0, *added))
+        tells_reg1 = "reg2" not in penalties.strengths and not penalties.statistics
+        reg1 = sq_spread / penalties.strength("reg1") ** 2 if tells_reg1 else None
+        return Gradients(losses, leaves, grads, first.mean, first.covariance, finite, reg1)
 
     def _second(self, forward: Forward, penalties: Penalties, first: FirstOrder, G: PerSampleGradients | None, mean):
-        """Whether the losses at θ + ε δ_i are finite, and (∇L_S there − ∇L_S)/ε.
+        """Whether the losses at θ + ε δ_i are finite, (∇L_S there − ∇L_S)/ε, and the mean of ‖δ_i‖².
 
         With rows G, δ_i is λ₁ g_i and what all samples share, else they share it all.
         """
@@ -96,12 +102,12 @@ class FiniteDifference(Method):
             return strength2 * (mean[name] - c2[name]) + strength1 * own
 
         if G is None:
-            spread = total(total_sq_norm([shared(name)]) for name in first.mean).sqrt()
+            sq_spread = total(total_sq_norm([shared(name)]) for name in first.mean)
         else:
             of_mean = total(total_sq_norm([strength1 * g + shared(name)]) for name, g in first.mean.items())
             assert first.covariance is not None
-            spread = (strength1**2 * first.covariance + of_mean).sqrt()
-        step = finite_step(spread, list(forward.parameters.values()), self.epsilon)
+            sq_spread = strength1**2 * first.covariance + of_mean
+        step = finite_step(sq_spread.sqrt(), list(forward.parameters.values()), self.epsilon)
         assert forward.replay is not None and forward.recording is not None
         scale, context = forward.scale, None
         if G is not None:  # its rows are scaled
@@ -111,7 +117,7 @@ class FiniteDifference(Method):
         with eager, displaced(forward.parameters, shared, step), forward.replay.again(context) as losses:
             second = check_second(losses, first.losses.numel(), forward.scaling)
             moved = gradients(losses, first.leaves, seeds(losses, scale.sample), allow_unused=True)
-        return second, quotient(multiplied(moved, scale.to_mean), first.grads, step)
+        return second, quotient(multiplied(moved, scale.to_mean), first.grads, step), sq_spread
 
 
 def _with_rows(forward: Forward) -> tuple[FirstOrder, PerSampleGradients]:

@@ -37,6 +37,7 @@ from .base import (
     after_second,
     combined,
     mean_by_name,
+    of_parameters,
 )
 from .weighted import WeightedPass, second_derivatives, unrecorded
 
@@ -112,6 +113,8 @@ class RandomSigns(Method):
         with run.traceless():
             sums, parts, second = _double_backward(run, terms) if self.exact else self._quotients(run, forward, terms)
         losses, finite = after_second(forward.losses.detach(), run.finite, second)
+        if not penalties.others:
+            parts = [(weight, *of_parameters(forward.parameters, *part)) for weight, *part in parts]
         leaves, grads = combined((whole.share, run.leaves, own), *parts)
         if not signs:
             return Gradients(losses, leaves, grads, own_mean, None, finite)

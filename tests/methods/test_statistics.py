@@ -47,6 +47,17 @@ def test_gradients_are_the_same(center, options):
                 torch.testing.assert_close(report.reg1, full.reg1)
 
 
+@pytest.mark.parametrize("center", CENTERS)
+def test_finite_differences_tell_reg1_where_it_is_taken_alone(center):
+    model, x, y = data(B=6)
+    regs = [
+        regularizer(model, CENTERS[center], reg2=0.0, method="finite_difference", statistics=s) for s in (True, False)
+    ]
+    for _ in range(2):
+        full, report = (gradient_of(reg, losses_of(model), x, y)[1] for reg in regs)
+        torch.testing.assert_close(report.reg1, full.reg1)
+
+
 def test_about_zero_no_mean_is_made(monkeypatch):
     model, x, y = data()
     full = gradient_of(regularizer(model, "zero", reg2=0.0), losses_of(model), x, y)[1]

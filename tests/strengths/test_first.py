@@ -12,7 +12,7 @@ from bootgrad.seen import Added
 from bootgrad.strengths import LookAhead, Share, measuring
 
 from ..methods.steps import CENTERS, data, flat, gradient_of, losses_of, regularizer
-from .steps import EVERY_STEP, START, batches_of, penalty_gradients, plain_gradient
+from .steps import START, batches_of, penalty_gradients, plain_gradient
 from .test_share import WAYS
 
 UNITS = [1e-6, 1e-3, 1e3, 1e6]
@@ -184,35 +184,117 @@ def test_a_trial_that_overflows_takes_nothing_and_the_next_one_is_smaller(monkey
 
 
 def test_a_penalty_without_gradient_is_not_tried_for_ever():
+    """Of losses linear in θ, whose Reg1 is a constant other than zero."""
     model = nn.Linear(3, 1).double()
-    nn.init.zeros_(model.weight)
-    nn.init.zeros_(model.bias)
     rule = Share(0.1, 4)
     reg = regularizer(model, "batch_mean", reg1=rule, reg2=0.0)
-    x, notes = torch.ones(4, 3, dtype=torch.float64), []
+    x, notes = torch.arange(12.0, dtype=torch.float64).reshape(4, 3), []
     for _ in range(12):
-        grad, report = gradient_of(reg, lambda x: (model(x)[:, 0] - 1).square(), x)
-        torch.testing.assert_close(grad, torch.full((4,), -2.0, dtype=torch.float64))
+        grad, report = gradient_of(reg, lambda x: model(x)[:, 0], x)
+        torch.testing.assert_close(grad, torch.tensor([4.5, 5.5, 6.5, 1.0], dtype=torch.float64))
         notes.append(report.notes[-1].split(": ")[1].split(",")[0])
-        assert report.strengths["reg1"] == 0.0 and rule.value is None
+        assert report.strengths["reg1"] == 0.0 and rule.value is None and report.reg1 > 1.0
     tried, waited = "its gradient is zero", "its rule has measured no λ yet"
     assert notes == [*[tried] * 5, *[waited] * 3, *[tried] * 4]
 
 
-def test_leaves_outside_of_the_model_go_without_a_gradient_on_a_trial():
+ALIKE = {
+    **WAYS,
+    "differences, no statistics": WAYS["differences"] | {"statistics": False},
+    "half, no statistics": WAYS["differences"] | {"statistics": False, "fraction": 0.5},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("in_block", [False, True])
+@pytest.mark.parametrize("way", ALIKE)
+def test_of_samples_that_are_alike_no_lambda_is_found(way, in_block, dtype):
+    """And the next batch has the λ that it would have had as the first."""
+    options = ALIKE[way]
+    if "epsilon" in options and dtype is torch.bfloat16:
+        pytest.skip("finite differences take float32 or wider")
+    if "epsilon" in options:
+        options = options | {"epsilon": 1e-4}
+    (x, y), batch = wide_batches(2)
+    found = []
+    for is_first in (False, True):
+        model, losses = wide(1.0)
+        model.to(dtype)
+        torch.manual_seed(7)
+        rule = Share(0.1, 20)
+        reg = regularizer(model, "batch_mean", reg1=rule, reg2=0.0, **options)
+        alike = [t[:1].repeat(32, *(1 for _ in t.shape[1:])) for t in (x, y)]
+        every = options.get("every", 1)
+        reg.step = every * is_first
+
+        def step(x, y, reg=reg, losses=losses, model=model):
+            model.zero_grad()
+            with reg.accumulate() as block:
+                for part in zip(x.split(16 if in_block else 32), y.split(16 if in_block else 32), strict=True):
+                    reg.backward(lambda x, y: losses(x.to(dtype), y).float(), *part)
+            return block.report
+
+        for k in range(0 if is_first else every):
+            report = step(*alike)
+            plain = plain_gradient(losses(alike[0].to(dtype), alike[1]), model)
+            torch.testing.assert_close(flat(model), plain, rtol=2e-2, atol=1e-2 if dtype is torch.bfloat16 else 1e-6)
+            assert report.strengths["reg1"] == 0.0 and rule.value is None
+            assert k or "reg1 was left out: " in report.notes[0]
+        found.append(step(*batch).strengths["reg1"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and 0 < found[0] < 1e3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["reg1", "reg2"])
+def test_where_the_mean_is_the_center_no_lambda_is_found(name, dtype):
+    """Of one batch, of samples that are alike, and a center that has it from the step before."""
+    model, losses = wide(1.0)
+    model.to(dtype)
+    x, y = (t[:1].repeat(8, *(1 for _ in t.shape[1:])) for t in wide_batches(1)[0])
+    rule = Share(0.1)
+    reg = regularizer(model, "ema", **{"reg1": 0.0, "reg2": 0.0, name: rule})
+    for _ in range(3):
+        assert gradient_of(reg, losses, x.to(dtype), y)[1].strengths[name] == 0.0
+    assert rule.value is None
+    (x, y), *_ = wide_batches(1)
+    assert 0 < gradient_of(reg, losses, x.to(dtype), y)[1].strengths[name] < 1e3
+
+
+@pytest.mark.parametrize("in_block", [False, True])
+@pytest.mark.parametrize("way", ALIKE)
+@pytest.mark.parametrize("center", CENTERS)
+def test_leaves_outside_of_the_model_keep_the_plain_gradient_on_a_trial(way, in_block, center):
+    """Of all samples, whatever the penalty is taken on; on other steps they have the penalty's, too."""
     model, twin = data()[0], data()[0]
-    ours, other = (torch.zeros(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    rule, found = Share(0.1, **EVERY_STEP), {}
-    reg = regularizer(model, "zero", reg1=rule, reg2=0.0)
-    numbers = regularizer(twin, "zero", reg1=lambda step: found[step], reg2=0.0)
-    for step, (x, y) in enumerate(batches_of(2)):
-        ours.grad = other.grad = None
-        _, report = gradient_of(reg, lambda x, y: losses_of(model)(x + ours, y), x, y)
-        found[step] = report.strengths["reg1"]
-        gradient_of(numbers, lambda x, y: losses_of(twin)(x + other, y), x, y)
-        torch.testing.assert_close(flat(model), flat(twin), rtol=1e-9, atol=1e-12)
-        expected = other.grad if step else torch.zeros(3, dtype=torch.float64)
-        torch.testing.assert_close(ours.grad, expected, rtol=1e-9, atol=1e-12)
+    ours, other, bare = (torch.zeros(3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    rule, found = Share(0.1, 100), {}
+
+    def made(model, strength):
+        torch.manual_seed(2)
+        return regularizer(model, CENTERS[center], reg1=strength, reg2=0.0, **ALIKE[way])
+
+    reg, numbers = made(model, rule), made(twin, lambda step: found[step])
+
+    def take(reg, model, leaf, x, y):
+        model.zero_grad()
+        leaf.grad = None
+        with reg.accumulate() as block:
+            for part in zip(x.split(3 if in_block else 6), y.split(3 if in_block else 6), strict=True):
+                reg.backward(lambda x, y: losses_of(model)(x + leaf, y), *part)
+        return block.report
+
+    had_trial, differs = False, False
+    for step, (x, y) in enumerate(batches_of(5)):
+        is_trial = rule.value is None and step % reg.every == 0
+        found[step] = take(reg, model, ours, x, y).strengths["reg1"]
+        take(numbers, twin, other, x, y)
+        torch.testing.assert_close(flat(model), flat(twin), rtol=1e-6, atol=1e-9)
+        bare.grad = None
+        losses_of(model)(x + bare, y).mean().backward()
+        torch.testing.assert_close(ours.grad, bare.grad if is_trial else other.grad, rtol=1e-6, atol=1e-9)
+        had_trial |= is_trial and found[step] > 0
+        differs |= had_trial and not is_trial and float((ours.grad - bare.grad).norm()) > 1e-4
+    assert had_trial and differs
 
 
 def test_sparse_gradients_stay_sparse():
@@ -251,6 +333,19 @@ def test_a_step_that_a_scaler_skips_leaves_the_trial():
     before = rule.state_dict()
     report = reg.backward(lambda x, y: losses_of(model)(x, y) * torch.inf, x, y, scaler=scaler)
     assert not report.finite and report.strengths["reg1"] == 0.0 and rule.state_dict() == before
+
+
+def test_a_skipped_first_trial_leaves_no_bound_behind():
+    """Of a λ that was found at ``high``, on a step of which only ``.grad`` overflows."""
+    model, x, y = data(B=6, dtype=torch.float32)
+    rule = Share(0.1, high=1e-9)
+    reg = regularizer(model, "zero", reg1=rule, reg2=0.0)
+    bound = "the λ of reg1 is held at 1e-09, a bound of its rule"
+    for scale in (2.0**127, 1.0):
+        scaler = GradScaler("cpu", init_scale=scale)
+        report = reg.backward(lambda x, y: 1e3 * losses_of(model)(x, y), x, y, scaler=scaler)
+        assert bool(report.finite) is (scale == 1.0) is rule.is_bounded
+        assert report.notes[0] == bound and ("held" in "".join(report.notes[1:])) is False
 
 
 def test_no_other_step_has_a_trial(monkeypatch):

@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 
 import bootgrad
 from bootgrad import strengths
-from bootgrad.strengths import Bound, LookAhead, Share
+from bootgrad.strengths import Bound, LookAhead, Rule, Share
 
 from ..methods.steps import CENTERS, data, flat, gradient_of, losses_of, regularizer
 from .steps import batches_of, run
@@ -249,6 +249,75 @@ def test_a_failed_step_changes_nothing(kind):
     with pytest.raises(bootgrad.BootgradError, match="samples: 0"):
         reg.backward(lambda x, y: losses_of(model)(x, y) * math.nan, *batches[3])
     assert str(reg.state_dict()["strengths"]) == before
+
+
+class Own(Rule):
+    """A rule of a user's."""
+
+    def __init__(self, trial, found):
+        super().__init__(0.0, 1e20)
+        self.given, self.first = trial, found
+
+    def strength(self, penalty, step):
+        return 0.0
+
+    def due(self, step):
+        return True
+
+    @property
+    def trial(self):
+        return self.given
+
+    def found(self, added):
+        return self.first
+
+    def after(self, seen):
+        raise AssertionError("shown a step that has failed")
+
+    def reset(self):
+        pass
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("trial", "found", "message"),
+    [
+        *((1.0, v, "reg1 must be finite and not negative; got") for v in (math.nan, math.inf, -3.0)),
+        *((v, 1.0, "the trial of reg1 must be finite and not negative; got") for v in (math.nan, math.inf, -3.0)),
+        (1.0, "much", "reg1 must be a number"),
+        ("much", 1.0, "the trial of reg1 must be a number"),
+        (0.0, 1.0, "the trial of reg1 must be above zero"),
+        (1e-300, 1e20, r"reg1 must be found with a trial that is not so far from it; got 1e\+20 with 1e-300"),
+    ],
+)
+@pytest.mark.parametrize("in_block", [False, True])
+def test_what_a_rule_tries_and_finds_is_checked_before_anything_is_written(trial, found, message, in_block):
+    model, x, y = data(B=6)
+    reg = regularizer(model, {"reg1": "zero", "reg2": "ema"}, reg1=Own(trial, found), reg2=0.0)
+    before = str(reg.state_dict())
+    with pytest.raises(bootgrad.BootgradError, match=message):
+        if in_block:
+            with reg.accumulate():
+                reg.backward(losses_of(model), x, y)
+        else:
+            reg.backward(losses_of(model), x, y)
+    assert all(p.grad is None for p in model.parameters()) and str(reg.state_dict()) == before
+
+
+def test_finding_changes_nothing():
+    class Added:
+        def log_ratio(self):
+            return -1000.0
+
+    for rule in (Share(high=1.0), LookAhead(high=1.0)):
+        before = copy.deepcopy(vars(rule)) | {"_log_ratio": None}
+        assert rule.found(Added()) == 1.0
+        assert vars(rule) | {"_log_ratio": None} == before and not rule.is_bounded
 
 
 def test_auto_is_the_default_rule():
