@@ -15,10 +15,8 @@ from .methods.base import Directions, Gradients, mean_by_name
 from .ops.schema import accumulation_dtype
 from .penalties import Distances, Report, total_sq_distance, total_sq_norm
 
-LOST = (
-    8.0,
-    64.0,
-)  # roundings of parameters, and of the sums that gradients are, in which what is shorter than them is lost
+# Roundings of parameters, and of the sums that gradients are, in which what is shorter than them is lost.
+LOST = 8.0, 64.0
 CANCELLED = 10.0  # roundings of sums in E‖g‖², of which Reg1 = E‖g‖² − ‖ḡ‖² cannot be told from zero
 STRONGER, WEAKER = 1e4, 1e-2  # what λ is multiplied by at most, to be measured; float16 has little room below overflow
 
