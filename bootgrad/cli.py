@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     experiment.add_argument("name", metavar="NAME", help="of the experiment; list shows them all")
     form = experiment.add_mutually_exclusive_group()
     form.add_argument("--quick", action="store_true", help="in a minute or two; the default")
-    form.add_argument("--full", action="store_true", help="in hours; one that is stopped goes on by the same command")
+    form.add_argument(
+        "--full", action="store_true", help="in up to an hour; one that is stopped goes on by the same command"
+    )
     experiment.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each kind; default: 5")
     experiment.add_argument("--data", metavar="SOURCE", help="images, as for train; default: the experiment's own")
     experiment.add_argument("--threads", type=int, metavar="N", help="threads of torch's CPU kernels")

@@ -17,7 +17,7 @@ from typing import Any
 from .errors import DataError
 from .experiments.conduct import find
 from .experiments.outcomes import PLAIN, Outcomes, compare, outcomes
-from .experiments.study import RECORD, RESULTS
+from .experiments.study import RECORD, RESULTS, SUMMARY
 from .experiments.table import Table
 from .training import checkpoint
 from .training.run import CHECKPOINT
@@ -75,7 +75,8 @@ SIGNATURES = {
     ),
     _NOT_JUDGED: (
         "signatures that need this were not looked for: that they were not found says nothing",
-        "more steps, methods or seeds, by the same command; with random signs Γ is known where Reg1 is taken",
+        "an experiment goes on by the same command, or with more --seeds in another folder; a run with more --epochs, and with "
+        "Reg1 where the method is random signs, which tell Γ there alone",
     ),
 }
 
@@ -187,12 +188,15 @@ def _of_experiment(folder: Path) -> list[Finding]:
         return [Finding("", _NOT_JUDGED, str(error))]
     if not problems:
         raise DataError(f"{folder} has no final runs yet: go on with the experiment by the same command")
-    return [
+    found = [
         replace(finding, where=", ".join(filter(None, (problem.where, finding.where))))
         for problem in problems
         for check in (_diverged, _compared, _high_learning_rates)
         for finding in check(problem)
     ]
+    if not (folder / SUMMARY).is_file():
+        found.append(Finding("", _NOT_JUDGED, f"the experiment has not come to its end, which writes {SUMMARY}"))
+    return found
 
 
 def _diverged(problem: Outcomes) -> Iterator[Finding]:

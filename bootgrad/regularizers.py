@@ -141,6 +141,7 @@ class GradientRegularizer:
                 'reg2 about "batch_mean" is identically zero: give it a center of its own, for example '
                 'center={"reg1": "batch_mean", "reg2": "ema"}'
             )
+        self._strengths.claim()
         if self._strengths.is_zero("reg1") and self._strengths.is_zero("reg2"):
             warn("reg1 and reg2 are both 0: gradients will be the plain ones")
         # What is drawn in a step follows from this and the step, so that one that fails and is taken again draws the same.

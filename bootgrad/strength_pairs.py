@@ -65,6 +65,20 @@ class Strengths:
             raise ArgumentError("reg1 and reg2 are one rule, which has one λ: make a rule for each of them")
         self._owed: str | None = None  # the penalty that was left out for the other one's turn
 
+    def claim(self) -> None:
+        """Take the rules for good: with another model one would go on from the λ and the gradients of the first.
+
+        Raises:
+            ArgumentError: a rule that was taken before.
+        """
+        for name, rule in self._rules.items():
+            if rule.is_taken:
+                raise ArgumentError(
+                    f"{name} is a rule that another regularizer has, whose λ it holds: make a rule for each of them"
+                )
+        for rule in self._rules.values():
+            rule.is_taken = True
+
     @property
     def _rules(self) -> dict[str, Rule]:
         return {name: s for name, s in self.given.items() if isinstance(s, Rule)}

@@ -44,6 +44,7 @@ def write(folder, name, module, rows):
     (folder / "run.json").write_text(json.dumps({"experiment": {"name": name}}))
     zeros = dict.fromkeys(module.COLUMNS, 0.0)
     Table(module.COLUMNS, [zeros | row for row in rows]).write(folder / "results.csv")
+    (folder / "summary.md").write_text("")
     return folder
 
 
@@ -387,3 +388,12 @@ def test_other_folders_are_refused(tmp_path, capsys):
     (tmp_path / "results.csv").write_text("method\n")
     with pytest.raises(DataError, match="not that of an experiment"):
         diagnose(tmp_path)
+
+
+def test_an_experiment_that_was_stopped_is_not_judged(tmp_path):
+    folder = experiment_folder(tmp_path, {"gd": [1.0, 1.1, 0.9]})
+    whole = diagnose(folder)
+    (folder / "summary.md").unlink()
+    (*found, last) = diagnose(folder)
+    assert found == whole and last.signature == "cannot be judged" and "has not come to its end" in last.seen
+    assert "goes on by the same command" in str(last)

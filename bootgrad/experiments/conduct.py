@@ -20,7 +20,7 @@ from ..errors import ArgumentError
 from ..training.checkpoint import replacing
 from ..training.figures import save
 from .evidence import Claim
-from .study import Options, Study
+from .study import SUMMARY, Options, Study
 from .table import Table
 
 EXPERIMENTS = (
@@ -77,7 +77,7 @@ def conduct(options: Options, out: Path, *, overwrite: bool = False) -> Path:
         raise ArgumentError(f"{options.name} is not about images: leave --data {options.data} out")
     study = Study(options, experiment.COLUMNS, out, overwrite=overwrite)
     experiment.run(study)
-    path = out / "summary.md"
+    path = out / SUMMARY
     with replacing(path) as file:
         file.write(summary(experiment, study).encode())
     save(experiment.draw(study.table), out / "figure.png")
@@ -117,7 +117,7 @@ def summary(experiment: Experiment, study: Study) -> str:
         "A claim is unclear where runs diverged. Numbers of all runs: results.csv.",
         "",
         *(
-            f"- {place['date']}: {place['device']['name']}, {place['device']['threads']} threads, torch "
+            f"- {place['date']}: {place['device']['name']}, threads: {place['device']['threads']}, torch "
             f"{place['versions']['torch']}, bootgrad {place['versions']['bootgrad']}"
             for place in study.places
         ),

@@ -204,7 +204,7 @@ def tables(table: Table) -> str:
         elsewhere = zip(
             mine.where(basin="shared").column("share"), mine.where(basin="between").column("share"), strict=True
         )
-        in_wells = interval(1 - a - b for a, b in elsewhere)
+        in_wells = interval(max(0.0, 1 - a - b) for a, b in elsewhere)
         losses, share = (interval(_by_seed(table, method, column)) for column in ("test_loss", "share"))
         rows.append((method, mine.rows[0]["lr"], mine.rows[0]["strength"], losses, share, in_wells))
     at = final.where(method="gd")

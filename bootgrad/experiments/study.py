@@ -22,7 +22,8 @@ from ..training.data import ImageData, load
 from ..training.environment import device_info, versions
 from .table import Row, Table, Value, is_kept
 
-RESULTS, RECORD = "results.csv", "run.json"
+RESULTS, RECORD, SUMMARY = "results.csv", "run.json", "summary.md"
+RUN = "run.csv"  # of a training run, whose record has the same name
 MAY_CHANGE = ("threads",)
 
 
@@ -76,9 +77,13 @@ class Study:
         self._bar: Any = None
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        if (out / RUN).exists():
+            raise DataError(
+                f"{out} holds a run of bootgrad train, whose {RECORD} would be replaced: choose another --out"
+            )
         try:
             out.mkdir(parents=True, exist_ok=True)
-            for name in (RECORD, RESULTS) if overwrite else ():
+            for name in (RECORD, RESULTS, SUMMARY) if overwrite else ():
                 (out / name).unlink(missing_ok=True)
         except OSError as error:
             raise DataError(

@@ -19,9 +19,11 @@ class Rule(ABC):
         low, high: the bounds of λ.
 
     Attributes:
+        is_taken: whether a regularizer has it, whose λ it is for.
         is_bounded: whether the last λ is one of them, and would have been beyond it; the report then says so.
     """
 
+    is_taken = False
     is_bounded = False
 
     def __init__(self, low: float, high: float):

@@ -242,6 +242,10 @@ def _prepare_folder(out: Path, resume: Path | None, overwrite: bool) -> bool:
         goes_on = exists and resume is not None and resume.samefile(out / CHECKPOINT)
     except (OSError, ValueError) as error:
         raise DataError(f"--out {out} cannot be made or entered ({error}): choose another folder") from error
+    if (out / "results.csv").exists():
+        raise ArgumentError(
+            f"--out {out} holds a bootgrad experiment, whose run.json would be replaced: choose another folder"
+        )
     if goes_on and overwrite:
         raise ArgumentError(
             f"--overwrite would replace the run in {out} that --resume goes on with: leave one of them out, "

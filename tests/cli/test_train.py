@@ -124,3 +124,14 @@ def test_the_digits_are_learned(tmp_path, penalty):
     assert main(["train", "--center", "ema", "--epochs", "12", "--out", str(tmp_path / "run"), *options]) == 0
     final = json.loads((tmp_path / "run" / "run.json").read_text())["epochs"][-1]
     assert final["test_accuracy"] > 0.95 and final["train_loss"] < 0.2
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_the_folder_of_an_experiment_is_left_alone(data, tmp_path, capsys, options):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("results.csv", "run.json"):
+        (out / name).write_text("kept")
+    assert main(train(data, out, "--epochs", "1", *options)) == 2
+    assert "holds a bootgrad experiment, whose run.json would be replaced" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"results.csv": "kept", "run.json": "kept"}

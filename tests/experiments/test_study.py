@@ -9,7 +9,7 @@ import torch
 from bootgrad.errors import ArgumentError, DataError
 from bootgrad.experiments import study as module
 from bootgrad.experiments.search import halve, lowest, means, runs_of_halving
-from bootgrad.experiments.study import RECORD, RESULTS, Options, Study
+from bootgrad.experiments.study import RECORD, RESULTS, SUMMARY, Options, Study
 from bootgrad.experiments.table import Table
 
 COLUMNS = ("method", "seed", "loss")
@@ -194,3 +194,21 @@ def test_the_lowest_of_a_grid_has_no_run_that_diverged():
     assert lowest(table, ("lr", "k"), "loss") == {"lr": 0.1, "k": 2}
     assert means(table, ("k",), "loss") == {(1,): math.inf, (2,): math.inf}
     assert means(table.where(lr=0.1), ("k",), "loss") == {(1,): 4.0, (2,): 3.75}
+
+
+def test_the_folder_of_a_training_run_is_left_alone(tmp_path):
+    (tmp_path / "run.csv").write_text("step,loss\n")
+    (tmp_path / RECORD).write_text("{}")
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match="holds a run of bootgrad train, whose run.json would be replaced"):
+            study(tmp_path, overwrite=overwrite)
+    assert (tmp_path / RECORD).read_text() == "{}"
+
+
+def test_starting_anew_removes_the_page_of_what_was_there(tmp_path):
+    study(tmp_path)
+    (tmp_path / SUMMARY).write_text("old")
+    study(tmp_path)
+    assert (tmp_path / SUMMARY).exists()
+    study(tmp_path, overwrite=True)
+    assert not (tmp_path / SUMMARY).exists()

@@ -373,3 +373,15 @@ RULE = Share()
 def test_bad_options(make, message):
     with pytest.raises(bootgrad.BootgradError, match=message):
         bootgrad.GradientRegularizer(data()[0], **make(None))
+
+
+@pytest.mark.parametrize("kind", ["share", "look-ahead", "bound"])
+def test_a_rule_is_of_one_regularizer(kind):
+    model = data()[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = {"share": Share, "look-ahead": LookAhead, "bound": lambda: Bound(optimizer)}[kind]()
+    with pytest.raises(bootgrad.errors.ArgumentError, match="identically zero"):
+        bootgrad.GradientRegularizer(model, reg2=rule)
+    bootgrad.GradientRegularizer(model, reg1=rule)  # which the one before did not take
+    with pytest.raises(bootgrad.errors.ArgumentError, match="reg1 is a rule that another regularizer has"):
+        bootgrad.GradientRegularizer(data()[0], reg1=rule)

@@ -182,10 +182,10 @@ def test_in_single_and_half_precision(dtype):
         return F.cross_entropy(out.float(), y, reduction="none")
 
     rule, expected = (Share(0.2, **EVERY_STEP, start=1e-2) for _ in range(2))
-    reg = regularizer(model, "zero", reg1=rule, reg2=0.0)
+    reg, twin = (regularizer(m, "zero", reg1=r, reg2=0.0) for m, r in ((model, rule), (exact, expected)))
     for _ in range(3):
         gradient_of(reg, losses, x, y)
-        gradient_of(regularizer(exact, "zero", reg1=expected, reg2=0.0), losses_of(exact), x.double(), y)
+        gradient_of(twin, losses_of(exact), x.double(), y)
     assert rule.value == pytest.approx(expected.value, rel=1e-4 if dtype is None else 5e-2)
 
 
