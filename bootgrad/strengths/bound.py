@@ -70,10 +70,10 @@ class Bound(Rule):
         super().__init__(low, high)
         if not is_number(start) or not low <= start <= high:
             raise ArgumentError(f"start must be a number from low = {low} to high = {high}; got {start!r}")
-        if not is_number(rate) and not callable(rate) and not hasattr(rate, "param_groups"):
-            raise ArgumentTypeError(
-                f"rate must be an optimizer, a number or a function of the step; got {type(rate).__name__}"
-            )
+        is_given = is_number(rate) or callable(rate) or hasattr(rate, "param_groups")
+        if not is_given or isinstance(rate, type | torch.nn.Module):
+            shown = f"the class {rate.__name__}" if isinstance(rate, type) else type(rate).__name__
+            raise ArgumentTypeError(f"rate must be an optimizer, a number or a function of the step; got {shown}")
         if hasattr(rate, "param_groups"):
             _check_sgd(rate)
         self.rate, self.scale, self.start = rate, positive("scale", scale), float(start)

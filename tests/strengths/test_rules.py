@@ -366,6 +366,8 @@ RULE = Share()
         (lambda m: {"reg1": Bound(0.1, low=0.1)}, "start must be a number from low"),
         (lambda m: {"reg1": LookAhead(0.0)}, "rate must be a finite number above zero"),
         (lambda m: {"reg1": Bound("fast")}, "rate must be an optimizer, a number or a function"),
+        (lambda m: {"reg1": Bound(m)}, "rate must be an optimizer, a number or a function of the step; got "),
+        (lambda m: {"reg1": Bound(torch.optim.SGD)}, "of the step; got the class SGD"),
         (lambda m: {"reg1": Bound(0.1, scale=0.0)}, "scale must be a finite number above zero"),
         (lambda m: {"reg1": Bound(0.1, batch_size=0)}, "batch_size must be a whole number"),
     ],
