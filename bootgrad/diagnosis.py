@@ -17,12 +17,11 @@ from typing import Any
 from .errors import DataError
 from .experiments.conduct import find
 from .experiments.outcomes import PLAIN, Outcomes, compare, outcomes
-from .experiments.study import RECORD, RESULTS, SUMMARY
+from .experiments.study import RECORD, RESULTS, RUN, SUMMARY
 from .experiments.table import Table
 from .training import checkpoint
 from .training.run import CHECKPOINT
 
-_STEPS = "run.csv"
 _FALLS, _NOTHING, _TOO_MUCH = 0.8, 0.01, 1.0
 _LEARNS, _RISES, _JUMPS = 0.95, 1.1, 100.0  # of the loss at the beginning
 _NOISE, _NOT_JUDGED = "noisy gd", "cannot be judged"
@@ -114,10 +113,10 @@ def diagnose(folder: str | Path) -> list[Finding]:
     folder = Path(folder)
     if (folder / RESULTS).is_file():
         return _of_experiment(folder)
-    runs = [path.parent for path in (folder / _STEPS, *sorted(folder.glob(f"*/{_STEPS}"))) if path.is_file()]
+    runs = [path.parent for path in (folder / RUN, *sorted(folder.glob(f"*/{RUN}"))) if path.is_file()]
     if not runs:
         raise DataError(
-            f"{folder} must hold {RECORD} and {_STEPS} of bootgrad train, folders of them as of bootgrad compare, or "
+            f"{folder} must hold {RECORD} and {RUN} of bootgrad train, folders of them as of bootgrad compare, or "
             f"{RESULTS} of bootgrad experiment; none is there: give the folder that was their --out"
         )
     found = [finding for run in runs for finding in _of_run(run, run.name if len(runs) > 1 else "")]
@@ -279,7 +278,7 @@ def _steps_of(folder: Path) -> tuple[dict[str, list[float]], dict[str, Any]]:
     try:
         source = folder / RECORD
         settings = (_json(source) if source.exists() else checkpoint.read(folder / CHECKPOINT))["settings"]
-        with (folder / _STEPS).open(encoding="utf-8", newline="") as file:
+        with (folder / RUN).open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         names = ("loss", "covariance_trace", "reg1", "reg2", "test_loss")
         return {name: [float(row[name] or "nan") for row in rows] for name in names}, settings

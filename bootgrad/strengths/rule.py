@@ -46,8 +46,12 @@ class Rule(ABC):
         return None
 
     def found(self, added: Added) -> float:
-        """λ for a step with a `trial`, from what that has added; the rule is to stay as it is. Zero for none."""
-        raise NotImplementedError
+        """λ for a step with a `trial`, from what that has added; the rule is to stay as it is. Zero for none.
+
+        Raises:
+            NotImplementedError: a rule that tries, and does not say what it finds.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a trial: it must define what it has found by it")
 
     @property
     def waits(self) -> bool:
