@@ -3,8 +3,6 @@
 import copy
 import io
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -327,14 +325,13 @@ def test_auto_is_the_default_rule():
     assert [type(rule) for rule in rules] == [strengths.AUTO] * 2 and len(set(map(id, rules))) == 2
 
 
-def test_the_python_of_the_docs_runs():
-    text = (Path(__file__).parents[2] / "docs/strengths.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+def test_a_report_tells_the_rules_strengths():
     model, x, y = data()
-    names = {"model": model, "loss_fn": losses_of(model), "x": x, "y": y}
-    names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
-    exec(compile(block, "strengths.md", "exec"), names)  # noqa: S102 — our own file
-    assert names["report"].strengths == {"reg1": names["reg"].strengths["reg1"].value, "reg2": 0.0}
+    reg = bootgrad.GradientRegularizer(
+        model, reg1="auto", reg2=strengths.LookAhead(), center={"reg1": "batch_mean", "reg2": "ema"}
+    )
+    report = reg.backward(losses_of(model), x, y)
+    assert report.strengths == {"reg1": reg.strengths["reg1"].value, "reg2": 0.0}
 
 
 def test_a_captured_graph_is_refused(monkeypatch):
