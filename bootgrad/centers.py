@@ -54,7 +54,7 @@ class Center(ABC):
 class BatchMean(Center):
     """c = ḡ of the batch itself: Reg1 is then the covariance trace Γ, and Reg2 identically zero."""
 
-    def value(self, parameters):
+    def value(self, parameters: Parameters) -> dict[str, Tensor] | None:
         """None: the batch is not known before the step."""
         return None
 
@@ -62,7 +62,7 @@ class BatchMean(Center):
 class Zero(Center):
     """c = 0: Reg1 is the mean squared norm of the per-sample gradients, Reg2 the squared norm of their mean."""
 
-    def value(self, parameters):
+    def value(self, parameters: Parameters) -> dict[str, Tensor] | None:
         """Zeros."""
         return Zeros(parameters)
 
@@ -74,7 +74,7 @@ class Fixed(Center):
         """Keep ``value``."""
         self._value = value
 
-    def value(self, parameters):
+    def value(self, parameters: Parameters) -> dict[str, Tensor] | None:
         """The given center."""
         return {name: t.detach() for name, t in as_parameter_dict(self._value, parameters, "center").items()}
 
@@ -99,30 +99,30 @@ class EmaMean(Center):
         self._average: dict[str, Tensor] = {}
         self._weight: Tensor | None = None  # 1 − β^t, on the device, so that it goes on in a captured graph of kernels
 
-    def value(self, parameters):
+    def value(self, parameters: Parameters) -> dict[str, Tensor] | None:
         """The corrected average itself."""
         return as_parameter_dict(self._average, parameters, "the stored center") if self.steps else None
 
     @torch.no_grad()
-    def update(self, mean):
+    def update(self, mean: Parameters) -> None:
         """Average in ḡ."""
-        if not self.steps:
+        if self._weight is None:
             self._average = {name: _zeros(g) for name, g in mean.items()}
             self._weight = torch.zeros((), dtype=torch.float64, device=next(iter(mean.values())).device)
         new = [mean[name].detach().to(average.dtype) for name, average in self._average.items()]
         self._weight.lerp_(torch.ones_like(self._weight), 1 - self.decay)
-        share = (1 - self.decay) / self._weight
+        share = self._weight.reciprocal() * (1 - self.decay)
         shares = [share.to(average) for average in self._average.values()]
         torch._foreach_lerp_(list(self._average.values()), new, shares)
         self.steps += 1
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Decay, steps, average and its weight."""
         average = {n: t.clone() for n, t in self._average.items()}
         weight = None if self._weight is None else self._weight.clone()
         return {"decay": self.decay, "steps": self.steps, "mean": average, "weight": weight}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
         average, weight = _sums(state["mean"]), state["weight"]
         weight = None if weight is None else weight.clone()
@@ -158,7 +158,7 @@ class WindowMean(Center):
         # Steps so far, on the device, so that they go on in a captured graph of kernels.
         self._steps: Tensor | None = None
 
-    def value(self, parameters):
+    def value(self, parameters: Parameters) -> dict[str, Tensor] | None:
         """The mean over the window."""
         if self._steps is None:
             return None
@@ -167,7 +167,7 @@ class WindowMean(Center):
         return {n: (t / count.to(t.device)).to(_sum_dtype(parameters[n])) for n, t in sums.items()}
 
     @torch.no_grad()
-    def update(self, mean):
+    def update(self, mean: Parameters) -> None:
         """Put ḡ in the place of the oldest gradient."""
         if self._steps is None:
             self._window = {name: self._rows(g) for name, g in mean.items()}
@@ -188,13 +188,13 @@ class WindowMean(Center):
         device = torch.device("cpu") if self.storage == "cpu" else g.device
         return torch.zeros(self.k, *g.shape, dtype=torch.bfloat16 if self.storage == "bf16" else g.dtype, device=device)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Length, steps, the window and its sum."""
         window, sums = ({n: t.clone() for n, t in held.items()} for held in (self._window, self._sum))
         steps = None if self._steps is None else self._steps.clone()
         return {"k": self.k, "steps": steps, "window": window, "sum": sums}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`, with the window where and as it is there."""
         window, sums = ({n: t.clone() for n, t in by_names_as_written(state[key]).items()} for key in ("window", "sum"))
         steps = None if state["steps"] is None else state["steps"].clone()
@@ -216,7 +216,7 @@ class FullBatchMean(Center):
 
     def __init__(
         self,
-        loader: Iterable,
+        loader: Iterable[Any],
         loss_fn: Callable[..., Tensor],
         refresh_every: int = 1,
         differentiable: bool = False,
@@ -235,18 +235,18 @@ class FullBatchMean(Center):
         self.steps = 0
         self._value: dict[str, Tensor] | None = None
 
-    def value(self, parameters):
+    def value(self, parameters: Parameters) -> dict[str, Tensor] | None:
         """The full gradient at the present parameters, or at those of the last refresh."""
         if self._value is None or self.steps % self.refresh_every == 0:
             known = self._sweep(parameters, None)
             self._value = {n: known[n] if n in known else _zeros(p) for n, p in parameters.items()}
         return dict(self._value)
 
-    def update(self, mean):
+    def update(self, mean: Parameters) -> None:
         """Count the step."""
         self.steps += 1
 
-    def derivative(self, parameters, direction):
+    def derivative(self, parameters: Parameters, direction: Parameters) -> dict[str, Tensor] | None:
         """H direction, H the Hessian of the mean loss over the data set."""
         return self._sweep(parameters, direction) if self.differentiable else None
 
@@ -277,11 +277,11 @@ class FullBatchMean(Center):
             )
         return {name: t.div_(count) for name, t in sums.items()}
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Steps, and the gradient in use."""
         return {"steps": self.steps, "value": self._value}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
         value = state["value"]
         self.steps, self._value = state["steps"], None if value is None else by_names_as_written(value)

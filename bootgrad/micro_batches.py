@@ -66,7 +66,7 @@ class Block(ABC):
         self._versions = self._present_versions()
         return self
 
-    def __exit__(self, kind, error, _) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         """Finish, or drop all where there was an error."""
         try:
             with guarded(self._rounds):
@@ -146,7 +146,8 @@ class accumulate(Block):  # noqa: N801 — used as a verb, like record
         n: the number of micro-batches, or None for as many as there are.
         center: as of `record.backward`, for all micro-batches.
         scaler: as of `record.backward`.
-        check, batchnorm: as of `record`; statistics of the batch are those of each micro-batch.
+        check: as of `record`.
+        batchnorm: as of `record`; statistics of the batch are those of each micro-batch.
 
     Raises:
         RecordingError: another number of micro-batches than ``n``, or parameters that changed between them. ``.grad`` is
@@ -192,7 +193,7 @@ class accumulate(Block):  # noqa: N801 — used as a verb, like record
         """Take in the losses of a micro-batch, (B_k,).
 
         Raises:
-            As `record.backward`.
+            BootgradError: as `record.backward`.
         """
         self._before_call()
         recording, self._recording = self._recording, None

@@ -2,8 +2,25 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any, Protocol, SupportsFloat
 
 from .errors import ArgumentError
+
+
+class HasMoments(Protocol):
+    """What a batch's statistics and reports have."""
+
+    @property
+    def covariance_trace(self) -> SupportsFloat:
+        """Γ."""
+
+    @property
+    def sq_mean_norm(self) -> SupportsFloat:
+        """‖ḡ‖²."""
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
 
 
 class NoiseScale:
@@ -27,7 +44,7 @@ class NoiseScale:
         self.steps = 0
         self._weight = self._trace = self._sq_norm = 0.0
 
-    def update(self, moments) -> float:
+    def update(self, moments: HasMoments) -> float:
         """Take in one batch: anything with ``covariance_trace``, ``sq_mean_norm`` and ``batch_size``; returns the value.
 
         One whose trace is not known, nan as of steps between random signs, or whose gradient is not finite, as of steps that a
@@ -75,11 +92,11 @@ class NoiseScale:
             return "all gradients were zero"
         return f"the gradient's squared norm is lost in the noise: its estimate over {self.steps} steps is not positive"
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """The averages, to go on from."""
         return {"decay": self.decay, "steps": self.steps, "parts": [self._weight, self._trace, self._sq_norm]}
 
-    def load_state_dict(self, state: Mapping) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`; on an error, all is as before."""
         try:
             decay, steps, (weight, trace, sq_norm) = (

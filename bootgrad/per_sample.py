@@ -4,6 +4,7 @@ Letters: ``B`` samples, ``P`` entries of all parameters that require grad, g_i t
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ class PerSampleGradients:
         """The rows one by one, each a matrix of one row."""
         return (self[i] for i in range(self.batch_size))
 
-    def __getitem__(self, index) -> "PerSampleGradients":
+    def __getitem__(self, index: Any) -> "PerSampleGradients":
         """The rows ``index``: a slice, a sequence of numbers, a long or a bool tensor. One number gives one row."""
         device = next(iter(self._parameters.values())).device
         rows = torch.arange(self.batch_size, device=device)
@@ -226,7 +227,7 @@ class PerSampleGradients:
                 for name, p in self._parameters.items()
             }
 
-    def _grad_mode(self):
+    def _grad_mode(self) -> torch.set_grad_enabled:
         return torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled())
 
     def _mean(self) -> dict[str, Tensor]:
@@ -247,7 +248,7 @@ class PerSampleGradients:
     def _direction(self, value: Direction, what: str) -> dict[str, Tensor]:
         return as_parameter_dict(value, self._parameters, what)
 
-    def _sum_over_parameters(self, function) -> Tensor:
+    def _sum_over_parameters(self, function: Callable[[Term, str], Tensor]) -> Tensor:
         with self._grad_mode():
             return total(function(term, name) for name, term in self._terms.items())
 

@@ -158,7 +158,9 @@ def _products(recording: record, batch_size: int) -> list[tuple[str, ProductOper
     return products
 
 
-def _layer(name: str, use: Use, purpose: str, plain: float, where: tuple, measured: float | None) -> LayerPlan:
+def _layer(
+    name: str, use: Use, purpose: str, plain: float, where: tuple[str, str, int], measured: float | None
+) -> LayerPlan:
     device, precision, itemsize = where
     layer, path = use.layer, planning.choose_path(use.layer, purpose)
     times = {other: op_time(layer, other, purpose) for other in sorted(layer.paths, key=lambda p: p != path)}

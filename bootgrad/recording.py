@@ -9,7 +9,7 @@ samples are the rows of every operation (`batch_check`).
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,9 @@ _DIFFERENTIATION = {torch.autograd.grad, torch.autograd.backward, Tensor.backwar
 
 
 _states: "weakref.WeakKeyDictionary[nn.Module, ModelState]" = weakref.WeakKeyDictionary()
+
+
+AnyRecording = TypeVar("AnyRecording", bound="Recording")
 
 
 class Recording(Returning):
@@ -124,7 +127,7 @@ class Recording(Returning):
 
     # Recording
 
-    def __enter__(self):
+    def __enter__(self: AnyRecording) -> AnyRecording:
         """Begin to record."""
         if self._used:
             raise RecordingError(
@@ -140,7 +143,7 @@ class Recording(Returning):
             self._around = around.pop_all()
         return super().__enter__()
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: Any) -> None:
         """Stop recording."""
         self._around.close()
         if self.ranks is not None and exc[0] is not None:

@@ -7,6 +7,7 @@ Letters: ``B`` samples, ``T`` steps, ``N`` rows of a packed sequence, ``I`` in, 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def replace_rnn(module: nn.Module) -> nn.Module:
 class _WrittenOut(nn.RNNBase):
     """What the layers have in common."""
 
-    def forward(self, input, hx=None):
+    def forward(self, input: Any, hx: Any = None) -> Any:
         """As torch's own layer, step by step."""
         layout = _Packed(input) if isinstance(input, PackedSequence) else _Padded(input, self.batch_first)
         x = layout.samples(layout.data)  # (B, T, I)
@@ -72,7 +73,7 @@ class _WrittenOut(nn.RNNBase):
             last = [t.squeeze(1) for t in last]
         return layout.result(x), last[0] if len(last) == 1 else tuple(last)
 
-    def _first_states(self, x: Tensor, hx, is_batched: bool) -> list[_State]:
+    def _first_states(self, x: Tensor, hx: Any, is_batched: bool) -> list[_State]:
         """The state (B, ·) that each layer and direction begins with."""
         sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: 1 + (self.mode == "LSTM")]
         zeros = tuple(x.new_zeros(x.size(0), size) for size in sizes)
@@ -91,7 +92,9 @@ class _WrittenOut(nn.RNNBase):
         # What is made of parameters alone, a learned first state, becomes the samples' own when it is added to their zeros.
         return [tuple(zero + t[k] for zero, t in zip(zeros, given, strict=True)) for k in range(count)]
 
-    def _run(self, x: Tensor, state: _State, weights: Sequence[Tensor], masks: _Masks, backwards: bool):
+    def _run(
+        self, x: Tensor, state: _State, weights: Sequence[Tensor], masks: _Masks, backwards: bool
+    ) -> tuple[Tensor, _State]:
         """A layer's outputs in one direction, (B, T, H), and its last state."""
         w_ih, w_hh, *rest = weights
         b_ih, b_hh = rest[:2] if self.bias else (None, None)

@@ -156,7 +156,7 @@ class GradientRegularizer:
         """The method that runs; "auto" is the one that was chosen."""
         return self._method.name
 
-    def record(self, samples: Tensor | None = None) -> AbstractContextManager:
+    def record(self, samples: Tensor | None = None) -> AbstractContextManager[Any]:
         """The context for the forward pass, where `backward` is given losses; ``samples`` as for `bootgrad.record`."""
         record = partial(Record, samples=samples, batchnorm=self.batchnorm, compiled=self.step % self.every != 0)
         self._recording = record(self.model) if self._method.records else None
@@ -179,9 +179,9 @@ class GradientRegularizer:
                 Penalties, centers and the report are of the unscaled gradients.
 
         Raises:
-            As `record.backward`; exceptions of the user's function pass as they are. On any error ``.grad``, the centers and
-            the step are as before, but for one of a hook that waits for ``.grad``, when the step is done, and of a center's
-            own update.
+            BootgradError: as `record.backward`; exceptions of the user's function pass as they are. On any error ``.grad``,
+                the centers and the step are as before, but for one of a hook that waits for ``.grad``, when the step is
+                done, and of a center's own update.
         """
         recording, awaited = self._recording, self._awaits_losses
         self._recording, self._awaits_losses = None, False

@@ -5,7 +5,7 @@
 Statistics always speak of the per-sample gradients g_i themselves, whatever weights the losses were reduced with.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +108,7 @@ class CheckedOnRead:
 
     unchecked: Tensor | None = None
 
-    def __getattribute__(self, name: str):
+    def __getattribute__(self, name: str) -> Any:
         """Raise ArgumentError, and name the samples, if a loss was NaN or infinite."""
         if not name.startswith("_") and name != "unchecked":
             losses = self.__dict__.get("unchecked")
@@ -132,7 +132,7 @@ class Statistics(CheckedOnRead, Moments):
 def combine(parts: Mapping[str, Moments], unchecked: Tensor | None = None) -> Statistics:
     """The moments of all parameters from those of each, of losses that may still turn out not to be finite."""
 
-    def total(values):
+    def total(values: Iterable[Any]) -> Any:
         values = list(values)
         return None if any(v is None for v in values) else sum(values)
 
@@ -206,7 +206,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                     "forward pass from a real one by torch.view_as_complex"
                 )
 
-    def _compiler_stance(self) -> AbstractContextManager:
+    def _compiler_stance(self) -> AbstractContextManager[Any]:
         return compiling_for(self) if self._stays_compiled else eager
 
     def reach(self, losses: Tensor) -> Reach:
@@ -264,7 +264,15 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         with without_autocast(losses), guarded(exchange.rounds, keep=retain_graph):
             return self._backward_of_ranks(losses, reduction, center, retain_graph, scaler, exchange)
 
-    def _backward_of_ranks(self, losses, reduction, center, retain_graph, scaler, exchange: Exchange) -> Statistics:
+    def _backward_of_ranks(
+        self,
+        losses: Tensor,
+        reduction: str | Tensor,
+        center: Direction | None,
+        retain_graph: bool,
+        scaler: Any,
+        exchange: Exchange,
+    ) -> Statistics:
         """The same where this is one rank of several, with the gradient of the reduction over the batch of all."""
         exchange.rounds.ranks.gather()
         self.scaling = Scaling(scaler, losses.device if isinstance(losses, Tensor) else None)
@@ -299,7 +307,9 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         call_hooks(leaves, grads)
         return statistics
 
-    def _backward(self, losses, reduction, center, retain_graph, scaler) -> Statistics:
+    def _backward(
+        self, losses: Tensor, reduction: str | Tensor, center: Direction | None, retain_graph: bool, scaler: Any
+    ) -> Statistics:
         self.scaling = Scaling(scaler, losses.device if isinstance(losses, Tensor) else None)
         reach = self.reach(losses)
         weights, uniform = _weights(reduction, losses)
@@ -344,7 +354,9 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         known = {name: torch.cat(rows) for name, rows in found.items() if name not in whole}
         return {name: rows.unique() for name, rows in known.items() if rows.numel() < self.parameters[name].size(0)}
 
-    def _first_order(self, losses, reach: Reach, seed, scaled, retain_graph):
+    def _first_order(
+        self, losses: Tensor, reach: Reach, seed: Tensor, scaled: dict[str, Tensor] | None, retain_graph: bool
+    ) -> tuple[Sequence[Any], dict[str, tuple[Tensor, Tensor | None]]]:
         """Gradients of all leaves under Σ a ℓ_i, and ‖a g_i‖² and ‖a g_i − a c‖² by parameter that is reached.
 
         ``seed`` holds a for each sample, ``scaled`` a c by name, or None.
@@ -406,7 +418,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             create_graph: make the matrix differentiable, for penalties. The recording's graph is kept either way.
 
         Raises:
-            As `backward`.
+            BootgradError: as `backward`.
         """
         if create_graph and self.ranks is not None:
             raise UnsupportedError(

@@ -1,6 +1,6 @@
 """A check of the library against plain autograd, on a user's own model and samples."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +76,7 @@ def verify(
         A `Verification`, whose ``rows`` hold the errors and ``ok`` the verdict; it is printed, too.
 
     Raises:
-        As `record.backward`.
+        BootgradError: as `record.backward`.
     """
     if samples < 2:
         raise ArgumentError(f"Reg1 needs at least two samples to compare on; got {samples}")
@@ -91,7 +91,9 @@ def verify(
     return result
 
 
-def _compare(rec: record, loss_fn: Callable[..., Tensor], batch: list, tolerance: float | None) -> Verification:
+def _compare(
+    rec: record, loss_fn: Callable[..., Tensor], batch: Sequence[Any], tolerance: float | None
+) -> Verification:
     tensors = list(rec.parameters.values())
     with torch.random.fork_rng(), StandIns(), eager:
         losses = loss_fn(*batch)

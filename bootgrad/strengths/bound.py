@@ -9,6 +9,7 @@ import torch
 
 from ..errors import ArgumentError, ArgumentTypeError
 from ..methods.choice import is_number
+from ..seen import Seen
 from .average import Average
 from .rule import HIGH, Rule, positive, whole
 
@@ -47,7 +48,9 @@ class Bound(Rule):
         measured: whether S and D are taken from reports, where these tell Γ.
         every: steps from one such report to the next, at least.
         decay: weight of the past in averages, bias-corrected.
-        start, low, high: λ₁ before B is known, and bounds.
+        start: λ₁ before B is known.
+        low: the least λ.
+        high: the greatest λ.
 
     Raises:
         ArgumentError: an optimizer of another kind, or with unlike η; then, too, when it is read.
@@ -84,13 +87,13 @@ class Bound(Rule):
         if not callable(rate):
             self._learning_rate(0)
 
-    def reset(self):
+    def reset(self) -> None:
         """Begin anew."""
         self._size.clear()
         self._parts.clear()
         self._next, self.is_bounded = 0, False
 
-    def strength(self, penalty, step):
+    def strength(self, penalty: str, step: int) -> float:
         """λ by the formula."""
         value = self.scale * self._learning_rate(step) / 2
         if self._parts.weight:
@@ -102,7 +105,7 @@ class Bound(Rule):
         B = self.batch_size or (self._size.values[0] if self._size.weight else None)
         return self.start if B is None else self._within(value / B)
 
-    def after(self, seen):
+    def after(self, seen: Seen) -> None:
         """Take in B, and what the report tells where it is due."""
         B = seen.batch_size
         self._size.take(float(B))
@@ -114,11 +117,11 @@ class Bound(Rule):
             self._parts.take(population, reg1 if seen.has_center else population, reg1)
             self._next = seen.step + self.every
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """The averages, and when a report is read."""
         return {"size": self._size.state(), "parts": self._parts.state(), "next": self._next}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
         size, parts, following = self._size.read(state["size"]), self._parts.read(state["parts"]), int(state["next"])
         (self._size.values, self._size.weight), (self._parts.values, self._parts.weight) = size, parts
@@ -167,4 +170,4 @@ def _rate_of(group: Mapping[str, Any]) -> float:
         raise ArgumentError(
             f"momentum must be below 1, for the bound has the rate lr/(1 − momentum) of the optimizer; got {momentum}"
         )
-    return float(group["lr"]) * (1 - group["dampening"]) / (1 - momentum)
+    return float(group["lr"]) * (1 - float(group["dampening"])) / (1 - momentum)

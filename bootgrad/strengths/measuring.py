@@ -4,12 +4,14 @@ Letters: ``ḡ`` the gradient of a batch's mean loss, ``R`` a penalty without λ
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import ArgumentError
 from ..methods.choice import is_number
-from ..seen import Seen, cosine_of
+from ..seen import Added, Seen, cosine_of
 from ..wrappers import by_names_as_written
 from .average import Average, finite_number
 from .rule import HIGH, LOW, Rule, positive, whole
@@ -44,37 +46,37 @@ class Measuring(Rule):
         self._share = share
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         """Begin anew."""
         self.value = self.start
         self._trial = None
         self._next, self.is_bounded = 0, False
 
-    def strength(self, penalty, step):
+    def strength(self, penalty: str, step: int) -> float:
         """The λ that was last set."""
         return self.value or 0.0
 
-    def due(self, step):
+    def due(self, step: int) -> bool:
         """From ``every`` steps after the last measurement on, and where there is a trial."""
         return self._trial is not None or step >= self._next
 
     @property
-    def trial(self):
+    def trial(self) -> float | None:
         """Some λ, where there is none yet, or one at which the last measurement would not have been lost."""
         return TRIAL if self.value is None and self._trial is None else self._trial
 
-    def found(self, added):
+    def found(self, added: Added) -> float:
         """λ, or the first one."""
         log_ratio = added.log_ratio()
         if self.value is None and log_ratio is not None:
             return self._clamped(self._of_share(log_ratio))
         return self.value or 0.0
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """λ, when to measure, and with what."""
         return {"value": self.value, "next": self._next, "trial": self._trial}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`, within the present bounds."""
         value, trial = (None if state[key] is None else finite_number(state[key]) for key in ("value", "trial"))
         self._next = int(state["next"])
@@ -115,7 +117,8 @@ class Share(Measuring):
         every: steps from one measurement to the next, at least.
         decay: weight of the past in the average, bias-corrected.
         start: λ up to the first measurement, which has a unit; None for that of the share, from the first measurement on.
-        low, high: bounds of λ, above zero.
+        low: the least λ, above zero.
+        high: the greatest λ.
     """
 
     def __init__(
@@ -132,22 +135,22 @@ class Share(Measuring):
         self.share, self._log_ratio = positive("share", share), Average(decay, 1)
         super().__init__(self.share, every, start, low, high)
 
-    def reset(self):
+    def reset(self) -> None:
         """Begin anew."""
         super().reset()
         self._log_ratio.clear()
 
-    def after(self, seen):
+    def after(self, seen: Seen) -> None:
         """Measure, where it is due; a penalty without gradient leaves λ as it is."""
         log_ratio = self._measured(seen)
         if log_ratio is not None:
             self.value = self._within(self._of_share(*self._log_ratio.take(log_ratio)))
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """λ, the average, and when to measure."""
         return super().state_dict() | {"log_ratio": self._log_ratio.state()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
         average = self._log_ratio.read(state["log_ratio"])
         super().load_state_dict(state)
@@ -176,7 +179,8 @@ class LookAhead(Measuring):
         rate: how far log λ moves where the two are parallel.
         every: steps from one pair to the next, at least.
         start: λ at first; None for that at which ‖λ ∇R‖ is 0.01 ‖ḡ‖ on the first step that is measured, as `Share` finds it.
-        low, high: bounds of λ, above zero.
+        low: the least λ, above zero.
+        high: the greatest λ.
     """
 
     _held: dict[str, Tensor]  # ∇R of the step before
@@ -194,17 +198,17 @@ class LookAhead(Measuring):
         super().__init__(0.01, every, start, low, high)
         self.rate = positive("rate", rate)
 
-    def reset(self):
+    def reset(self) -> None:
         """Begin anew."""
         super().reset()
         self._held = {}
 
     @property
-    def waits(self):
+    def waits(self) -> bool:
         """For ḡ of the step after one that was measured."""
         return bool(self._held)
 
-    def after(self, seen):
+    def after(self, seen: Seen) -> None:
         """Compare ∇R of the step before with ḡ, and keep that of this step where it is due."""
         if not (seen.is_measured or self._held) or not seen.is_finite():
             return
@@ -212,17 +216,17 @@ class LookAhead(Measuring):
             held, self._held = self._held, {}
             cosine = cosine_of(held, seen.mean)
             if math.isfinite(cosine):
-                self.value = self._within(self.value * math.exp(self.rate * cosine))
+                self.value = self._within((self.value or 0.0) * math.exp(self.rate * cosine))
         log_ratio = self._measured(seen)
         if log_ratio is not None:
             self.value = self._within(self._of_share(log_ratio)) if self.value is None else self.value
             self._held = seen.added.gradient()
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """λ, when to measure, and ∇R where it waits for the next step."""
         return super().state_dict() | {"held": {name: t.clone() for name, t in self._held.items()}}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
         held = {name: t.clone() for name, t in by_names_as_written(state["held"]).items()}
         super().load_state_dict(state)

@@ -16,7 +16,8 @@ class Rule(ABC):
     """How λ of one penalty is set; an object for each penalty.
 
     Args:
-        low, high: the bounds of λ.
+        low: the least λ.
+        high: the greatest λ.
 
     Attributes:
         is_taken: whether a regularizer has it, whose λ it is for.

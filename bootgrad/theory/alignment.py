@@ -103,7 +103,7 @@ def noise_alignment(
         seed: of the probes, and of Lanczos's start.
 
     Raises:
-        As `Hessian` and `record.per_sample_gradients`.
+        BootgradError: as `Hessian` and `record.per_sample_gradients`.
     """
     if isinstance(probes, bool) or not isinstance(probes, int) or probes < 2:
         raise ArgumentError(f"probes must be a whole number of at least 2, for an interval; got {probes!r}")

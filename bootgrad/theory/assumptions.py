@@ -107,7 +107,7 @@ def check_assumptions(
         chunk: as for `Hessian`.
 
     Raises:
-        As `Hessian`, `gap_decomposition` and `record.per_sample_gradients`.
+        BootgradError: as `Hessian`, `gap_decomposition` and `record.per_sample_gradients`.
     """
     if not tolerance > 0:
         raise ArgumentError(f"tolerance must be above 0; got {tolerance}")

@@ -87,7 +87,7 @@ def bootstrap_error(
     Raises:
         ArgumentError: fewer than two sizes, numbers out of range, gradients that are all alike, or losses that differ when
             they are computed again, as under dropout.
-        As `record.per_sample_gradients`.
+        BootgradError: as `record.per_sample_gradients`.
     """
     sizes = tuple(sizes)
     if len(set(sizes)) < 2 or min(sizes) < 2:

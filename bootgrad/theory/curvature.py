@@ -122,7 +122,7 @@ class Hessian:
 
     def losses(self, move: Direction | None = None) -> Tensor:
         """Losses (N,) at θ, or at θ + move, in float64 and without a graph; what is not finite stays so."""
-        moved: AbstractContextManager = nullcontext()
+        moved: AbstractContextManager[Any] = nullcontext()
         if move is not None:
             by_name = as_parameter_dict(move, self.parameters, "move")
             moved = displaced(self.parameters, by_name.__getitem__, 1.0)
@@ -206,7 +206,7 @@ class Hessian:
                         total += g.detach()
         return flat(sums) / self.samples
 
-    def _gradients(self, part: tuple) -> list[Tensor | None]:
+    def _gradients(self, part: tuple[Any, ...]) -> list[Tensor | None]:
         losses = self.loss_fn(*part)
         check_losses(losses)
         refuse_losses(losses)
@@ -230,7 +230,7 @@ class _NoBatchStatistics(TorchFunctionMode):
         super().__init__()
         self.model = model
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if is_over_batch(func, args, kwargs):
             over = (
@@ -261,7 +261,7 @@ def flat(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in parts])
 
 
-def _split(batch: tuple, chunk: int | None) -> list[tuple]:
+def _split(batch: tuple[Any, ...], chunk: int | None) -> list[tuple[Any, ...]]:
     size = next((t.size(0) for t in batch if isinstance(t, Tensor) and t.dim()), 0)
     if chunk is None or chunk >= size:
         return [batch]

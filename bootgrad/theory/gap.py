@@ -159,7 +159,7 @@ def gap_decomposition(
 
     Raises:
         ArgumentError: no neighbours, an i outside of 0 … N − 1, or parameters that do not fit the model.
-        As `Hessian`.
+        BootgradError: as `Hessian`.
     """
     if not tolerance > 0:
         raise ArgumentError(f"tolerance must be above 0; got {tolerance}")
