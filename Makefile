@@ -18,7 +18,7 @@ INSTALL := $(PIP) install --no-build-isolation --constraint $(VENV)/constraints.
 CXX_FILES = $(shell find csrc tests benchmarks \( -name '*.c' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 BUILD_INPUTS = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo test test-all kernels fuzz lint format bench bench-peers gpu-report wheel clean
+.PHONY: help demo test test-all kernels fuzz lint format docs bench bench-peers gpu-report wheel clean
 
 help:
 	@echo 'make demo      train on digits, plain and regularized side by side; writes demo/comparison.png'
@@ -27,6 +27,7 @@ help:
 	@echo 'make kernels   every configuration of the GPU kernels, for all architectures; after a change of kernels/'
 	@echo 'make fuzz      random architectures against plain autograd, other ones in every run; MINUTES=30'
 	@echo 'make lint      ruff, clang-format, mypy          make format  rewrite the sources in form'
+	@echo 'make docs      the documentation site into build/site; SERVE=1 shows it and what changes'
 	@echo 'make bench     benchmarks/ into benchmarks/results/'
 	@echo 'make bench-peers  other libraries beside this one, in an environment of their own; 20 minutes'
 	@echo 'make gpu-report  this GPU, into benchmarks/results/gpu/; DEVICE=cpu tries the report out'
@@ -65,6 +66,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# NO_MKDOCS_2_WARNING: an advertisement, which --strict would not count but readers would.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(if $(SERVE),serve,build --strict --quiet)
+	@$(if $(SERVE),,echo 'build/site/index.html')
 
 bench: $(VENV)/.dev
 	$(BIN)/pytest benchmarks --benchmark-only
