@@ -6,6 +6,7 @@ the same files lie elsewhere, so links are rewritten by where their target lies 
 
 import posixpath
 import re
+import sys
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -35,7 +36,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Point links at the site's paths."""
+    """Point links at the site's paths, and list the messages where they are asked for."""
     here = page.file.src_uri
     origin = _in_checkout(here)
     folder = posixpath.dirname(origin)
@@ -47,7 +48,22 @@ def on_page_markdown(markdown, page, config, files):
         site = _in_site(posixpath.normpath(posixpath.join(folder, target)))
         return target + anchor if site is None else posixpath.relpath(site, posixpath.dirname(here) or ".") + anchor
 
-    return LINK.sub(moved, markdown)
+    return LINK.sub(moved, markdown).replace("<!-- messages -->", _messages())
+
+
+def _messages() -> str:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from messages import messages
+
+    kinds: dict[str, dict[str, None]] = {}
+    for message in messages():
+        kinds.setdefault(message.kind, {})[message.text] = None
+    sections = (f"### {kind}\n\n" + "\n".join(f"- {_escaped(text)}" for text in kinds[kind]) for kind in sorted(kinds))
+    return "\n\n".join(sections)
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text)
 
 
 def _in_checkout(site: str) -> str:
