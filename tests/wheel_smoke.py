@@ -33,7 +33,9 @@ expected = torch.autograd.grad(loss(x, y).mean() + 0.1 * penalty, parameters)
 
 with bootgrad.record(model) as rec:
     losses = loss(x, y)
-torch.testing.assert_close(rec.backward(losses).sq_norms, rows.detach().square().sum(1), rtol=1e-10, atol=0)
+stats = rec.backward(losses)
+print(f"Γ = {stats.covariance_trace:.4f}")
+torch.testing.assert_close(stats.sq_norms, rows.detach().square().sum(1), rtol=1e-10, atol=0)
 
 model.zero_grad()
 report = bootgrad.GradientRegularizer(model, reg1=0.1).backward(loss, x, y)
