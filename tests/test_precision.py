@@ -61,10 +61,29 @@ def test_half_precision_statistics(dtype):
     assert all(p.grad.dtype == dtype for p in model.parameters())
 
 
-def test_samples_that_nearly_agree():
-    """Γ is 1e-8 of ‖ḡ‖²: lost in s_i − ‖ḡ‖² in float32, kept about a center on the direct path."""
+class Transposed(nn.Module):
+    """y = x W."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(128, 6))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight
+
+
+AGREEING = {  # by the direct path, and by rank one
+    "convolution": lambda: nn.Conv2d(2, 3, 3, bias=False),
+    "perceptron": lambda: nn.Sequential(nn.Flatten(), nn.Linear(128, 16), nn.Tanh(), nn.Linear(16, 5)),
+    "transposed": Transposed,
+}
+
+
+@pytest.mark.parametrize("kind", AGREEING)
+def test_samples_that_nearly_agree(kind):
+    """Γ is 1e-8 of ‖ḡ‖²: lost in s_i − ‖ḡ‖² in float32, kept about a center."""
     torch.manual_seed(0)
-    model = nn.Conv2d(2, 3, 3, bias=False)
+    model = AGREEING[kind]()
     x = torch.randn(1, 2, 8, 8) + 3e-5 * torch.randn(16, 2, 8, 8)
     double = copy.deepcopy(model).double()
 
@@ -72,16 +91,19 @@ def test_samples_that_nearly_agree():
         return model(x).square().flatten(1).sum(1)
 
     rows = reference.per_sample_gradients_of(losses_of(double, x.double()), dict(double.named_parameters()))
-    G = rows["weight"].flatten(1)
+    G = reference.matrix(rows)
     exact = (G - G.mean(0)).square().sum(1).mean()
     assert exact < 1e-7 * G.mean(0).square().sum()
     with bootgrad.record(model) as rec:
         losses = losses_of(model, x)
-    center = {"weight": G[0].reshape(model.weight.shape).float()}
+    center = {name: r[0].float() for name, r in rows.items()}
     matrix = rec.per_sample_gradients(losses)
     assert float(matrix.covariance_trace()) == pytest.approx(float(exact), rel=0.05)
     stats = rec.backward(losses, center=center)
     assert float(stats.covariance_trace) == pytest.approx(float(exact), rel=0.05)
+    report = bootgrad.GradientRegularizer(model, reg1=0.1, center=center).backward(lambda x: losses_of(model, x), x)
+    own = sum((r - r[:1].float().double()).flatten(1).square().sum(1).mean() for r in rows.values())
+    assert float(report.reg1) == pytest.approx(float(own), rel=0.05)
 
 
 def test_near_interpolation():

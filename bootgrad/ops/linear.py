@@ -117,7 +117,11 @@ class LinearProduct(Product):
     def statistics(self, x, gy, center):  # noqa: D102
         if x.size(1) == 1:
             s = _raw.linear_rank1_sq_norms(x.squeeze(1), gy.squeeze(1))
-            deviation = None if center is None else _about(s, self.jvp(x, gy, center), center)
+            deviation = None
+            if center is not None:
+                center = center if self.transposed else center.t()
+                u, v = (t.squeeze(1).to(center.dtype) for t in (x, gy))
+                deviation = _about(s, u, v, center, u @ center)
             return LayerStatistics(self.weight_grad(x, gy), s, deviation, gy.squeeze(1))
         path = self._path(x, gy, "statistics", center)
         u, v = self._roles(x, gy)
@@ -160,7 +164,7 @@ class LinearProduct(Product):
         return VisitResult(s + deviations.square().sum(1), dx, dgy, total, rows)
 
     def _rank1(self, x, gy, centers, mask, twice=2.0):
-        """S = ‖x‖²‖gy‖² − 2 ⟨gy, c x⟩ + ‖c‖², its derivatives and Σ G_i, all samples in one product with c.
+        """‖G_i − c‖² as `_about` has it, its derivatives and Σ G_i, all samples in one product with c.
 
         A bias adds ‖gy − c_b‖², as if x had a further entry of one.
         """
@@ -173,7 +177,7 @@ class LinearProduct(Product):
         if center is not None:
             center = center if self.transposed else center.t()  # (I, O)
             cx = x @ center
-            s = _about(s, (gy * cx).sum(1), center)
+            s = _about(s, x, gy, center, cx)
         if mask.bias:
             s = s + (gg if bias_center is None else (gy - bias_center).square().sum(1))
         if mask.x_grad:
@@ -204,9 +208,36 @@ class LinearProduct(Product):
         return planning.choose_path(self.layer(x, gy), purpose, center is not None, summed)
 
 
-def _about(s: Tensor, inner: Tensor, center: Tensor) -> Tensor:
-    """‖G_i − c‖² from ‖G_i‖² and ⟨G_i, c⟩; rounding may leave less than nothing."""
-    return (s - 2 * inner + center.square().sum()).clamp_(min=0)
+def _about(s: Tensor, x: Tensor, gy: Tensor, center: Tensor, cx: Tensor) -> Tensor:
+    """‖G_i − c‖² of G_i = gy_i x_iᵀ from s_i = ‖G_i‖² and c x_i (B, O); x (B, I), gy (B, O), and the center as (I, O).
+
+    s − 2 ⟨gy, c x⟩ + ‖c‖² is a small difference of large terms where samples agree with c. `_about_means` is taken where it has
+    smaller ones: on a CPU only if some sample has lost digits, on accelerators, which are not waited for, always.
+    """
+    large = s + center.square().sum()
+    direct = (large - 2 * (gy * cx).sum(1)).clamp_(min=0)
+    if x.device.type == "cpu" and not bool((direct < large / 64).any()):
+        return direct
+    parts, about_means = _about_means(x, gy, center, cx)
+    return torch.where(parts < large, about_means, direct)
+
+
+def _about_means(x: Tensor, gy: Tensor, center: Tensor, cx: Tensor) -> tuple[Tensor, Tensor]:
+    """‖G_i − c‖² about the means m (I,) of x and n (O,) of gy, and its terms without signs, which tell what rounding costs.
+
+    With dx = x − m, dy = gy − n and e = c − n mᵀ,
+
+        G − c = n dxᵀ + dy xᵀ − e
+        ‖G − c‖² = ‖n‖²‖dx‖² + ‖dy‖²‖x‖² + ‖e‖² + 2 ⟨n, dy⟩⟨dx, x⟩ − 2 ⟨n, e dx⟩ − 2 ⟨dy, c x − n ⟨m, x⟩⟩
+
+    has terms as small as the samples' differences.
+    """
+    m, n = x.mean(0), gy.mean(0)
+    dx, dy = x - m, gy - n
+    e = torch.addr(center, m, n, alpha=-1)  # [I, O]
+    parts = n.square().sum() * dx.square().sum(1) + dy.square().sum(1) * x.square().sum(1) + e.square().sum()
+    inner = (dy @ n) * (dx * x).sum(1) - dx @ (e @ n) - (dy * torch.addr(cx, x @ m, n, alpha=-1)).sum(1)
+    return parts, (parts + 2 * inner).clamp_(min=0)
 
 
 def _shapes(x: Tensor, gy: Tensor) -> str:
