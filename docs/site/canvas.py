@@ -29,7 +29,9 @@ class Canvas:
         self.title, self.description, self.height = title, description, height
         self.parts: list[str] = []
 
-    def box(self, x: float, y: float, w: float, h: float, colour: str = "grey", label: str = "", size: int = 15) -> None:
+    def box(
+        self, x: float, y: float, w: float, h: float, colour: str = "grey", label: str = "", size: int = 15
+    ) -> None:
         """A rectangle, with its label's lines in the middle."""
         lines = label.split("\n") if label else []
         first = y + h / 2 - (len(lines) - 1) * size * 0.6 + size * 0.35
@@ -65,7 +67,14 @@ class Canvas:
         self.parts.append(f'<path class="{colour} hollow thin" d="{"".join(lines)}"/>')
 
     def text(
-        self, x: float, y: float, content: str, size: int = 15, anchor: str = "start", kind: str = "ink", bold: bool = False
+        self,
+        x: float,
+        y: float,
+        content: str,
+        size: int = 15,
+        anchor: str = "start",
+        kind: str = "ink",
+        bold: bool = False,
     ) -> None:
         """One line of text on the baseline y."""
         weight = ' font-weight="600"' if bold else ""

@@ -1,7 +1,7 @@
 """The drawings of the documentation: `python docs/site/drawings.py` writes them all into docs/images.
 
-Blue is a layer's input x, orange gy, the gradient by its output, green what is made of both, purple a center. Dashed outlines are
-never stored. Here are the drawings of ideas; those of kernels are in `kernel_drawings`.
+Blue is a layer's input x, orange gy, the gradient by its output, green what is made of both, purple a center. Dashed outlines
+are never stored. Here are the drawings of ideas; those of kernels are in `kernel_drawings`.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ def implicit_matrix() -> Canvas:
     """Rows of samples, blocks of layers, and one block in factored form."""
     c = Canvas(
         "The implicit matrix of per-sample gradients",
-        "A matrix with a row for each of B samples and a column for each of P parameters, in blocks of layers. It is never "
-        "stored. The block of sample i and one layer is a sum of outer products of gy and x, which are.",
+        "A matrix with a row for each of B samples and a column for each of P parameters, in blocks of layers. It "
+        "is never stored. The block of sample i and one layer is a sum of outer products of gy and x, which are.",
         430,
     )
     x0, y0, cell = 100, 72, 20
@@ -57,11 +57,15 @@ def three_paths() -> Canvas:
     """Rank-1, direct and Gram, one above the other."""
     c = Canvas(
         "Three ways to a squared norm",
-        "Rank-1: the product of two squared norms. Direct: a tile of the gradient is formed, squared, added up and forgotten. "
-        "Gram: two matrices of T times T are multiplied entry by entry.",
+        "Rank-1: the product of two squared norms. Direct: a tile of the gradient is formed, squared, added up and "
+        "forgotten. Gram: two matrices of T times T are multiplied entry by entry.",
         516,
     )
-    for y, name, when in ((18, "rank-1", "one position"), (154, "direct", "many positions"), (342, "Gram", "few positions")):
+    for y, name, when in (
+        (18, "rank-1", "one position"),
+        (154, "direct", "many positions"),
+        (342, "Gram", "few positions"),
+    ):
         c.text(28, y + 22, name, 17, bold=True)
         c.text(28, y + 43, when, 14, kind="muted")
         if y > 18:
@@ -105,8 +109,8 @@ def centers() -> Canvas:
     """What Reg1 and Reg2 measure, and where a center may be."""
     c = Canvas(
         "Centers, and what is measured from them",
-        "Left, Reg1: the mean squared length from a center c to every sample's gradient. Right, Reg2: the squared length from c to "
-        "their mean. A center of the past is an average of earlier mini-batches' means.",
+        "Left, Reg1: the mean squared length from a center c to every sample's gradient. Right, Reg2: the squared "
+        "length from c to their mean. A center of the past is an average of earlier mini-batches' means.",
         392,
     )
     points = [(66, 96), (102, 58), (140, 118), (176, 70), (206, 138), (120, 168), (178, 180)]
@@ -163,8 +167,8 @@ def step_cost() -> Canvas:
     """Steps as rows of unit blocks, for a layer of rank one and one by tiles."""
     c = Canvas(
         "What a step costs, in forward-sized products",
-        "Rows of unit blocks. A plain step has 3. With rank-1 norms, statistics have 3, Reg1 about zero 7, about a moving average or "
-        "the batch mean 9. With tiles: 3, 9, 9 and 10. Reg2 has 9 both ways.",
+        "Rows of unit blocks. A plain step has 3. With rank-1 norms, statistics have 3, Reg1 about zero 7, about a "
+        "moving average or the batch mean 9. With tiles: 3, 9, 9 and 10. Reg2 has 9 both ways.",
         506,
     )
     unit, x0, h = 34, 216, 22
@@ -191,8 +195,9 @@ def recording() -> Canvas:
     """A recorded operation, forward and backward."""
     c = Canvas(
         "A recorded operation",
-        "Forward: the mode sees a call that is handed a parameter, and runs an operation of its own, with a row of zeros called a probe "
-        "as a further input. Backward: the operation returns the usual gradients, and squared norms as the probe's gradient.",
+        "Forward: the mode sees a call that is handed a parameter, and runs an operation of its own, with a row of "
+        "zeros called a probe as a further input. Backward: the operation returns the usual gradients, and squared "
+        "norms as the probe's gradient.",
         372,
     )
     c.text(28, 36, "forward", 16, bold=True)
@@ -215,7 +220,9 @@ def recording() -> Canvas:
     c.box(444, 274, 62, 34, "orange", "gy")
     c.arrow([(440, 291), (402, 291)])
     c.box(220, 248, 176, 86, "grey", "one visit of (x, gy),\nby the planned path", 14)
-    for k, (colour, name) in enumerate((("blue", "gradient of x"), ("grey", "of W: Σ Gᵢ"), ("green", "of probe: ‖Gᵢ‖²"))):
+    for k, (colour, name) in enumerate(
+        (("blue", "gradient of x"), ("grey", "of W: Σ Gᵢ"), ("green", "of probe: ‖Gᵢ‖²"))
+    ):
         y = 246 + k * 32
         c.box(28, y, 134, 26, colour, name, 14)
         c.arrow([(216, y + 13), (168, y + 13)])

@@ -9,8 +9,8 @@ def micro_kernel() -> Canvas:
     """The register tile of every matrix product on CPUs."""
     c = Canvas(
         "The micro-kernel of the CPU's products",
-        "A tile of 6 rows by 4 vectors is held in registers. A's numbers are found by the sum of two offsets and broadcast, B's rows "
-        "are vectors. When the sum is complete an epilogue uses the tile where it is.",
+        "A tile of 6 rows by 4 vectors is held in registers. A's numbers are found by the sum of two offsets and "
+        "broadcast, B's rows are vectors. When the sum is complete an epilogue uses the tile where it is.",
         392,
     )
     c.text(28, 36, "C[m, n] = Σₖ a[row[m] + depth[k]] · b[k, n]", 16, bold=True)
@@ -41,8 +41,9 @@ def direct_path() -> Canvas:
     """A tile of G_i, walking along positions and then samples."""
     c = Canvas(
         "The direct path",
-        "A tile of a sample's gradient is summed over its positions, block by block. At the sample's end it is squared, with and "
-        "without the center, added to the weight gradient, kept if derivatives are wanted, and forgotten; then comes the next sample.",
+        "A tile of a sample's gradient is summed over its positions, block by block. At the sample's end it is "
+        "squared, with and without the center, added to the weight gradient, kept if derivatives are wanted, and "
+        "forgotten; then comes the next sample.",
         448,
     )
     c.text(28, 36, "One tile of Gᵢ, all of a sample's positions", 16, bold=True)
@@ -60,7 +61,12 @@ def direct_path() -> Canvas:
     c.arrow([(254, 226), (378, 172)])
     c.arrow([(421, 192), (421, 318)])
     c.text(434, 290, "at the end of each sample", 14, kind="muted")
-    names = ("square it:\n‖Gᵢ‖²", "take c off,\nsquare it", "add wᵢ times it\nto Σ wᵢGᵢ", "keep D = Gᵢ − c\nfor two products")
+    names = (
+        "square it:\n‖Gᵢ‖²",
+        "take c off,\nsquare it",
+        "add wᵢ times it\nto Σ wᵢGᵢ",
+        "keep D = Gᵢ − c\nfor two products",
+    )
     for k, name in enumerate(names):
         c.box(28 + k * 148, 324, 140, 50, ("green", "purple", "green", "grey")[k], name, 14)
     c.text(28, 404, "The two products are ∂s/∂gy = 2 D ∗ x and ∂s/∂x = 2 Dᵀ ∗ gy. With another", 14)
@@ -72,8 +78,8 @@ def pixel_gram() -> Canvas:
     """Shifted windows of the pixel Gram add up to the patch Gram."""
     c = Canvas(
         "The pixel Gram",
-        "The products of all pairs of pixels are made once. The products of all pairs of patches are sums of that matrix, shifted once "
-        "for each kernel position, and are multiplied entry by entry with those of gy.",
+        "The products of all pairs of pixels are made once. The products of all pairs of patches are sums of that "
+        "matrix, shifted once for each kernel position, and are multiplied entry by entry with those of gy.",
         438,
     )
     c.text(28, 36, "(U Uᵀ)[t, t′] = Σₖ P[t + k, t′ + k]", 16, bold=True)
@@ -108,8 +114,8 @@ def planes() -> Canvas:
     """Vectors along positions of padded planes, where a tap is a shift."""
     c = Canvas(
         "Positions in vectors",
-        "A plane of x with margins of zeros lies in one line. A kernel position is one shift of that line for all outputs, so a vector "
-        "of neighbouring outputs is a sum of shifted vectors, each times one weight.",
+        "A plane of x with margins of zeros lies in one line. A kernel position is one shift of that line for all "
+        "outputs, so a vector of neighbouring outputs is a sum of shifted vectors, each times one weight.",
         372,
     )
     c.text(28, 36, "A tap is one shift of a padded plane", 16, bold=True)
@@ -149,8 +155,9 @@ def winograd() -> Canvas:
     """A tile of 2×2 outputs by 16 products."""
     c = Canvas(
         "Minimal filtering of 3×3 kernels",
-        "Four by four pixels and three by three weights are transformed by additions to sixteen numbers each. Sixteen products, summed "
-        "over channels, are transformed to two by two outputs, which otherwise take thirty-six.",
+        "Four by four pixels and three by three weights are transformed by additions to sixteen numbers each. "
+        "Sixteen products, summed over channels, are transformed to two by two outputs, which otherwise take "
+        "thirty-six.",
         368,
     )
     c.text(28, 36, "Y = Aᵀ [ (G g Gᵀ) ∘ (Bᵀ d B) ] A", 16, bold=True)
@@ -185,8 +192,8 @@ def one_read() -> Canvas:
     """Sums at the speed of memory: partial sums in a fixed order."""
     c = Canvas(
         "One read, and sums in a fixed order",
-        "Programs read runs of numbers block by block. Every column of the block has its own partial sum. Partial sums are written, and "
-        "a second kernel adds them in their order.",
+        "Programs read runs of numbers block by block. Every column of the block has its own partial sum. Partial "
+        "sums are written, and a second kernel adds them in their order.",
         330,
     )
     c.text(28, 36, "Bound by memory: one read, sums in a fixed order", 16, bold=True)
@@ -213,8 +220,8 @@ def embedding() -> Canvas:
     """Look-ups of one token are added up, and their sums squared."""
     c = Canvas(
         "Norms of an embedding's gradients",
-        "A sample's look-ups are brought together by token, rows of gy with one token are added up, and the sums are squared. Nothing is "
-        "of the size of the table.",
+        "A sample's look-ups are brought together by token, rows of gy with one token are added up, and the sums "
+        "are squared. Nothing is of the size of the table.",
         346,
     )
     c.text(28, 36, "‖Eᵢ‖² = Σ over tokens v of ‖ Σ of gy where the token is v ‖²", 16, bold=True)
@@ -246,8 +253,8 @@ def group_norm() -> Canvas:
     """Two passes over one group, which stays on the chip between them."""
     c = Canvas(
         "Group norm backward, and its adjoint",
-        "One group of one sample is read from memory once. A first pass makes sums, from which the means are known; a second pass over "
-        "the group, which is still in cache or in registers, makes the results.",
+        "One group of one sample is read from memory once. A first pass makes sums, from which the means are known;"
+        " a second pass over the group, which is still in cache or in registers, makes the results.",
         342,
     )
     c.text(28, 36, "One group of one sample, read once", 16, bold=True)
@@ -277,8 +284,8 @@ def attention() -> Canvas:
     """A block of queries against all keys of a head, four tiles in cache."""
     c = Canvas(
         "Attention's second derivative",
-        "A head's queries are taken in blocks. For a block, four matrices of queries by keys are made by products, changed in place by "
-        "sweeps over rows, multiplied again, and never leave the cache.",
+        "A head's queries are taken in blocks. For a block, four matrices of queries by keys are made by products, "
+        "changed in place by sweeps over rows, multiplied again, and never leave the cache.",
         392,
     )
     c.text(28, 36, "One head, a block of queries at a time", 16, bold=True)
@@ -311,8 +318,8 @@ def max_pool() -> Canvas:
     """A vector of neighbouring windows at a time."""
     c = Canvas(
         "Max pooling",
-        "A vector holds the same place of neighbouring windows. Comparing place after place leaves the maxima and where they are, which "
-        "both adjoints read.",
+        "A vector holds the same place of neighbouring windows. Comparing place after place leaves the maxima and "
+        "where they are, which both adjoints read.",
         322,
     )
     c.text(28, 36, "A vector of neighbouring windows, place by place", 16, bold=True)

@@ -1,4 +1,4 @@
-"""The pages' drawings are what their script writes; text stays where there is room for it; and the steps' units are the model's."""
+"""The pages' drawings are what their script writes, text has room, and the units of steps are those of the cost model."""
 
 import importlib.util
 import re
