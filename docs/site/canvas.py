@@ -131,7 +131,7 @@ def _style() -> str:
 def _rules(scheme: int) -> list[str]:
     paper, ink, muted = PLAIN[scheme]
     rules = [f".paper {{ fill: {paper}; }}", f".ink, .head {{ fill: {ink}; }}", f".muted {{ fill: {muted}; }}"]
-    rules.append(f".arrow {{ stroke: {ink}; }}")
+    rules.append(f".ink.hollow, .arrow {{ stroke: {ink}; }}")
     for name, colours in COLOURS.items():
         fill, line = colours[2 * scheme : 2 * scheme + 2]
         rules.append(f".{name} {{ fill: {fill}; stroke: {line}; }} .{name}.solid {{ fill: {line}; }}")

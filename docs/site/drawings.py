@@ -19,7 +19,7 @@ def implicit_matrix() -> Canvas:
         "The implicit matrix of per-sample gradients",
         "A matrix with a row for each of B samples and a column for each of P parameters, in blocks of layers. It "
         "is never stored. The block of sample i and one layer is a sum of outer products of gy and x, which are.",
-        430,
+        442,
     )
     x0, y0, cell = 100, 72, 20
     widths, gap = (96, 180, 116), 4
@@ -198,7 +198,7 @@ def recording() -> Canvas:
         "Forward: the mode sees a call that is handed a parameter, and runs an operation of its own, with a row of "
         "zeros called a probe as a further input. Backward: the operation returns the usual gradients, and squared "
         "norms as the probe's gradient.",
-        372,
+        382,
     )
     c.text(28, 36, "forward", 16, bold=True)
     c.box(28, 56, 104, 34, "blue", "x")

@@ -29,8 +29,9 @@ def micro_kernel() -> Canvas:
     c.arrow([(352, 92), (352, 108)])
     c.text(466, 130, "6 × 4 vectors stay in", 14, kind="muted")
     c.text(466, 148, "registers while k runs", 14, kind="muted")
-    c.arrow([(352, 248), (352, 302)])
-    c.text(368, 280, "the sum is complete: an epilogue", 14, kind="muted")
+    c.line([(352, 248), (352, 292)], "ink")
+    _share(c, 292, 306)
+    c.text(368, 276, "the sum is complete: an epilogue", 14, kind="muted")
     for k, name in enumerate(("store it", "square it", "take c off, square", "add it to Σ wᵢGᵢ")):
         c.box(28 + k * 148, 308, 140, 30, "grey", name, 14)
     c.text(28, 372, "AVX-512, float32: vectors of 16, tiles of 9 × 1 to 6 × 4. AVX2: vectors of 8, 6 × 2.", 14)
@@ -44,7 +45,7 @@ def direct_path() -> Canvas:
         "A tile of a sample's gradient is summed over its positions, block by block. At the sample's end it is "
         "squared, with and without the center, added to the weight gradient, kept if derivatives are wanted, and "
         "forgotten; then comes the next sample.",
-        448,
+        454,
     )
     c.text(28, 36, "One tile of Gᵢ, all of a sample's positions", 16, bold=True)
     c.grid(28, 70, 3, 10, 22, "orange", {(1, k) for k in range(3, 5)}, "green")
@@ -59,7 +60,8 @@ def direct_path() -> Canvas:
     c.box(384, 122, 74, 66, "green", "tile, in\nregisters", 14)
     c.arrow([(254, 103), (378, 138)])
     c.arrow([(254, 226), (378, 172)])
-    c.arrow([(421, 192), (421, 318)])
+    c.line([(421, 192), (421, 314)], "ink")
+    _share(c, 314, 328)
     c.text(434, 290, "at the end of each sample", 14, kind="muted")
     names = (
         "square it:\n‖Gᵢ‖²",
@@ -68,9 +70,9 @@ def direct_path() -> Canvas:
         "keep D = Gᵢ − c\nfor two products",
     )
     for k, name in enumerate(names):
-        c.box(28 + k * 148, 324, 140, 50, ("green", "purple", "green", "grey")[k], name, 14)
-    c.text(28, 404, "The two products are ∂s/∂gy = 2 D ∗ x and ∂s/∂x = 2 Dᵀ ∗ gy. With another", 14)
-    c.text(28, 424, "input h in the place of x or gy they are the ops conv_applied and conv_displaced.", 14)
+        c.box(28 + k * 148, 332, 140, 50, ("green", "purple", "green", "grey")[k], name, 14)
+    c.text(28, 412, "The two products are ∂s/∂gy = 2 D ∗ x and ∂s/∂x = 2 Dᵀ ∗ gy. With another", 14)
+    c.text(28, 432, "input h in the place of x or gy they are the ops conv_applied and conv_displaced.", 14)
     return c
 
 
@@ -340,6 +342,13 @@ def max_pool() -> Canvas:
     c.box(328, 242, 284, 32, "grey", "its adjoint: gather h from them", 14)
     c.text(28, 302, "A ReLU before it is gone through at once: maxima of zero pass nothing.", 14)
     return c
+
+
+def _share(c: Canvas, y: float, end: float) -> None:
+    """Arrows from a line at y to four boxes side by side."""
+    c.line([(98, y), (542, y)], "ink")
+    for k in range(4):
+        c.arrow([(98 + k * 148, y), (98 + k * 148, end)])
 
 
 KERNELS: dict[str, Callable[[], Canvas]] = {
