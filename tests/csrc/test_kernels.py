@@ -24,3 +24,34 @@ def test_kernels_agree_with_loops_and_sanitizers_stay_silent(tmp_path, vector_by
     assert build.returncode == 0, build.stderr
     run = subprocess.run([program], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "0 failures\n", "")
+
+
+CROSS, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CROSS is None or EMULATOR is None, reason="no compiler or emulator for aarch64")
+def test_kernels_agree_with_loops_on_aarch64(tmp_path):
+    program = tmp_path / "check_kernels"
+    build = subprocess.run(
+        [CROSS, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-pthread", "-static",
+         "-DBOOTGRAD_VECTOR_BYTES=16", f"-I{ROOT / 'csrc/include'}", str(Path(__file__).with_name("check_kernels.cpp")),
+         "-o", str(program)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert build.returncode == 0, build.stderr
+    run = subprocess.run([EMULATOR, program], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "0 failures\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CROSS is None, reason="no compiler for aarch64")
+def test_the_library_compiles_for_aarch64():
+    from torch.utils.cpp_extension import include_paths
+
+    folders = [f"-I{folder}" for folder in (ROOT / "csrc/include", *include_paths())]
+    sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+    options = ["-std=c++17", "-fsyntax-only", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-psabi", "-DNDEBUG"]
+    options.append("-DTORCH_TARGET_VERSION=0x020b000000000000")
+    build = subprocess.run([CROSS, *options, *folders, *map(str, sources)], capture_output=True, text=True)
+    assert len(sources) > 10 and build.returncode == 0, build.stderr
