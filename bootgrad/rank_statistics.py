@@ -37,15 +37,24 @@ class Exchange:
         parameters: by name.
         centered: whether norms are taken about a center, too.
         sets: of gradients: of the mean loss, and of a weighted one, where that is wanted, too.
+        watched: how many of the parameters, the first ones, norms are taken of; all when None.
 
     Attributes:
         rounds: the one.
     """
 
-    def __init__(self, ranks: Ranks, parameters: Mapping[str, Tensor], centered: bool, sets: int = 1):
+    def __init__(
+        self,
+        ranks: Ranks,
+        parameters: Mapping[str, Tensor],
+        centered: bool,
+        sets: int = 1,
+        watched: int | None = None,
+    ):
         """Plan it."""
         self._kinds = 1 + centered
-        self.rounds = Rounds(ranks, parameters, [(sets, 1 + self._kinds * len(parameters))])
+        norms = len(parameters) if watched is None else watched
+        self.rounds = Rounds(ranks, parameters, [(sets, 1 + self._kinds * norms)])
         self._round: Round | None = None
 
     def bring(self, sets: Sequence[Named], weight: float | Tensor, finite: Tensor | None) -> None:

@@ -7,7 +7,7 @@ samples are the rows of every operation (`batch_check`).
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -61,9 +61,15 @@ class Recording(Returning):
     """The record of one forward pass of one or more modules."""
 
     ranks: Ranks | None = None  # that the modules are trained by together
+    unwatched: Mapping[str, Tensor] = {}  # parameters that are not followed, and receive gradients as other leaves do
 
     def __init__(
-        self, *modules: nn.Module, check: str = "first", samples: Tensor | None = None, batchnorm: str = "refuse"
+        self,
+        *modules: nn.Module,
+        check: str = "first",
+        samples: Tensor | None = None,
+        batchnorm: str = "refuse",
+        parameters: Collection[str] | None = None,
     ):
         """Prepare to record ``modules``.
 
@@ -72,6 +78,7 @@ class Recording(Returning):
             check: when the batch dimension is checked: first, always or never.
             samples: the number of its sample at each position of the leading dimensions, where that is not dimension 0.
             batchnorm: whether batch norm in training mode is refused, or the samples' contributions are taken.
+            parameters: names of those that are followed; all when None.
         """
         if torch.compiler.is_dynamo_compiling():
             raise RecordingError(_IN_COMPILED)
@@ -100,7 +107,8 @@ class Recording(Returning):
         if self.ranks is not None:
             self.ranks.gather()
         others = (t for child in self._children for t in (*child._buffers.values(), *child._parameters.values()))
-        self._begin(named_parameters(*modules), others, None if samples is None else Samples(samples))
+        watched, self.unwatched = chosen(named_parameters(*modules), parameters)
+        self._begin(watched, others, None if samples is None else Samples(samples))
 
     def _begin(
         self, parameters: dict[str, Tensor], constants: Iterable[Tensor | None], samples: Samples | None
@@ -216,7 +224,8 @@ class Recording(Returning):
         """What finds this recording as long as it is there: it may hold the graph."""
         reference, modules = weakref.ref(self), self.modules
         samples = None if self.samples is None else self.samples.index
-        options: dict[str, Any] = dict(check="never", samples=samples, batchnorm=self.batchnorm)
+        names = tuple(self.parameters) if self.unwatched else None
+        options: dict[str, Any] = dict(check="never", samples=samples, batchnorm=self.batchnorm, parameters=names)
         return lambda: reference() or Recording(*modules, **options)
 
     def _run_plain(self, func, args, kwargs):
@@ -669,3 +678,27 @@ def named_parameters(*modules: nn.Module) -> dict[str, Tensor]:
                     )
                 out[name] = p
     return out
+
+
+def chosen(parameters: dict[str, Tensor], names: Collection[str] | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters of these names, all when None, and the others.
+
+    Raises:
+        ArgumentTypeError: one name in place of several.
+        ArgumentError: there are none, or no parameters of these names.
+    """
+    if names is None:
+        return parameters, {}
+    if isinstance(names, str):
+        raise ArgumentTypeError(f"parameters must be a collection of names; got one, {names!r}: put it into a list")
+    unknown = [name for name in names if name not in parameters]
+    if unknown or not names:
+        among = f"{', '.join(map(repr, unknown[:4]))} among them" if unknown else "none"
+        raise ArgumentError(
+            f"parameters must be names of trained parameters of the model, as named_parameters() has them; got {among}"
+        )
+    own = set(names)
+    return (
+        {name: p for name, p in parameters.items() if name in own},
+        {name: p for name, p in parameters.items() if name not in own},
+    )

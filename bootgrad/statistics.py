@@ -5,7 +5,7 @@
 Statistics always speak of the per-sample gradients g_i themselves, whatever weights the losses were reduced with.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -178,12 +178,15 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             independent of each other, for they are not, and so nothing finds a batch that is not dimension 0 and has no index.
         compiled: whether compiled functions stay compiled: then `backward` has what it has elsewhere, but for a center, and
             there are no per-sample gradients. If not, or with ``samples`` or contributions, they run as they were written.
+        parameters: names of those that statistics and per-sample gradients are of, for the price of these; all when None.
+            `backward` fills the ``.grad`` of the others, too, and samples are checked where these are used.
 
     Of a model that `DistributedDataParallel` or `fully_shard` was called on, `backward` fills ``.grad`` with the gradient of
     the reduction over the samples of all ranks, and norms alone are about those of this one; see docs/distributed.md.
 
     Raises:
-        ArgumentError, ArgumentTypeError: ``samples`` is not a long tensor, or has negative entries; an unknown ``batchnorm``.
+        ArgumentError, ArgumentTypeError: ``samples`` is not a long tensor, or has negative entries; an unknown ``batchnorm``;
+            ``parameters`` that the modules do not have, or none.
         UnsupportedError: a ScriptModule among the modules, a complex parameter; in the forward pass, batch statistics.
     """
 
@@ -194,9 +197,10 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         samples: Tensor | None = None,
         batchnorm: str = "refuse",
         compiled: bool = True,
+        parameters: Collection[str] | None = None,
     ):
         """Prepare to record ``modules``."""
-        super().__init__(*modules, check=check, samples=samples, batchnorm=batchnorm)
+        super().__init__(*modules, check=check, samples=samples, batchnorm=batchnorm, parameters=parameters)
         self._stays_compiled = compiled and samples is None and batchnorm == "refuse"
         self.last_reach: Reach | None = None
         for name, p in self.parameters.items():
@@ -260,7 +264,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             with without_autocast(losses):
                 return self._backward(losses, reduction, center, retain_graph, scaler)
         sets = 1 + isinstance(reduction, Tensor)
-        exchange = Exchange(self.ranks, self.parameters, center is not None, sets)
+        whole = {**self.parameters, **self.unwatched}
+        exchange = Exchange(self.ranks, whole, center is not None, sets, watched=len(self.parameters))
         with without_autocast(losses), guarded(exchange.rounds, keep=retain_graph):
             return self._backward_of_ranks(losses, reduction, center, retain_graph, scaler, exchange)
 
@@ -277,20 +282,21 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         exchange.rounds.ranks.gather()
         self.scaling = Scaling(scaler, losses.device if isinstance(losses, Tensor) else None)
         reach, (weights, _) = self.reach(losses), _weights(reduction, losses)
+        named = {**reach.parameters, **self._unwatched_first(reach)}
         centers = None if center is None else as_parameter_dict(center, self.parameters, "center")
         weighted, factor = isinstance(reduction, Tensor), 1 / losses.numel() if reduction == "mean" else 1.0
         a: Number = 1.0 if reach.narrow is None else self._scale(reach).sample
         scaled = None if centers is None else {name: c * a for name, c in centers.items()}
         with exchange.rounds.arriving(1 / a):
             grads, norms = self._first_order(losses, reach, seeds(losses, a), scaled, retain_graph or weighted)
-        sets = [dict(zip(reach.parameters, grads, strict=False))]
+        sets = [dict(zip(named, grads, strict=False))]
         leaves = [*reach.parameters.values(), *reach.other_leaves]
         if weighted:
             peak = 1.0 if reach.narrow is None else peak_of(weights)
             grads = self.gradients(losses, leaves, weights / peak * a, retain_graph=retain_graph, allow_unused=True)
             grads = multiplied(grads, peak)
-            sets.append(dict(zip(reach.parameters, grads, strict=False)))
-        others = multiplied(grads[len(reach.parameters) :], factor / a)
+            sets.append(dict(zip(named, grads, strict=False)))
+        others = multiplied(grads[len(named) :], factor / a)
         if reach.narrow is not None:
             norms = {name: (s / a**2, None if d is None else d / a**2) for name, (s, d) in norms.items()}
         exchange.bring(sets, 1 / a, answered(losses, reach.finite, self.scaling))
@@ -298,7 +304,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             self.parameters, {}, norms, losses, 1.0, 1.0, centers, self.scaling, reach.finite, exchange
         )
         own = multiplied(list(exchange.mean(-1).values()), 1.0 if reduction == "mean" else float(statistics.batch_size))
-        leaves, grads = [*self.parameters.values(), *reach.other_leaves], self.scaling.scaled([*own, *others])
+        leaves = [*self.parameters.values(), *self.unwatched.values(), *leaves[len(named) :]]
+        grads = self.scaling.scaled([*own, *others])
         grads = gated(grads, exchange.finite, self.scaling.skips)
         leaves, grads = exchange.rounds.ranks.stored(leaves, grads)
         add_to_grads(leaves, grads)
@@ -338,6 +345,13 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             self.release()
         call_hooks(leaves, grads)
         return statistics
+
+    def _unwatched_first(self, reach: Reach) -> dict[str, Tensor]:
+        """The model's own among the other leaves, by name, which are put before those outside of it."""
+        outside = {id(t): t for t in reach.other_leaves}
+        unwatched = {name: p for name, p in self.unwatched.items() if outside.pop(id(p), None) is not None}
+        reach.other_leaves = [*unwatched.values(), *outside.values()]
+        return unwatched
 
     def _few_rows(self, reach: Reach) -> dict[str, Tensor]:
         """The rows that gradients can be other than zero in, of parameters in which they are few: tables of embeddings."""

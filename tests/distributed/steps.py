@@ -50,6 +50,36 @@ def same_statistics(stats, expected, own):
             close(getattr(ours, name), getattr(theirs, name), rtol=1e-9, atol=1e-12)
 
 
+def statistics_of_some_parameters(rank, size, wrap=DDP):
+    """Of those that are watched, first or last in the model; the others' gradients meet as well."""
+    x, y, rows = batch(size)
+    own = rows[rank]
+    weights = torch.arange(len(x), dtype=torch.float64)
+    for at, reduction in itertools.product((slice(2), slice(-1, None)), ("mean", "sum", weights)):
+        model, wrapped = pair(wrap=wrap)
+        outside = [torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        of_rank = reduction[own] if isinstance(reduction, torch.Tensor) else reduction
+        names = [name for name, _ in model.named_parameters()][at]
+        with bootgrad.record(model, parameters=names) as rec:
+            losses = losses_of(model)(x, y) * outside[0].sum()
+        expected = rec.backward(losses, reduction)
+        with bootgrad.record(wrapped, parameters=names) as rec:
+            losses = losses_of(wrapped)(x[own], y[own]) * outside[1].sum()
+        stats = rec.backward(losses, of_rank)
+        same_statistics(stats, expected, own)
+        same_gradients(wrapped, model)
+        (plain,) = torch.autograd.grad(
+            _reduced(losses_of(model)(x[own], y[own]), of_rank) * outside[1].sum(), outside[1:]
+        )
+        close(outside[1].grad, plain)  # this rank's own
+
+
+def _reduced(losses, reduction):
+    if isinstance(reduction, torch.Tensor):
+        return (reduction * losses).sum()
+    return losses.mean() if reduction == "mean" else losses.sum()
+
+
 def pieces_go_out_on_the_way(rank, size):
     """Gradients of the last layer before those of the first are made; what is told is the same, and so is an error then."""
     order, former = [], (bootgrad.distributed.PIECE_BYTES, bootgrad.distributed.dist.all_reduce)

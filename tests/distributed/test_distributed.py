@@ -29,6 +29,7 @@ from .steps import (
     random_signs_averaged_over_all_signs,
     statistics_of_a_backward_pass,
     statistics_of_micro_batches,
+    statistics_of_some_parameters,
     what_some_ranks_do_not_reach,
     without_statistics,
 )
@@ -38,6 +39,7 @@ ANY_NUMBER = (
     statistics_of_a_backward_pass,
     pieces_go_out_on_the_way,
     statistics_of_micro_batches,
+    statistics_of_some_parameters,
     exact_penalties,
     other_penalties,
     without_statistics,
