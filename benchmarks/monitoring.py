@@ -1,8 +1,7 @@
 """What watching a run costs: whole training steps of SGD, plain and watched in ways that take turns.
 
-A ratio is that of the sums over a number of steps, in which the first ones are, too: with the checks of the batch dimension on the
-first, second, fourth, eighth … watched step, and the observations written to a file. Time is charged where it falls: a variant's
-steps come in blocks, of which the watched step is a part.
+A ratio is that of the sums over a number of steps, in which the first ones are, too: with the checks of the batch dimension on
+the first, second, fourth, eighth … watched step, and the observations written to a file. Variants take turns in blocks.
 
     python -m benchmarks.monitoring [--model reference] [--batch 128] [--threads 2] [--steps 400]
 """

@@ -1,8 +1,8 @@
 """Whether normalization layers alone tell of the whole model's noise: Γ and the noise scale of both, along training.
 
-Two models are trained by Adam from several seeds: a CNN with group norms on scikit-learn's digits, and a transformer with layer norms
-that completes sequences, in each of which every second token says how far to go in a circle of tokens from the last one. Every few
-steps both are taken from the same backward pass. Of the logarithms:
+Two models are trained by Adam from several seeds: a CNN with group norms on scikit-learn's digits, and a transformer with layer
+norms that completes sequences, in which every second token is the sum of the two before on a circle. Every few steps both are
+taken from the same backward pass. Of the logarithms:
 
     whole        correlation over a run, in which a common trend has its part
     about trend  correlation of what is left when a running mean of WINDOW observations is subtracted from both
@@ -119,9 +119,13 @@ def correlations(pairs: list[tuple[float, float]]) -> tuple[dict[str, float], in
     """What is measured of the pairs that are positive and finite, and how many are not."""
     kept = [pair for pair in pairs if all(0 < value < math.inf for value in pair)]
     x, y = torch.tensor(kept, dtype=torch.float64).log().unbind(1)
-    x_rest, y_rest = (t - F.avg_pool1d(F.pad(t[None], (WINDOW // 2,) * 2, "replicate"), WINDOW + 1, 1)[0] for t in (x, y))
+    x_rest, y_rest = (
+        t - F.avg_pool1d(F.pad(t[None], (WINDOW // 2,) * 2, "replicate"), WINDOW + 1, 1)[0] for t in (x, y)
+    )
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
-    return {"whole": _correlation(x, y), "about_trend": _correlation(x_rest, y_rest), "slope": slope}, len(pairs) - len(kept)
+    return {"whole": _correlation(x, y), "about_trend": _correlation(x_rest, y_rest), "slope": slope}, len(pairs) - len(
+        kept
+    )
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:
@@ -139,7 +143,11 @@ def rows(seeds: int, steps: int) -> list[dict]:
             row["left_out"] = sum(count for _, count in found)
             for figure in found[0][0]:
                 over = interval(values[figure] for values, _ in found)
-                row |= {figure: f"{over.mean:.3f}", f"{figure}_low": f"{over.low:.3f}", f"{figure}_high": f"{over.high:.3f}"}
+                row |= {
+                    figure: f"{over.mean:.3f}",
+                    f"{figure}_low": f"{over.low:.3f}",
+                    f"{figure}_high": f"{over.high:.3f}",
+                }
             out.append(row)
             print(", ".join(f"{key} {row[key]}" for key in list(row)[6:]), flush=True)
     return out

@@ -1,4 +1,4 @@
-"""The command line: ``bootgrad train``, ``compare``, ``experiment``, ``diagnose``, ``plan`` and ``info``.
+"""The command line: ``bootgrad train``, ``compare``, ``experiment``, ``diagnose``, ``report``, ``plan`` and ``info``.
 
 A mistake of the user's ends in one line, ``bootgrad: error: …``, and exit code 2; Ctrl-C in exit code 130.
 """
@@ -112,6 +112,14 @@ def _parser() -> argparse.ArgumentParser:
     diagnosis = _command(commands, "diagnose", _diagnose, "look for signatures of failure in what a run has left")
     diagnosis.add_argument("folder", metavar="RUN_DIR", help="the --out of train, compare or experiment")
 
+    page = _command(
+        commands, "report", _report, "write what a run has left as one page for a browser, without a network"
+    )
+    page.add_argument(
+        "folder", metavar="RUN_DIR", help="the --out of train, compare or experiment, or a Monitor's folder"
+    )
+    page.add_argument("--out", metavar="FILE", help="the page; default: report.html in the folder")
+
     plan = _command(commands, "plan", _plan, "predict what each layer's norms and each kind of step cost, and why")
     plan.add_argument("model", metavar="FILE.py:FUNCTION", help="a function without arguments that returns the model")
     plan.add_argument("--batch", type=int, default=128, metavar="N", help="samples in a batch")
@@ -217,6 +225,13 @@ def _diagnose(arguments: argparse.Namespace) -> int:
 
     found = diagnose(arguments.folder)
     print("\n\n".join(map(str, found)) if found else f"{arguments.folder}: no signature of failure was found")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from .monitoring.report import write_report
+
+    print(f"written: {write_report(arguments.folder, arguments.out)}")
     return 0
 
 

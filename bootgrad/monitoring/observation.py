@@ -48,7 +48,7 @@ class Flag:
     Attributes:
         quantity: its name: loss, covariance_trace, sq_mean_norm or largest_norm.
         value: what it is now.
-        usual: the median of the observations before.
+        usual: the median of the observations before, or of the last few, where it is higher.
         layer: whose it is; None for the whole model.
     """
 

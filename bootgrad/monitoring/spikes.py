@@ -1,8 +1,9 @@
-"""Quantities that jump, against the median of their own recent past.
+"""Quantities that jump, against the median of their own past.
 
-    log v > m + d · max(1.4826 median |log v_t − m|, 0.1),    m = median log v_t over the last observations
+    log v > max(m, m₅) + d · max(1.4826 median |log v_t − m|, 0.1)
 
-Logarithms, for Γ and losses fall by orders of magnitude in a run: a slow change is none, whatever its size.
+with m the median of log v_t over the last 50 observations and m₅ that of the last 5. Logarithms, for Γ and losses change by
+orders of magnitude in a run; the last few, for what rises slowly is above its long median all the time.
 """
 
 import math
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from .observation import Flag
 
 WINDOW = 50  # observations that count
+RECENT = 5  # of these
 LEAST = 10  # of them before anything is called unusual
 LEAST_SPREAD = 0.1  # of a logarithm
 
@@ -46,13 +48,14 @@ class Spikes:
         return tuple(flags)
 
     def _exceeded(self, past: Iterable[float], log: float) -> float | None:
-        """The median of the past, where a value is far above it."""
+        """What is usual, where a value is far above it."""
         past = list(past)
         if len(past) < LEAST:
             return None
         middle = statistics.median(past)
-        spread = 1.4826 * statistics.median(abs(value - middle) for value in past)
-        return middle if log > middle + self.deviations * max(spread, LEAST_SPREAD) else None
+        spread = max(1.4826 * statistics.median(abs(value - middle) for value in past), LEAST_SPREAD)
+        usual = max(middle, statistics.median(past[-RECENT:]))
+        return usual if log > usual + self.deviations * spread else None
 
     def state_dict(self) -> list:
         """The past, to go on from."""

@@ -36,9 +36,7 @@ def rows_of(model, x, y):
     """(B, P) of each parameter, one backward pass per sample."""
     losses = losses_of(model, x, y)
     grads = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
-    return {
-        name: torch.stack([g[k].flatten() for g in grads]) for k, (name, _) in enumerate(model.named_parameters())
-    }
+    return {name: torch.stack([g[k].flatten() for g in grads]) for k, (name, _) in enumerate(model.named_parameters())}
 
 
 def step(monitor, seed=0, **options):
@@ -120,7 +118,9 @@ def test_normalization_layers_alone():
 
 
 def test_layers_by_name():
-    blocks = nn.Sequential(nn.Sequential(nn.Linear(5, 4), nn.Tanh()), nn.Sequential(nn.Linear(4, 3), nn.Tanh())).double()
+    blocks = nn.Sequential(
+        nn.Sequential(nn.Linear(5, 4), nn.Tanh()), nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    ).double()
     for layers, expected in (
         (["0"], ["0.0"]),
         (["*.0"], ["0.0", "1.0"]),

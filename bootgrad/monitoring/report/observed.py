@@ -1,0 +1,181 @@
+"""The parts of a page about what a `Monitor` has written."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .charts import Line, chart, sparkline
+from .folder import number_of
+from .markup import Content, Markup, element, number, table
+from .trained import since_the_beginning, tile, tiles
+
+Row = dict[str, Any]
+_UNIT = "loss² / parameter²"
+_MOST_FLAGS, _MOST_LAYERS, _MOST_OUTLIERS = 50, 4, 50
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of a page; what is None is not known."""
+
+    tiles: Markup
+    flags: Markup
+    charts: list[Markup | None]
+    layers: Markup | None
+    outliers: Markup | None
+
+
+def observed(rows: Sequence[Row], name: str) -> Seen:
+    """The parts of a file's observations; ``name`` is what elements' names begin with."""
+    return Seen(_tiles(rows), _flags(rows, name), list(_charts(rows, name)), _layers(rows, name), _outliers(rows, name))
+
+
+def _column(rows: Sequence[Row], *path: str) -> list[tuple[float, float]]:
+    """Steps and values of a quantity, where it is known."""
+    found = []
+    for row in rows:
+        value: Any = row
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            found.append((float(row["step"]), number_of(value)))
+    return found
+
+
+def _tiles(rows: Sequence[Row]) -> Markup:
+    flagged = [row["step"] for row in rows if row.get("flags")]
+    far = sum(len(row.get("outliers", ())) for row in rows)
+    return tiles(
+        [
+            since_the_beginning("Loss", _column(rows, "loss")),
+            since_the_beginning("Γ", _column(rows, "covariance_trace")),
+            since_the_beginning("Noise scale", _column(rows, "noise_scale"), "averaged"),
+            tile("Observations", str(len(rows)), f"steps {rows[0]['step']} to {rows[-1]['step']}"),
+            tile(
+                "Steps with flags",
+                str(len(flagged)),
+                f"the last at {flagged[-1]}" if flagged else "nothing far above its median",
+            ),
+            tile("Outlying samples", str(far), "gradients far longer than others"),
+        ]
+    )
+
+
+def _charts(rows: Sequence[Row], name: str) -> Iterator[Markup | None]:
+    loss, trace = _column(rows, "loss"), _column(rows, "covariance_trace")
+    yield chart(f"{name}-loss", "Loss", "nats", [Line("loss of the watched batches", loss), _marks(rows, "loss")])
+    yield chart(f"{name}-trace", "Covariance trace Γ", _UNIT, [Line("Γ", trace, 2), _marks(rows, "covariance_trace")])
+    noise = [Line("averaged over observations", _column(rows, "noise_scale"), 3)]
+    yield chart(f"{name}-noise", "Gradient noise scale", "samples", noise)
+    mean = [Line("‖ḡ‖²", _column(rows, "sq_mean_norm"), 0), _marks(rows, "sq_mean_norm")]
+    yield chart(f"{name}-mean", "Squared norm of the gradient, ‖ḡ‖²", _UNIT, mean)
+    yield chart(f"{name}-norms", "Norms of the samples' gradients", "loss / parameter", list(_quantiles(rows)))
+    penalties = [Line(penalty, _column(rows, penalty), k) for k, penalty in enumerate(("reg1", "reg2"))]
+    yield chart(f"{name}-penalties", "Penalties, without λ", _UNIT, penalties)
+    strengths = [
+        Line(f"λ of {penalty}", _column(rows, "strengths", penalty), k) for k, penalty in enumerate(("reg1", "reg2"))
+    ]
+    changing = [line for line in strengths if len({value for _, value in line.points}) > 1]
+    yield chart(f"{name}-strengths", "Strengths of the penalties", "λ", changing)
+    largest = sorted(_layer_names(rows), key=lambda layer: -_last(_column(rows, "layers", layer, "covariance_trace")))
+    lines = [
+        Line(layer, _column(rows, "layers", layer, "covariance_trace"), k)
+        for k, layer in enumerate(largest[:_MOST_LAYERS])
+    ]
+    note = "" if len(largest) <= _MOST_LAYERS else f"The {_MOST_LAYERS} largest at the end; the table below has all."
+    yield chart(f"{name}-of-layers", "Γ by layer", _UNIT, lines, note)
+
+
+def _marks(rows: Sequence[Row], quantity: str) -> Line:
+    """Observations at which a quantity of the whole model was flagged."""
+    points = [
+        (float(row["step"]), number_of(flag.get("value")))
+        for row in rows
+        for flag in row.get("flags", ())
+        if flag.get("quantity") == quantity and flag.get("layer") is None
+    ]
+    return Line("flagged", points, 1, dots=True)
+
+
+def _quantiles(rows: Sequence[Row]) -> Iterator[Line]:
+    """Bands from the lowest to the highest and between the quartiles, and the median."""
+    for low, high, name, faint in (("0", "1", "lowest to highest", True), ("0.25", "0.75", "quartiles", False)):
+        both = [(float(row["step"]), *(number_of(row.get("norms", {}).get(q)) for q in (low, high))) for row in rows]
+        known = [(step, a, b) for step, a, b in both if math.isfinite(a) and math.isfinite(b)]
+        points = [(step, b) for step, _, b in known]
+        yield Line(name, points, 0, faint, band=[a for _, a, _ in known])
+    yield Line("median", _column(rows, "norms", "0.5"), 0)
+
+
+def _layer_names(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(layer for row in rows for layer in row.get("layers", {})))
+
+
+def _last(points: Sequence[tuple[float, float]]) -> float:
+    return points[-1][1] if points else math.nan
+
+
+def _layers(rows: Sequence[Row], name: str) -> Markup | None:
+    names = _layer_names(rows)
+    if not names:
+        return None
+    courses = {layer: _column(rows, "layers", layer, "covariance_trace") for layer in names}
+    total = sum(_last(points) for points in courses.values())
+    cells: list[list[Content]] = []
+    for layer, points in courses.items():
+        share = f"{100 * _last(points) / total:.1f} %" if total > 0 else "–"
+        noise = _last(_column(rows, "layers", layer, "noise_scale"))
+        course = (
+            sparkline(points, f"Γ of {layer} from {number(points[0][1], 3)} to {number(points[-1][1], 3)}")
+            if points
+            else ""
+        )
+        first = points[0][1] if points else math.nan
+        cells.append([layer, first, _last(points), share, noise, Markup(course)])
+    header = ("layer", "Γ, first", "Γ, last", "share", "noise scale", "Γ over steps")
+    return table(f"{name}-layers-table", "What each layer's parameters have of it", header, cells)
+
+
+def _flags(rows: Sequence[Row], name: str) -> Markup:
+    """A row of each step with flags: what the whole model has, and which layers."""
+    found = [row for row in rows if row.get("flags")]
+    if not found:
+        text = "No quantity was far above its running median."
+        return element("div", element("div", element("p", text), class_="finding none"), class_="findings")
+    cells: list[list[Content]] = []
+    for row in reversed(found):
+        whole = [flag for flag in row["flags"] if flag.get("layer") is None]
+        layers = list(dict.fromkeys(str(flag["layer"]) for flag in row["flags"] if flag.get("layer") is not None))
+        most = max(_times(flag) for flag in row["flags"])
+        quantities = ", ".join(f"{flag.get('quantity')} {number(number_of(flag.get('value')), 3)}" for flag in whole)
+        more = f" and {len(layers) - _MOST_LAYERS} more" if len(layers) > _MOST_LAYERS else ""
+        cells.append(
+            [str(row["step"]), quantities or "–", ", ".join(layers[:_MOST_LAYERS]) + more or "–", f"{number(most, 3)}×"]
+        )
+    some = "" if len(cells) <= _MOST_FLAGS else f", the last {_MOST_FLAGS} of {len(cells)} steps"
+    caption = f"Steps at which something was far above its running median, the latest first{some}"
+    header = ("step", "whole model", "layers whose Γ was", "furthest, times the usual")
+    return table(f"{name}-flags-table", caption, header, cells[:_MOST_FLAGS], words=True)
+
+
+def _times(flag: Row) -> float:
+    """How many times the usual a flagged value is."""
+    value, usual = number_of(flag.get("value")), number_of(flag.get("usual"))
+    return value / usual if usual > 0 else math.inf
+
+
+def _outliers(rows: Sequence[Row], name: str) -> Markup | None:
+    by_id: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for sample in row.get("outliers", ()):
+            by_id.setdefault(str(sample.get("id")), []).append((row["step"], number_of(sample.get("norm"))))
+    if not by_id:
+        return None
+    order = sorted(by_id.items(), key=lambda item: (-len(item[1]), -max(norm for _, norm in item[1])))
+    cells: list[list[Content]] = [
+        [sample, len(times), max(norm for _, norm in times), times[-1][0]] for sample, times in order[:_MOST_OUTLIERS]
+    ]
+    some = "" if len(order) <= _MOST_OUTLIERS else f", the first {_MOST_OUTLIERS} of {len(order)}"
+    caption = f"Samples whose gradient was far longer than those of their batch{some}"
+    return table(f"{name}-outliers-table", caption, ("sample", "times", "largest norm", "last at step"), cells)
