@@ -60,6 +60,8 @@ def number(value: float | None, digits: int = 4) -> str:
         return "∞" if value > 0 else "−∞"
     text = f"{value:.{digits}g}"
     mantissa, _, exponent = text.partition("e")
+    if exponent and 0 < int(exponent) < 6:
+        return f"{float(text):,.0f}".replace("-", "−")
     if exponent:
         return f"{mantissa}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}".replace("-", "−")
     return text.replace("-", "−")
@@ -90,7 +92,9 @@ def table(
         for row in rows
     )
     label = f"{name}-caption"
-    whole = element("table", element("caption", caption, id=label), element("thead", head), element("tbody", body))
+    whole = element(
+        "table", element("caption", element("span", caption), id=label), element("thead", head), element("tbody", body)
+    )
     return element("div", whole, class_="scroll", tabindex="0", role="region", aria_labelledby=label)
 
 

@@ -12,6 +12,7 @@ from .trained import since_the_beginning, tile, tiles
 
 Row = dict[str, Any]
 _UNIT = "loss² / parameter²"
+_QUANTITIES = {"covariance_trace": "Γ", "sq_mean_norm": "‖ḡ‖²", "largest_norm": "largest norm of a sample"}
 _MOST_FLAGS, _MOST_LAYERS, _MOST_OUTLIERS = 50, 4, 50
 
 
@@ -148,7 +149,10 @@ def _flags(rows: Sequence[Row], name: str) -> Markup:
         whole = [flag for flag in row["flags"] if flag.get("layer") is None]
         layers = list(dict.fromkeys(str(flag["layer"]) for flag in row["flags"] if flag.get("layer") is not None))
         most = max(_times(flag) for flag in row["flags"])
-        quantities = ", ".join(f"{flag.get('quantity')} {number(number_of(flag.get('value')), 3)}" for flag in whole)
+        named = (
+            (_QUANTITIES.get(str(flag.get("quantity")), flag.get("quantity")), flag.get("value")) for flag in whole
+        )
+        quantities = ", ".join(f"{quantity} {number(number_of(value), 3)}" for quantity, value in named)
         more = f" and {len(layers) - _MOST_LAYERS} more" if len(layers) > _MOST_LAYERS else ""
         cells.append(
             [str(row["step"]), quantities or "–", ", ".join(layers[:_MOST_LAYERS]) + more or "–", f"{number(most, 3)}×"]

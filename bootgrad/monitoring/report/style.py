@@ -19,6 +19,7 @@ header, main, footer { max-width: 78rem; margin: 0 auto; padding: 0 clamp(0.9rem
 header { padding-top: 2rem; }
 h1 { font-size: clamp(1.5rem, 1.1rem + 2vw, 2.3rem); line-height: 1.2; margin: 0.15rem 0 0.3rem; letter-spacing: -0.015em; }
 h2 { font-size: 1.35rem; margin: 2.6rem 0 0.9rem; letter-spacing: -0.01em; scroll-margin-top: 1rem; }
+h1, h2, h3 { overflow-wrap: anywhere; }
 h3 { font-size: 1rem; margin: 0 0 0.6rem; }
 h4 { font-size: 1rem; margin: 1.2rem 0 0.4rem; }
 a { color: var(--link); }
@@ -66,7 +67,7 @@ nav a:hover { border-color: var(--link); }
 .band.c0, .band.c1, .band.c2, .band.c3 { stroke: none; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; margin: 0.5rem 0 0; padding: 0;
   font-size: 0.86rem; }
-.legend li { display: flex; align-items: center; gap: 0.45rem; }
+.legend li { display: flex; align-items: center; gap: 0.45rem; min-width: 0; overflow-wrap: anywhere; }
 .swatch { width: 28px; height: 14px; flex: none; }
 .spark { width: 8rem; height: 1.6rem; display: block; }
 .note { color: var(--soft); font-size: 0.86rem; margin: 0.4rem 0 0; }
@@ -76,6 +77,7 @@ nav a:hover { border-color: var(--link); }
 .finding.none { border-left-color: var(--good); }
 .scroll { overflow-x: auto; margin: 0 0 1rem; max-width: 100%; }
 table { border-collapse: collapse; width: 100%; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
+caption span { display: block; max-width: calc(100vw - 4rem); }
 caption { text-align: left; padding: 0.8rem 1rem 0.4rem; font-weight: 600; }
 th, td { padding: 0.4rem 1rem; text-align: left; border-top: 1px solid var(--rule); vertical-align: top; min-width: 4rem; }
 td, th { max-width: 30rem; }

@@ -203,7 +203,7 @@ def settings_table(runs: Sequence[Run], experiment: Experiment | None) -> Markup
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     header = ("setting", *(["value"] if len(runs) == 1 else [run.name for run in runs]))
     rows = [[name, *(_text(run.settings.get(name)) for run in runs)] for name in names]
-    found = table("settings-table", "Settings", header, rows, words=True)
+    found = table("settings-table", "How it was run", header, rows, words=True)
     return element("div", found, _places([run.record for run in runs if run.record]), class_="pair")
 
 

@@ -1,0 +1,300 @@
+"""The page of a folder: what is in it, that it is well formed, and that nothing of it is markup from outside."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from bootgrad.errors import DataError
+from bootgrad.monitoring.report import report, write_report
+from bootgrad.monitoring.report.charts import Line, chart, sparkline, thinned
+from bootgrad.monitoring.report.markdown import html
+from bootgrad.monitoring.report.markup import Markup, element, number, table
+from bootgrad.training import checkpoint
+
+from .folders import HOSTILE, compare_folder, experiment_folder, monitor_folder, train_folder
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Elements of a page, opened and closed in order; text by the element that it is in."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.texts = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if data.strip() and self.open[-1] != "style":
+            self.texts.append(data.strip())
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
+
+    def headings(self):
+        return [int(tag[1]) for tag, _ in self.elements if re.fullmatch("h[1-6]", tag)]
+
+
+FOLDERS = {
+    "train": train_folder,
+    "compare": compare_folder,
+    "experiment": experiment_folder,
+    "monitor": monitor_folder,
+    "csv": lambda path: monitor_folder(path, kind="csv"),
+    "both": lambda path: monitor_folder(train_folder(path)),
+}
+
+
+@pytest.fixture(params=FOLDERS)
+def folder(request, tmp_path):
+    return FOLDERS[request.param](tmp_path / "run")
+
+
+def test_every_page_is_well_formed(folder):
+    text = report(folder)
+    page = Page(text)
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    for _, attrs in page.elements:
+        assert attrs.get("aria-labelledby", ids[0]) in ids
+        if attrs.get("href") is not None:
+            assert attrs["href"].startswith("#") and attrs["href"][1:] in ids
+        assert not any(name.startswith("on") for name in attrs)
+    assert not page.all("script") and not page.all("link") and page.all("html") == [{"lang": "en"}]
+    assert all(attrs["src"].startswith("data:image/png;base64,") and attrs["alt"] for attrs in page.all("img"))
+    levels = page.headings()
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert len(page.all("table")) == len(page.all("caption")) >= 1
+    for svg in page.all("svg"):
+        assert svg.get("aria-hidden") == "true" or (svg["role"] == "img" and len(svg["aria-label"]) > 10)
+    policy = next(attrs["content"] for attrs in page.all("meta") if attrs.get("http-equiv"))
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert "nan" not in re.findall(r"[a-z]+", "".join(d["d"] for d in page.all("path")).lower())
+
+
+def texts(folder):
+    return Page(report(folder)).texts
+
+
+def test_a_run_of_train(tmp_path):
+    page = Page(report(train_folder(tmp_path / "first run")))
+    found = page.texts
+    for words in (
+        "bootgrad train",
+        "first run",
+        "Findings",
+        "Course of the run",
+        "Covariance trace Γ",
+        "Reg1, without λ₁",
+        "89930",
+    ):
+        assert words in found, words
+    assert "λ is 0.01." in found and "2×" in found and "of a plain step" in found
+    assert "Reg2, without λ₂" not in found
+    assert "120 steps on digits, batches of 32, adam at 0.001." in found
+    k = found.index("The run at the end of each epoch")
+    assert (
+        found[k + 8 : k + 10] == ["1", "30"] and found[k + 11].endswith(" %") and found[k + 15 : k + 17] == ["2", "60"]
+    )
+    labels = [svg["aria-label"] for svg in page.all("svg") if "aria-label" in svg]
+    assert any(label.startswith("Loss. training, smoothed: ") and "test images: " in label for label in labels)
+
+
+def test_findings_are_those_of_diagnose(tmp_path):
+    folder = train_folder(tmp_path / "run", last=0.1)
+    assert "No signature of failure was found by bootgrad diagnose." in texts(folder)
+    bad = train_folder(tmp_path / "bad", last=100.0)
+    found = texts(bad)
+    k = found.index("does not learn")
+    assert found[k + 1] == "Seen:" and "at the beginning" in found[k + 2] and found[k + 3] == "Meaning:"
+
+
+def test_runs_side_by_side(tmp_path):
+    found = texts(compare_folder(tmp_path / "runs"))
+    assert "bootgrad compare" in found and "3 runs of up to 120 steps each: plain, reg1, reg1_reg2." in found
+    assert "Lowest test loss at the end" in found and "of reg1" in found
+    assert found.count("reg1_reg2") > 4  # in legends and tables
+    assert "Settings" in found and "Runs at their end" in found
+
+
+def test_an_experiment(tmp_path):
+    page = Page(report(experiment_folder(tmp_path / "out")))
+    found = page.texts
+    assert "6 rows of results, 3 seeds, in its quick form." in found
+    k = found.index("both are")
+    assert found[k : k + 5] == ["both are", "alike", ", as", "sgd", "is over two lines"]
+    assert {"0.5 [0.25, 0.75]", "holds", "Rows of results.csv (6)", "one link"} <= set(found)
+    assert len(page.all("img")) == 1  # of the folder's own
+    (tmp_path / "out" / "summary.md").unlink()
+    assert "The experiment has not come to its end, which writes a summary." in texts(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_what_a_monitor_has_written(tmp_path, kind):
+    found = texts(monitor_folder(tmp_path / "run", kind=kind))
+    assert "40 observations of steps 0 to 1950." in found
+    k = found.index("What each layer's parameters have of it")
+    assert found[k + 7] == "block.conv" and "75.0 %" in found and "25.0 %" in found
+    assert {"Norms of the samples' gradients", "quartiles", "Γ by layer", "Gradient noise scale"} <= set(found)
+    if kind == "jsonl":  # which alone has names
+        k = found.index("Samples whose gradient was far longer than those of their batch")
+        assert found[k + 5 : k + 9] == ["image 7", "40", "89", "1950"]
+        k = found.index("Steps at which something was far above its running median, the latest first")
+        assert found[k + 5 : k + 9] == ["1900", f"Γ {number(900 * math.exp(-3.8), 3)}", "block.conv", "6.71×"]
+    else:
+        assert "No quantity was far above its running median." in found
+
+
+def test_names_from_outside_are_text(tmp_path):
+    folder = train_folder(tmp_path / "run", data=HOSTILE)
+    monitor_folder(folder, layer=HOSTILE, sample=HOSTILE)
+    hidden = experiment_folder(tmp_path / "experiment", text=f"{HOSTILE} **{HOSTILE}** `{HOSTILE}`")
+    (hidden / "summary.md").write_text((hidden / "summary.md").read_text().replace("a is below b", HOSTILE))
+    (folder / "<b>name").mkdir()
+    for path in (folder, hidden, compare_folder(tmp_path / "<script>alert(3)<∕script>")):
+        text = report(path)
+        page = Page(text)
+        assert not page.all("script") and not page.all("b") and "<script" not in text
+        assert all(attrs["src"].startswith("data:") for attrs in page.all("img"))
+        assert not any(name.startswith("on") for _, attrs in page.elements for name in attrs)
+    assert HOSTILE in texts(folder)
+
+
+def test_a_page_is_written_where_it_is_asked_for(tmp_path):
+    folder = train_folder(tmp_path / "run")
+    assert write_report(folder) == folder / "report.html"
+    other = write_report(str(folder), str(tmp_path / "page.html"))
+    assert other.read_text() == (folder / "report.html").read_text() == report(folder)
+    with pytest.raises(DataError, match="cannot be written"):
+        write_report(folder, tmp_path / "no" / "page.html")
+
+
+def test_a_run_that_goes_on_has_a_page(tmp_path):
+    folder = train_folder(tmp_path / "run")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").unlink()
+    checkpoint.save(folder / "checkpoint.pt", dict.fromkeys(checkpoint.KEYS) | {"settings": record["settings"]})
+    found = texts(folder)
+    assert "0.001" in found and "What it was run on" not in found
+
+
+def test_folders_without_a_run(tmp_path):
+    with pytest.raises(DataError, match="there is no folder"):
+        report(tmp_path / "nothing")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match="JSONL or CSV file of a Monitor; none is there"):
+        report(tmp_path)
+    folder = train_folder(tmp_path / "run")
+    for damage, message in (
+        (b"step,loss\n1\n", "no whole table"),
+        (b"a,b\n1,2\n", "no whole run"),
+        (b"\xff\xfe", "cannot be read"),
+    ):
+        (folder / "run.csv").write_bytes(damage)
+        with pytest.raises(DataError, match=message):
+            report(folder)
+    for damage in ("[]", "{", "{}"):
+        whole = train_folder(tmp_path / f"run {damage}")
+        (whole / "run.json").write_text(damage)
+        with pytest.raises(DataError, match="run.json cannot be read|no whole run"):
+            report(whole)
+
+
+def test_runs_whose_loss_is_not_finite(tmp_path):
+    folder = train_folder(tmp_path / "run")
+    lines = (folder / "run.csv").read_text().splitlines()
+    cells = lines[-1].split(",")
+    (folder / "run.csv").write_text("\n".join([*lines[:-1], ",".join([*cells[:2], "inf", "", *cells[4:]])]) + "\n")
+    found = texts(folder)
+    assert "diverges" in found and "∞" in found
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (math.nan, "–"),
+        (math.inf, "∞"),
+        (-math.inf, "−∞"),
+        (0.0, "0"),
+        (1234.5678, "1235"),
+        (123456.0, "123,500"),
+        (1.5e7, "1.5·10⁷"),
+        (-2.5e-6, "−2.5·10⁻⁶"),
+    ],
+)
+def test_numbers_are_short(value, text):
+    assert number(value) == text
+
+
+def test_elements_escape_what_is_not_markup():
+    made = element("p", "a < b", Markup("<br>"), ["&", element("b", "c")], title='"x"', data_k=1, hidden=None)
+    assert made == '<p title="&quot;x&quot;" data-k="1">a &lt; b<br>&amp;<b>c</b></p>'
+
+
+def test_columns_of_numbers_are_to_the_right():
+    page = Page(table("t", "c", ("name", "number", "word"), [["a", 1.5, "x"], ["b", "–", "3"]]))
+    assert [cell.get("class") for cell in page.all("td")] == ["n", None, "n", None]
+    assert [cell.get("class") for cell in page.all("th")] == [None, "n", None, None, None]
+    assert page.texts == ["c", "name", "number", "word", "a", "1.5", "x", "b", "–", "3"]
+
+
+def paths(text, kind):
+    return [attrs["d"] for attrs in Page(text).all("path") if attrs.get("class", "").startswith(kind)]
+
+
+def test_a_line_is_where_its_values_are():
+    text = chart("c", "title", "unit", [Line("a", [(0, 1.0), (5, math.nan), (10, 3.0), (20, 2.0)])])
+    (line, swatch) = paths(text, "line")
+    # 5 % room above and below of 1 … 3, so that 1 is at 400 (1 − 0.1/2.2), and 2 in the middle
+    assert line == "M0.0 381.8M500.0 18.2L1000.0 200.0"
+    ticks = re.findall(r'<span style="top:([\d.]+)%">([^<]+)</span>', text)
+    assert {label: float(at) for at, label in ticks}["2"] == 50.0
+
+
+def test_wide_ranges_are_logarithmic():
+    text = chart("c", "title", "unit", [Line("a", [(0, 1.0), (1, 10.0), (2, 100.0)])])
+    line = paths(text, "line")[0]
+    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", line)]
+    assert "unit, logarithmic" in text and heights[1] == 200.0 and heights[0] + heights[2] == 400.0
+    assert chart("c", "title", "unit", [Line("a", [(0, math.nan)])]) is None
+    assert chart("c", "title", "unit", [Line("a", [(3, 0.0)])]) is not None
+    assert sparkline([(0, 1.0)], "label") == "" and "M0.0 " in sparkline([(0, 1.0), (1, 2.0)], "label")
+
+
+def test_thinned_lines_keep_their_extremes():
+    points = [(float(k), float(k % 7)) for k in range(10_000)]
+    points[4321] = (4321.0, 99.0)
+    points[5000] = (5000.0, math.nan)
+    few = thinned(points)
+    assert len(few) <= 600 and (4321.0, 99.0) in few and few == sorted(few)
+    assert min(y for _, y in few) == 0 and thinned(points[:100]) == points[:100]
+
+
+def test_markdown_of_a_summary():
+    text = "# a\n\nb **c** `d`\ne\n## f\n| g | h |\n|---|---:|\n| i | 1 |\n- j\n- k\n"
+    page = Page(html(text, "n", lambda *_: None))
+    assert [tag for tag, _ in page.elements if tag in ("h2", "h3", "p", "ul", "li", "table", "strong", "code")] == [
+        "h2", "p", "strong", "code", "h3", "table", "ul", "li", "li",
+    ]  # fmt: skip
+    assert (
+        page.texts == ["a", "b ", "c", " ", "d", " e", "f", "f", "g", "h", "i", "1", "j", "k"] or " " not in page.texts
+    )
