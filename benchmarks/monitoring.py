@@ -1,12 +1,18 @@
-"""What watching a run costs: whole training steps of SGD, plain and watched in ways that take turns.
+"""What watching a run costs: training steps by SGD, plain and watched in ways that take turns step by step.
 
-A ratio is that of the sums over a number of steps, in which the first ones are, too: with the checks of the batch dimension on
-the first, second, fourth, eighth … watched step, and the observations written to a file. Variants take turns in blocks.
+Time is the process's own, so that what else runs on the machine is not counted, beside that of the clock:
 
-    python -m benchmarks.monitoring [--model reference] [--batch 128] [--threads 2] [--steps 400]
+    run       the sum over all steps, the first ones too, with the observations written to a file, by that of plain steps
+    watched   the median of the watched steps by that of the plain ones
+    checked   the same of those on which the batch dimension is checked: the first, second, fourth, eighth … watched one
+
+The second plain way shows how far chance goes.
+
+    python -m benchmarks.monitoring [--model reference] [--batch 128] [--threads 1] [--steps 200]
 """
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,17 +25,15 @@ from torch import nn
 from bootgrad.monitoring import JSONLWriter, Monitor
 
 from .models import MODELS, batch
-from .results import FOLDER, append, setting, spread
+from .results import FOLDER, append, setting
 from .training_step import check
 
-BLOCK = 10  # steps between two turns
 WAYS: dict[str, dict] = {
     "every=50": {"every": 50},
-    "every=10": {"every": 10},
     "every=1": {"every": 1},
-    "every=50, normalization": {"every": 50, "layers": "normalization"},
     "every=1, normalization": {"every": 1, "layers": "normalization"},
 }
+Times = list[tuple[float, float]]  # of each step, of the process and of the clock
 
 
 def make_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, monitor: Monitor | None) -> Callable[[], None]:
@@ -52,50 +56,59 @@ def make_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, monitor: Monit
     return plain if monitor is None else watched
 
 
-def measure(steps: dict[str, Callable[[], None]], count: int) -> dict[str, list[float]]:
-    """Seconds of each block of each way, taking turns; the order turns around from one round to the next."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for k in range(count // BLOCK):
-        names = list(steps) if k % 2 == 0 else list(reversed(steps))
-        for name in names:
-            start = time.perf_counter()
-            for _ in range(BLOCK):
-                steps[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+def measure(steps: dict[str, Callable[[], None]], count: int) -> dict[str, Times]:
+    """Seconds of each step of each way, taking turns; the order turns around from one round to the next."""
+    times: dict[str, Times] = {name: [] for name in steps}
+    for k in range(count):
+        for name in steps if k % 2 == 0 else reversed(steps):
+            start = time.process_time(), time.perf_counter()
+            steps[name]()
+            times[name].append((time.process_time() - start[0], time.perf_counter() - start[1]))
+    return times
+
+
+def figures(times: Times, plain: Times, every: int | None) -> dict[str, str]:
+    """The ratios of a way, of whose steps every k-th is watched."""
+    out = {
+        name: _ratio(sum(t[k] for t in times), sum(t[k] for t in plain)) for k, name in enumerate(("run", "run_clock"))
+    }
+    usual = statistics.median(seconds for seconds, _ in plain)
+    watched = [] if every is None else [seconds for seconds, _ in times[::every]]
+    checked = [seconds for k, seconds in enumerate(watched, 1) if k & (k - 1) == 0]
+    others = [seconds for k, seconds in enumerate(watched, 1) if k & (k - 1)]
+    for name, some in (("watched", others), ("checked", checked)):
+        out[name] = _ratio(statistics.median(some), usual) if some else ""
+    return out | {"plain_ms": f"{1e3 * usual:.1f}"}
+
+
+def _ratio(a: float, b: float) -> str:
+    return f"{a / b:.3f}"
 
 
 def rows(name: str, size: int, count: int, folder: Path) -> list[dict]:
-    """A row of each way: its time over all steps, as a ratio to plain steps, and the spread of parts of the run."""
+    """A row of each way."""
     torch.manual_seed(0)
-    make, shape = MODELS[name]()
+    model, shape = MODELS[name]()
     x, y = batch(shape, size)
-    check(make, x, y)
-    ways = {way: options for way, options in WAYS.items() if "normalization" not in way or _has_norms(make)}
-    steps, monitors = {"plain": make_step(make, x, y, None), "plain again": make_step(make, x, y, None)}, []
-    for way, options in ways.items():
-        model, _ = MODELS[name]()
-        monitors.append(Monitor(model, writers=[JSONLWriter(folder / f"{way}.jsonl")], **options))
-        steps[way] = make_step(model, x, y, monitors[-1])
+    check(model, x, y)
+    has_norms = any(isinstance(module, nn.GroupNorm | nn.LayerNorm) for module in model.modules())
+    steps = {plain: make_step(MODELS[name]()[0], x, y, None) for plain in ("plain", "plain again")}
+    monitors = {}
+    for way, options in WAYS.items():
+        if has_norms or "layers" not in options:
+            watched, _ = MODELS[name]()
+            monitors[way] = Monitor(watched, writers=[JSONLWriter(folder / f"{way}.jsonl")], **options)
+            steps[way] = make_step(watched, x, y, monitors[way])
     for _ in range(3):
         steps["plain"]()  # what is allocated once
-    seconds = measure(steps, count)
-    plain = seconds["plain"]
-    out = []
-    for way, of_way in seconds.items():
-        total = sum(of_way) / sum(plain)
-        fifty = range(0, len(plain) - 4, 5)  # parts of 50 steps, in which each way has all that it does
-        parts = [sum(of_way[k : k + 5]) / sum(plain[k : k + 5]) for k in fifty]
-        figures = {"steps": count, "plain_ms": f"{1e3 * sum(plain) / count:.1f}", "ratio_of_sums": f"{total:.3f}"}
-        out.append(setting() | {"model": name, "batch": size, "way": way} | figures | spread("ratio", parts, 3))
-        print(f"{name}, batch {size}, {way}: {', '.join(f'{k} {v}' for k, v in list(out[-1].items())[9:])}", flush=True)
-    for monitor in monitors:
+    times = measure(steps, count)
+    for monitor in monitors.values():
         monitor.close()
-    return out
-
-
-def _has_norms(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.GroupNorm | nn.LayerNorm) for module in model.modules())
+    place = setting() | {"model": name, "batch": size, "steps": count}
+    return [
+        place | {"step": way} | figures(of_way, times["plain"], monitors[way].every if way in monitors else None)
+        for way, of_way in times.items()
+    ]
 
 
 def main() -> None:
@@ -103,13 +116,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="reference")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--csv", type=Path, default=FOLDER / "monitoring.csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        append(options.csv, rows(options.model, options.batch, options.steps, Path(folder)))
+        found = rows(options.model, options.batch, options.steps, Path(folder))
+    for row in found:
+        print(", ".join(f"{key} {row[key]}" for key in list(row)[6:]))
+    append(options.csv, found)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,16 @@ class Seen:
     outliers: Markup | None
 
 
-def observed(rows: Sequence[Row], name: str) -> Seen:
-    """The parts of a file's observations; ``name`` is what elements' names begin with."""
-    return Seen(_tiles(rows), _flags(rows, name), list(_charts(rows, name)), _layers(rows, name), _outliers(rows, name))
+def observed(rows: Sequence[Row], name: str, place: str = "") -> Seen:
+    """The parts of a file's observations.
+
+    Args:
+        rows: of it.
+        name: what elements' names begin with.
+        place: what titles end with, where the page has others of the same kind.
+    """
+    charts, flags = list(_charts(rows, name, place)), _flags(rows, name, place)
+    return Seen(_tiles(rows), flags, charts, _layers(rows, name, place), _outliers(rows, name, place))
 
 
 def _column(rows: Sequence[Row], *path: str) -> list[tuple[float, float]]:
@@ -63,29 +70,33 @@ def _tiles(rows: Sequence[Row]) -> Markup:
     )
 
 
-def _charts(rows: Sequence[Row], name: str) -> Iterator[Markup | None]:
+def _charts(rows: Sequence[Row], name: str, place: str) -> Iterator[Markup | None]:
     loss, trace = _column(rows, "loss"), _column(rows, "covariance_trace")
-    yield chart(f"{name}-loss", "Loss", "nats", [Line("loss of the watched batches", loss), _marks(rows, "loss")])
-    yield chart(f"{name}-trace", "Covariance trace Γ", _UNIT, [Line("Γ", trace, 2), _marks(rows, "covariance_trace")])
+    yield chart(
+        f"{name}-loss", f"Loss{place}", "nats", [Line("loss of the watched batches", loss), _marks(rows, "loss")]
+    )
+    yield chart(
+        f"{name}-trace", f"Covariance trace Γ{place}", _UNIT, [Line("Γ", trace, 2), _marks(rows, "covariance_trace")]
+    )
     noise = [Line("averaged over observations", _column(rows, "noise_scale"), 3)]
-    yield chart(f"{name}-noise", "Gradient noise scale", "samples", noise)
+    yield chart(f"{name}-noise", f"Gradient noise scale{place}", "samples", noise)
     mean = [Line("‖ḡ‖²", _column(rows, "sq_mean_norm"), 0), _marks(rows, "sq_mean_norm")]
-    yield chart(f"{name}-mean", "Squared norm of the gradient, ‖ḡ‖²", _UNIT, mean)
-    yield chart(f"{name}-norms", "Norms of the samples' gradients", "loss / parameter", list(_quantiles(rows)))
+    yield chart(f"{name}-mean", f"Squared norm of the gradient, ‖ḡ‖²{place}", _UNIT, mean)
+    yield chart(f"{name}-norms", f"Norms of the samples' gradients{place}", "loss / parameter", list(_quantiles(rows)))
     penalties = [Line(penalty, _column(rows, penalty), k) for k, penalty in enumerate(("reg1", "reg2"))]
-    yield chart(f"{name}-penalties", "Penalties, without λ", _UNIT, penalties)
+    yield chart(f"{name}-penalties", f"Penalties, without λ{place}", _UNIT, penalties)
     strengths = [
         Line(f"λ of {penalty}", _column(rows, "strengths", penalty), k) for k, penalty in enumerate(("reg1", "reg2"))
     ]
     changing = [line for line in strengths if len({value for _, value in line.points}) > 1]
-    yield chart(f"{name}-strengths", "Strengths of the penalties", "λ", changing)
+    yield chart(f"{name}-strengths", f"Strengths of the penalties{place}", "λ", changing)
     largest = sorted(_layer_names(rows), key=lambda layer: -_last(_column(rows, "layers", layer, "covariance_trace")))
     lines = [
         Line(layer, _column(rows, "layers", layer, "covariance_trace"), k)
         for k, layer in enumerate(largest[:_MOST_LAYERS])
     ]
     note = "" if len(largest) <= _MOST_LAYERS else f"The {_MOST_LAYERS} largest at the end; the table below has all."
-    yield chart(f"{name}-of-layers", "Γ by layer", _UNIT, lines, note)
+    yield chart(f"{name}-of-layers", f"Γ by layer{place}", _UNIT, lines, note)
 
 
 def _marks(rows: Sequence[Row], quantity: str) -> Line:
@@ -117,7 +128,7 @@ def _last(points: Sequence[tuple[float, float]]) -> float:
     return points[-1][1] if points else math.nan
 
 
-def _layers(rows: Sequence[Row], name: str) -> Markup | None:
+def _layers(rows: Sequence[Row], name: str, place: str) -> Markup | None:
     names = _layer_names(rows)
     if not names:
         return None
@@ -135,10 +146,10 @@ def _layers(rows: Sequence[Row], name: str) -> Markup | None:
         first = points[0][1] if points else math.nan
         cells.append([layer, first, _last(points), share, noise, Markup(course)])
     header = ("layer", "Γ, first", "Γ, last", "share", "noise scale", "Γ over steps")
-    return table(f"{name}-layers-table", "What each layer's parameters have of it", header, cells)
+    return table(f"{name}-layers-table", f"What each layer's parameters have of it{place}", header, cells)
 
 
-def _flags(rows: Sequence[Row], name: str) -> Markup:
+def _flags(rows: Sequence[Row], name: str, place: str) -> Markup:
     """A row of each step with flags: what the whole model has, and which layers."""
     found = [row for row in rows if row.get("flags")]
     if not found:
@@ -158,7 +169,7 @@ def _flags(rows: Sequence[Row], name: str) -> Markup:
             [str(row["step"]), quantities or "–", ", ".join(layers[:_MOST_LAYERS]) + more or "–", f"{number(most, 3)}×"]
         )
     some = "" if len(cells) <= _MOST_FLAGS else f", the last {_MOST_FLAGS} of {len(cells)} steps"
-    caption = f"Steps at which something was far above its running median, the latest first{some}"
+    caption = f"Steps at which something was far above its running median, the latest first{some}{place}"
     header = ("step", "whole model", "layers whose Γ was", "furthest, times the usual")
     return table(f"{name}-flags-table", caption, header, cells[:_MOST_FLAGS], words=True)
 
@@ -169,7 +180,7 @@ def _times(flag: Row) -> float:
     return value / usual if usual > 0 else math.inf
 
 
-def _outliers(rows: Sequence[Row], name: str) -> Markup | None:
+def _outliers(rows: Sequence[Row], name: str, place: str) -> Markup | None:
     by_id: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for sample in row.get("outliers", ()):
@@ -181,5 +192,5 @@ def _outliers(rows: Sequence[Row], name: str) -> Markup | None:
         [sample, len(times), max(norm for _, norm in times), times[-1][0]] for sample, times in order[:_MOST_OUTLIERS]
     ]
     some = "" if len(order) <= _MOST_OUTLIERS else f", the first {_MOST_OUTLIERS} of {len(order)}"
-    caption = f"Samples whose gradient was far longer than those of their batch{some}"
+    caption = f"Samples whose gradient was far longer than those of their batch{some}{place}"
     return table(f"{name}-outliers-table", caption, ("sample", "times", "largest norm", "last at step"), cells)

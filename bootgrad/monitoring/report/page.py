@@ -126,8 +126,9 @@ def _sections(found: Folder) -> Iterator[Section]:
         yield Section("results", "Results", _results(found.experiment))
     for k, (name, rows) in enumerate(found.observations.items()):
         prefix = "monitor" if k == 0 else f"monitor-{k + 1}"
-        seen = observed(rows, prefix)
-        title = "Monitor" if len(found.observations) == 1 else f"Monitor, {name}"
+        is_alone = len(found.observations) == 1
+        title = "Monitor" if is_alone else f"Monitor, {name}"
+        seen = observed(rows, prefix, "" if is_alone and not found.runs else f", {name}")
         yield Section(prefix, title, seen.tiles, element("div", gallery(seen.charts), class_="course"))
         yield Section(f"{prefix}-flags", f"{title}: flags", seen.flags)
         if seen.layers:
