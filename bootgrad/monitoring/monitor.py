@@ -85,7 +85,7 @@ class Monitor:
         """Whether the coming step is watched."""
         return self.step % self.every == 0
 
-    def record(self, samples: Tensor | None = None) -> AbstractContextManager:
+    def record(self, samples: Tensor | None = None) -> AbstractContextManager[Any]:
         """A context for the step's forward pass: recorded if the step is watched, and else nothing at all.
 
         Args:
@@ -128,8 +128,7 @@ class Monitor:
         recording, self._recording = self._recording, None
         if recording is None:
             raise RecordingError(
-                f"step {self.step} is watched, and nothing was recorded of it: run the forward pass inside of "
-                "`with monitor.record():`"
+                f"nothing was recorded: run the forward pass inside `with monitor.record():`, for step {self.step} is watched"
             )
         check_ids(ids, losses.numel() if isinstance(losses, Tensor) else None)
         statistics = recording.backward(losses, reduction=reduction, scaler=scaler)
@@ -176,11 +175,11 @@ class Monitor:
         if errors:
             raise errors[0]
 
-    def __enter__(self):
+    def __enter__(self) -> "Monitor":
         """The monitor, whose writers are closed at the end."""
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         """As `close`."""
         self.close()
 

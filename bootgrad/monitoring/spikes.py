@@ -10,6 +10,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from .observation import Flag
 
@@ -57,10 +58,10 @@ class Spikes:
         usual = max(middle, statistics.median(past[-RECENT:]))
         return usual if log > usual + self.deviations * spread else None
 
-    def state_dict(self) -> list:
+    def state_dict(self) -> list[list[Any]]:
         """The past, to go on from."""
         return [[name, layer, list(past)] for (name, layer), past in self._past.items()]
 
-    def load_state_dict(self, state: list) -> None:
+    def load_state_dict(self, state: Iterable[Iterable[Any]]) -> None:
         """Go on from a `state_dict`."""
         self._past = {(name, layer): deque(map(float, past), WINDOW) for name, layer, past in state}

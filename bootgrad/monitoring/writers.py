@@ -9,7 +9,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from ..errors import DataError
 from .observation import Observation
@@ -181,7 +181,7 @@ def _open_to_append(path: Path) -> Any:
         raise DataError(f"{path} cannot be written ({error.strerror}): choose another file") from error
 
 
-def _end_of_lines(file: Any, end: int, piece: int = 1 << 16) -> int:
+def _end_of_lines(file: BinaryIO, end: int, piece: int = 1 << 16) -> int:
     """Where the last line ends that has an end."""
     while end > 0:
         begin = max(0, end - piece)

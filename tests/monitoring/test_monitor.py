@@ -260,7 +260,9 @@ def test_statistics_made_elsewhere_are_those_of_backward():
 def test_a_watched_step_that_was_not_recorded_is_an_error():
     model, (x, y) = network(), batch()
     monitor = Monitor(model, 2)
-    with pytest.raises(RecordingError, match="step 0 is watched, and nothing was recorded of it"):
+    with pytest.raises(
+        RecordingError, match="nothing was recorded: run the forward pass inside .*, for step 0 is watched"
+    ):
         monitor.backward(losses_of(model, x, y))
     step(monitor)
     with pytest.raises(ArgumentError, match="reduction must be"):

@@ -21,7 +21,7 @@ def html(text: str, name: str, picture: Callable[[str, str], Markup | None], lev
     return joined(_blocks(text.splitlines(), name, picture, level))
 
 
-def _blocks(lines: list[str], name: str, picture: Callable, level: int) -> Iterator[Markup]:
+def _blocks(lines: list[str], name: str, picture: Callable[[str, str], Markup | None], level: int) -> Iterator[Markup]:
     k = tables = 0
     heading = "Table"
     while k < len(lines):
