@@ -23,6 +23,7 @@ from .steps import (
     same_statistics,
     statistics_of_a_backward_pass,
     statistics_of_micro_batches,
+    statistics_of_some_parameters,
 )
 
 close = torch.testing.assert_close
@@ -31,6 +32,7 @@ close = torch.testing.assert_close
 def sharded_statistics(rank, size):
     statistics_of_a_backward_pass(rank, size, sharded)
     statistics_of_micro_batches(rank, size, sharded)
+    statistics_of_some_parameters(rank, size, sharded)
 
 
 def sharded_penalties(rank, size):
