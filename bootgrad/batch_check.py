@@ -22,8 +22,9 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
+from . import waiting
 from .errors import UnsupportedError, warn
-from .graph import Reach, is_capturing, powers_of_two, unlike
+from .graph import Reach, powers_of_two, unlike
 from .rules.base import Operation, Phase, norms_of_rows
 from .rules.samples import SAMPLES_ELSEWHERE, Reading, Samples
 from .scaling import Scaling, seeds
@@ -133,12 +134,12 @@ class BatchCheck:
         settled = self.state.choices.get(signature)
         self._take(settled or [0] * len(self.operations))
         is_open = settled is None and any(len(of_one) > 1 for of_one in self.readings)
-        if is_open and is_capturing():
+        if is_open and waiting.is_capturing():
             raise UnsupportedError(
                 "which rows are whose is not known, and cannot be found out while a graph of kernels is captured: take a step "
                 "before that"
             )
-        if self.recording.check == "never" or is_capturing() or self.recording.has_contributions:
+        if self.recording.check == "never" or waiting.is_capturing() or self.recording.has_contributions:
             return self._refuse_unreadable()
         count = self.state.uses.get(signature, 0) + 1
         if self.recording.check == "always" or is_open or _is_power_of_two(count) or self._may_vary():

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import graph
+from . import waiting
 from .centers import Center, as_center
 from .errors import ArgumentError
 from .methods.base import Directions, Gradients
@@ -73,7 +73,7 @@ def add_derivative(
 
 def move(centers: Centers, mean: Mapping[str, Tensor], held: Mapping[str, Directions | None], finite: Tensor) -> None:
     """Let the centers, whose present values are ``held``, take in ḡ where it is finite."""
-    at_once = graph.answers_at_once(finite)
+    at_once = waiting.answers_at_once(finite)
     if at_once and not finite:
         return
     values = {id(c): held[name] for name, c in centers.items()}

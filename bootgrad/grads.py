@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import graph
+from . import waiting
 
 _adding = threading.Lock()  # one model in two threads: a sum that the other has begun would be lost
 
@@ -18,7 +18,7 @@ def gated(grads: Sequence[Tensor | None], finite: Tensor | None, spoil: bool = F
 
     To ``spoil`` them is to put nan there, for a scaler to see.
     """
-    if finite is None or (graph.answers_at_once(finite) and finite):
+    if finite is None or (waiting.answers_at_once(finite) and finite):
         return list(grads)
     other = torch.nan if spoil else 0
     return [g if g is None or g.layout != torch.strided else torch.where(finite, g, other) for g in grads]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from . import waiting
 from .errors import ArgumentError, ArgumentTypeError, RecordingError, UnsupportedError
 from .rules.base import CHANGED, Operation
 from .rules.terms import total
@@ -181,15 +182,10 @@ def check_finite(losses: Tensor) -> Tensor | None:
 
     Nothing is checked, and nothing returned, while a graph of kernels is captured.
     """
-    if answers_at_once(losses):
+    if waiting.answers_at_once(losses):
         refuse_losses(losses)
         return None
-    return None if is_capturing() else torch.isfinite(losses.detach()).all()
-
-
-def answers_at_once(tensor: Tensor) -> bool:
-    """Whether a question about values does not have to wait for a device."""
-    return tensor.device.type == "cpu"
+    return None if waiting.is_capturing() else torch.isfinite(losses.detach()).all()
 
 
 def refuse_losses(losses: Tensor) -> None:
@@ -198,11 +194,6 @@ def refuse_losses(losses: Tensor) -> None:
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
         raise ArgumentError(f"losses are NaN or infinite at {len(bad)} of {losses.numel()} samples: {shown}")
-
-
-def is_capturing() -> bool:
-    """Whether kernels are captured into a CUDA graph now, so that nothing may be asked of the device."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def powers_of_two(batch_size: int, seed: int) -> Tensor:

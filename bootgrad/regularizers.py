@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import center_pairs, graph
+from . import center_pairs, waiting
 from .centers import BatchMean
 from .compiled import is_compiled
 from .distributed import guarded
@@ -268,7 +268,7 @@ class GradientRegularizer:
         method, fraction = self._method, self.fraction
         step = Step(self.model, parameters, method, fraction, penalties, scaling, plan, alone, self.batchnorm, ranks)
         runs_again = step.takes_two_sweeps or self._method.repeats
-        if plan.taken and (self._seed is not None or runs_again) and graph.is_capturing():
+        if plan.taken and (self._seed is not None or runs_again) and waiting.is_capturing():
             raise UnsupportedError(
                 "a captured graph of kernels would repeat the signs or samples of the step that it was captured from, and "
                 'cannot rewind random number generators for a second pass: take method="exact" and fraction=1 there'

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import graph
+from . import graph, waiting
 from .errors import ArgumentError, ArgumentTypeError
 
 Number = float | Tensor
@@ -78,7 +78,7 @@ class Scaling:
             raise ArgumentTypeError(f"scaler must be a torch.amp.GradScaler; got {type(scaler).__name__}")
         if scaler.is_enabled():
             factor = scaler.scale(torch.ones((), device=device))
-            self.factor = float(factor) if graph.answers_at_once(factor) else factor
+            self.factor = float(factor) if waiting.answers_at_once(factor) else factor
         if isinstance(self.factor, float) and not 0 < self.factor < math.inf:
             raise ArgumentError(
                 f"the scaler's factor is {self.factor}, where gradients that are not finite at any scale drive it: look for "
@@ -110,7 +110,7 @@ class Scaling:
         """As `graph.check_finite`; where a scaler skips steps nothing is raised, and the answer is there on CPUs, too."""
         if self.factor is None:
             return graph.check_finite(losses)
-        return None if graph.is_capturing() else torch.isfinite(losses.detach()).all()
+        return None if waiting.is_capturing() else torch.isfinite(losses.detach()).all()
 
 
 def narrowest(dtypes: Iterable[torch.dtype]) -> torch.dtype | None:

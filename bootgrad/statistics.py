@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import graph
+from . import graph, waiting
 from .compiled import compiling_for, refuse_compiled
 from .distributed import guarded
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
@@ -333,7 +333,7 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
         grads, norms = self._first_order(losses, reach, seeds(losses, a), scaled, retain_graph or uniform is None)
         by_name = dict(zip(reach.parameters, grads, strict=False))
         # Zeros have no part in a norm; a single sample's gradient may come past the record, too.
-        if centers is None and self.batch_size > 1 and graph.answers_at_once(losses):
+        if centers is None and self.batch_size > 1 and waiting.answers_at_once(losses):
             by_name |= {name: by_name[name].index_select(0, rows) for name, rows in self._few_rows(reach).items()}
         ratio = 1 / losses.numel()
         statistics = summarized(self.parameters, by_name, norms, losses, a, ratio, scaled, self.scaling, reach.finite)
@@ -552,7 +552,7 @@ def _weights(reduction: str | Tensor, losses: Tensor) -> tuple[Tensor, float | N
         if reduction.shape != (B,):
             raise ArgumentError(f"weights must have shape ({B},), one per loss; got {tuple(reduction.shape)}")
         weights = reduction.detach().to(losses).clone()
-        if not graph.answers_at_once(losses):
+        if not waiting.answers_at_once(losses):
             return weights, None
         if not torch.isfinite(weights).all():
             raise ArgumentError("weights must be finite; got NaN or infinity")

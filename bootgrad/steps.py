@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import graph
+from . import waiting
 from .distributed import Ranks, Rounds
 from .errors import ArgumentError
 from .methods.base import Forward, Gradients, Method, Penalties, Whole
@@ -275,7 +275,7 @@ class Step:
             notes.insert(
                 len(self.plan.notes), f"the penalties were taken on {self._subset} of {losses.numel()} samples"
             )
-        if finite is not None and graph.answers_at_once(finite) and not finite:
+        if finite is not None and waiting.answers_at_once(finite) and not finite:
             skipped = ", and the scaler skips the step" if self.scaling.skips else ""
             notes.append(f"the centers were left alone: the gradient is not finite{skipped}")
         return Report(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import graph
+from . import waiting
 from .center_pairs import PENALTIES, Centers
 from .centers import BatchMean
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
@@ -95,7 +95,7 @@ class Strengths:
             ArgumentError: a λ that is negative or not finite.
             UnsupportedError: rules, while a graph of kernels is captured.
         """
-        if self._rules and graph.is_capturing():
+        if self._rules and waiting.is_capturing():
             raise UnsupportedError(
                 "a captured graph of kernels would repeat the λ of the step that it was captured from, and its rule would see "
                 "none of the others: give λ as a number there"

@@ -565,7 +565,7 @@ def test_what_is_refused():
 
 def test_a_captured_graph_takes_no_second_sweep(monkeypatch):
     model, x, y = data(B=6)
-    monkeypatch.setattr("bootgrad.graph.is_capturing", lambda: True)
+    monkeypatch.setattr("bootgrad.waiting.is_capturing", lambda: True)
     with pytest.raises(bootgrad.BootgradError, match="a captured graph of kernels would repeat"):
         accumulated(regularizer(model, "zero"), losses_of(model), [3, 3], x, y)
 
@@ -604,7 +604,7 @@ def test_micro_batches_with_a_scaler(center):
 
 
 def test_nobody_waits_but_for_the_comparison_of_two_sweeps(monkeypatch):
-    monkeypatch.setattr("bootgrad.graph.answers_at_once", lambda tensor: False)
+    monkeypatch.setattr("bootgrad.waiting.answers_at_once", lambda tensor: False)
     asked = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

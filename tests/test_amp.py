@@ -186,7 +186,7 @@ def test_steps_with_a_scaler_are_those_without(method, center, dtype):
 def test_penalties_that_vanish_in_float16_are_kept_by_a_scaler(options, waits, monkeypatch):
     """Of losses of 1e-7 the backward pass is zero in float16; scaled, the penalty's gradient is within 2e-2 of float32's."""
     if not waits:  # as on an accelerator
-        monkeypatch.setattr("bootgrad.graph.answers_at_once", lambda tensor: False)
+        monkeypatch.setattr("bootgrad.waiting.answers_at_once", lambda tensor: False)
     model, x, y = setting()
     strengths = {"reg1": 3e6, "reg2": 3e6} | options
     expected, full = penalty_gradient(model, losses_of(model, factor=1e-7), x, y, **strengths)
@@ -212,7 +212,7 @@ def test_penalties_that_vanish_in_float16_are_kept_by_a_scaler(options, waits, m
 def test_what_overflows_in_the_second_pass_answers_to_the_scaler(center, waits, monkeypatch):
     """The cotangents that a strong penalty sends back are beyond float16 at first; lower factors bring them into it."""
     if not waits:
-        monkeypatch.setattr("bootgrad.graph.answers_at_once", lambda tensor: False)
+        monkeypatch.setattr("bootgrad.waiting.answers_at_once", lambda tensor: False)
     model, x, y = setting()
     strengths = {"reg1": 3e3, "reg2": 0.0, "center": center}
     expected, _ = penalty_gradient(model, losses_of(model), x, y, **strengths)
@@ -292,7 +292,7 @@ def test_only_the_forward_pass_is_cast():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_that_the_scaler_skips_poisons_nothing(method, failure, waits, monkeypatch):
     if not waits:  # as on an accelerator
-        monkeypatch.setattr("bootgrad.graph.answers_at_once", lambda tensor: False)
+        monkeypatch.setattr("bootgrad.waiting.answers_at_once", lambda tensor: False)
     options = METHODS[method] | ({"epsilon": 0.02} if "differences" in method else {})
     model, x, y = setting()
     scaler, optimizer = make_scaler(), torch.optim.SGD(model.parameters(), lr=0.1)
@@ -356,7 +356,7 @@ def test_statistics_of_losses_that_the_scaler_skips():
 
 
 def test_nobody_waits_for_the_factor(monkeypatch):
-    monkeypatch.setattr("bootgrad.graph.answers_at_once", lambda tensor: False)
+    monkeypatch.setattr("bootgrad.waiting.answers_at_once", lambda tensor: False)
     asked = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -28,7 +28,7 @@ LAYERS = (
     ("kernels",),
     ("planning", "costs", "plan_tables"),
     ("distributed",),
-    ("ops.schema", "errors", "reference", "heap", "noise_scale", "intervals", "modes"),
+    ("ops.schema", "errors", "reference", "heap", "noise_scale", "intervals", "modes", "waiting"),
 )
 ABOVE_ALL = {"bootgrad", "bootgrad.__main__"}
 USERS = set(LAYERS[0])  # of the public names: only they, too, import from bootgrad itself

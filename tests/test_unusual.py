@@ -932,7 +932,7 @@ def test_autocast_holds_where_calls_are_run_again(layer):
 @pytest.fixture
 def slow_answers(monkeypatch):
     """As on an accelerator, nothing is asked about values in a step."""
-    monkeypatch.setattr("bootgrad.graph.answers_at_once", lambda tensor: False)
+    monkeypatch.setattr("bootgrad.waiting.answers_at_once", lambda tensor: False)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "weights"])

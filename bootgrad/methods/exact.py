@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import graph
+from .. import graph, waiting
 from ..errors import UnsupportedError
 from ..ops.product import Mask, Visit
 from ..penalties import total_sq_distance, total_sq_norm
@@ -137,7 +137,7 @@ class _Penalty:
         self.tells_reg1 = bool(a and not b)
         self._about_own_mean = self.tells_reg1 and c1 is None and whole.alone
         # Layer by layer Γ is told from the distance, where there is one and a question does not stop a device.
-        self._at_once = graph.answers_at_once(next(iter(G.parameters.values())))
+        self._at_once = waiting.answers_at_once(next(iter(G.parameters.values())))
         self._tells_apart = (
             penalties.statistics and not (self._about_own_mean or self._directions.is_zero) and self._at_once
         )

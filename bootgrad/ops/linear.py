@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import planning
+from .. import planning, waiting
 from ..errors import ArgumentError
 from . import product
 from .product import LayerStatistics, Mask, Product, VisitResult, per_sample
@@ -212,11 +212,11 @@ def _about(s: Tensor, x: Tensor, gy: Tensor, center: Tensor, cx: Tensor) -> Tens
     """‖G_i − c‖² of G_i = gy_i x_iᵀ from s_i = ‖G_i‖² and c x_i (B, O); x (B, I), gy (B, O), and the center as (I, O).
 
     s − 2 ⟨gy, c x⟩ + ‖c‖² is a small difference of large terms where samples agree with c. `_about_means` is taken where it has
-    smaller ones: on a CPU only if some sample has lost digits, on accelerators, which are not waited for, always.
+    smaller ones: only if some sample has lost digits, and always on accelerators, which are not waited for.
     """
     large = s + center.square().sum()
     direct = (large - 2 * (gy * cx).sum(1)).clamp_(min=0)
-    if x.device.type == "cpu" and not bool((direct < large / 64).any()):
+    if waiting.answers_at_once(x) and not bool((direct < large / 64).any()):
         return direct
     parts, about_means = _about_means(x, gy, center, cx)
     return torch.where(parts < large, about_means, direct)

@@ -90,7 +90,7 @@ def test_a_step_that_fails_in_its_second_pass_changes_nothing(method, failure):
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_not_finite_leaves_all_alone_where_nobody_waits(method, monkeypatch):
     """As on an accelerator; no step asks for a number there, and the report raises when it is read."""
-    monkeypatch.setattr("bootgrad.graph.answers_at_once", lambda tensor: False)
+    monkeypatch.setattr("bootgrad.waiting.answers_at_once", lambda tensor: False)
     asked = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -118,7 +118,7 @@ def test_what_is_not_finite_leaves_all_alone_where_nobody_waits(method, monkeypa
 
 def test_a_captured_graph_would_repeat_what_was_drawn(monkeypatch):
     model, x, y = data(B=6)
-    monkeypatch.setattr("bootgrad.graph.is_capturing", lambda: True)
+    monkeypatch.setattr("bootgrad.waiting.is_capturing", lambda: True)
     for options in ({"fraction": 0.5}, {"method": "random_signs"}, {"method": "finite_difference"}):
         with pytest.raises(bootgrad.BootgradError, match="a captured graph of kernels would repeat"):
             regularizer(model, "zero", **options).backward(losses_of(model), x, y)

@@ -337,7 +337,7 @@ def test_a_report_tells_the_rules_strengths():
 def test_a_captured_graph_is_refused(monkeypatch):
     model, x, y = data(B=6)
     reg = regularizer(model, "zero", reg1=Share(), reg2=0.0)
-    monkeypatch.setattr("bootgrad.graph.is_capturing", lambda: True)
+    monkeypatch.setattr("bootgrad.waiting.is_capturing", lambda: True)
     with pytest.raises(bootgrad.BootgradError, match="give λ as a number there"):
         reg.backward(losses_of(model), x, y)
 
