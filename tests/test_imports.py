@@ -44,6 +44,7 @@ THIRD_PARTY = (
     ("intervals", set()),
     ("cli", {"torch", "numpy", "tqdm", "matplotlib"}),
     ("experiments", {"torch", "numpy", "tqdm", "matplotlib"}),
+    ("integrations", {"torch", "accelerate", "lightning", "peft", "skorch", "transformers"}),
     ("training", {"torch", "numpy", "tqdm", "matplotlib", "sklearn", "torchvision"}),
     ("", {"torch"}),
 )

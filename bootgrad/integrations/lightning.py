@@ -1,0 +1,181 @@
+"""Penalties and statistics under PyTorch Lightning's automatic optimization, as callbacks.
+
+    class Network(L.LightningModule):
+        def training_step(self, batch, batch_idx):
+            return bootgrad.integrations.lightning.loss(self, self.losses, *batch)    # losses(x, y) gives (B,)
+
+    L.Trainer(callbacks=[Penalties(reg1=0.01, center="ema")])
+
+A module says what its samples' losses are, and a run's callbacks what becomes of them; without any the loss is their mean.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, RecordingError, UnsupportedError
+from ..penalties import Report
+from ..regularizers import GradientRegularizer
+from .loops import Loop, numbers_of
+from .required import missing
+
+try:
+    import lightning.pytorch as L
+except ModuleNotFoundError as error:
+    raise missing("lightning", error) from None
+
+_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+_PRECISIONS = ("Precision", "DoublePrecision", "HalfPrecision", "MixedPrecision")
+
+
+def loss(module: Any, losses: Callable[..., Tensor], *batch: Any) -> Tensor:
+    """The loss to return from ``training_step``: the mean of the samples' losses, with what the run's callbacks do with them.
+
+    In validation, without our callbacks, and without a trainer it is nothing else than that mean.
+
+    Args:
+        module: the LightningModule.
+        losses: a function of ``batch`` that gives one loss per sample, (B,), such as a method of the module. A penalty may run it
+            again, so that ``self.log`` belongs outside of it.
+        batch: what it is called with.
+
+    Raises:
+        ArgumentError: two `Penalties` in one run.
+        As `bootgrad.GradientRegularizer.backward`.
+    """
+    trainer = None if module._trainer is None else module.trainer
+    if trainer is not None and trainer.training and torch.is_grad_enabled():
+        ours = [callback for callback in trainer.callbacks if isinstance(callback, Penalties)]
+        if len(ours) > 1:
+            raise ArgumentError(
+                f"a run has one Penalties callback; got {len(ours)}: give one all of λ₁, λ₂ and centers"
+            )
+        if ours:
+            return ours[0]._loss(trainer, losses, batch)
+    return losses(*batch).mean()
+
+
+class Penalties(L.Callback):
+    """Trains with λ₁ Reg1 + λ₂ Reg2, by a `bootgrad.GradientRegularizer`.
+
+    Batches that ``accumulate_grad_batches`` puts together are one batch, in which each sample counts once: penalties, centers
+    and ``.grad`` are those of the whole, clipping and optimizers see the gradient with its penalties, and checkpoints hold what
+    a resumed run goes on from.
+
+    Args:
+        log: whether loss, Reg1, Reg2, Γ, ‖ḡ‖², the noise scale and λ are logged at each step, as ``bootgrad/…``.
+        options: of `bootgrad.GradientRegularizer`.
+
+    Raises, in ``fit``:
+        UnsupportedError: manual optimization, a compiled LightningModule, or a strategy or precision that is not known here.
+        RecordingError: ``training_step`` returns another loss than `loss` makes.
+    """
+
+    def __init__(self, *, log: bool = True, **options: Any):
+        """Keep the options; the model is there when the training begins."""
+        self._log, self._options = log, options
+        self._loop: Loop | None = None
+        self._state: dict[str, Any] | None = None  # of a checkpoint, until there is a model
+        self._batch_index = 0
+        self._made = self._stepped = False  # a loss in this batch; a gradient since the last step
+
+    @property
+    def regularizer(self) -> GradientRegularizer | None:
+        """What the steps are taken with, from the beginning of the training on."""
+        return None if self._loop is None else self._loop.regularizer
+
+    @property
+    def report(self) -> Report | None:
+        """Of the last step."""
+        return None if self._loop is None else self._loop.report
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make the regularizer, of the model as the strategy has wrapped it."""
+        check_run(trainer, pl_module)
+        model: nn.Module = trainer.strategy.model
+        if self._loop is None or self._loop.regularizer.model is not model:
+            self._loop = Loop(GradientRegularizer(model, **self._options))
+        self._loop.drop()
+        if self._state is not None:
+            self._loop.load_state_dict(self._state)
+            self._state = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Note which one it is."""
+        self._batch_index, self._made = batch_idx, False
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        """See whether the loss is ours."""
+        if not self._made:
+            raise RecordingError(
+                "training_step returned a loss that the penalties have no part in: return "
+                "bootgrad.integrations.lightning.loss(self, losses, *batch)"
+            )
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """See whether there was a step of ours for this one."""
+        assert self._loop is not None
+        if self._made and (self._loop.is_open or not self._stepped):
+            self._loop.drop()
+            raise RecordingError(
+                "the optimizer is to step, and the micro-batches of its batch have no gradient yet: the loss that "
+                "training_step returned does not lead back to bootgrad.integrations.lightning.loss, or was detached"
+            )
+        self._stepped = False
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the step that ended with this batch."""
+        assert self._loop is not None
+        if self._log and self._loop.report is not None and not self._loop.is_open:
+            self.log_dict(numbers_of(self._loop.report), batch_size=self._loop.report.batch_size)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Let go of a batch of which a part was missing."""
+        if self._loop is not None:
+            self._loop.drop()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The same."""
+        self.on_train_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the regularizer."""
+        return (self._state or {}) if self._loop is None else self._loop.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it until the training begins."""
+        self._state = state_dict
+
+    def _loss(self, trainer: Any, losses: Callable[..., Tensor], batch: tuple) -> Tensor:
+        assert self._loop is not None
+        n = trainer.accumulate_grad_batches
+        index = self._batch_index + 1
+        last = index % n == 0 or index >= trainer.num_training_batches or trainer.is_last_batch
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._made, self._stepped = True, last
+        return self._loop.loss(losses, *batch, last=last, divisor=n, scaler=scaler)
+
+
+def check_run(trainer: Any, module: Any) -> None:
+    """Raise where a run is not trained as is known here."""
+    if not module.automatic_optimization:
+        raise UnsupportedError(
+            "the module optimizes by hand: there call a GradientRegularizer of its own, reg.backward(losses, *batch), in place "
+            "of self.manual_backward(loss)"
+        )
+    if getattr(module, "_compiler_ctx", None) is not None:
+        raise UnsupportedError(
+            "the LightningModule is compiled as a whole, with its training_step: compile the network inside of it, "
+            "self.network = torch.compile(network)"
+        )
+    for what, plugin, known in (
+        ("strategy", trainer.strategy, _STRATEGIES),
+        ("precision", trainer.precision_plugin, _PRECISIONS),
+    ):
+        if type(plugin).__name__ not in known:
+            raise UnsupportedError(
+                f"the {what} {type(plugin).__name__} does more to a backward pass than is known here: take one of "
+                f"{', '.join(known)}"
+            )

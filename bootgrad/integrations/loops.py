@@ -1,0 +1,193 @@
+"""Penalties and statistics in a loop that calls ``loss.backward()`` itself: a scalar loss whose backward pass is theirs.
+
+Frameworks take one number from the user's step, divide it for gradient accumulation, scale it for half precision, and call its
+``backward``. The number made here is the mean loss. Behind it is no graph of the model but one node, at which the step is done:
+``.grad`` then receives what it would from a mean loss with penalties in it, in time for clipping and the optimizer.
+
+    value = share · (1/b) Σ_i ℓ_i        ∂value arrives as S/n: a scaler's factor by what the framework divides by
+
+Micro-batches of one optimizer step are one batch, a block of `GradientRegularizer.accumulate` that opens at the first of them
+and ends in the backward pass of the last. What arrives otherwise than as S/n would be a weight that the penalties do not know
+of, and is an error.
+
+Letters: ``b`` samples of a micro-batch, ``n`` the divisor of gradient accumulation, ``S`` the factor of a GradScaler.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import ArgumentError, ArgumentTypeError, RecordingError
+from ..penalties import Report
+from ..regularizers import Accumulation, GradientRegularizer
+
+
+class Loop:
+    """A `GradientRegularizer` in somebody else's loop.
+
+    Args:
+        regularizer: what the steps are taken with.
+
+    Attributes:
+        report: of the last step, None before the first.
+        steps: taken here.
+    """
+
+    def __init__(self, regularizer: GradientRegularizer):
+        """Nothing is open yet."""
+        self.regularizer = regularizer
+        self.report: Report | None = None
+        self.steps = 0
+        self._block: Accumulation | None = None
+        self._awaited: object | None = None  # stands for a loss whose backward pass is still to come
+
+    @property
+    def is_open(self) -> bool:
+        """Whether micro-batches have come of which no step was made yet."""
+        return self._block is not None
+
+    def loss(
+        self,
+        losses: Callable[..., Tensor],
+        *batch: Any,
+        last: bool = True,
+        divisor: float = 1.0,
+        scaler: Any = None,
+        share: Callable[[int], float] = lambda b: 1.0,
+    ) -> Tensor:
+        """The mean loss of a micro-batch, (), for a framework to call ``backward`` of.
+
+        Args:
+            losses: a function of ``batch`` that gives (b,); it is run under the autocast of now.
+            batch: what it is called with.
+            last: whether the optimizer steps after this one.
+            divisor: n, what the framework divides the loss by.
+            scaler: the framework's `torch.amp.GradScaler`, or None.
+            share: of b, what the value is multiplied by where frameworks add micro-batches up.
+
+        Raises:
+            As `GradientRegularizer.backward`; the block of micro-batches is dropped then.
+        """
+        if not callable(losses):
+            raise ArgumentTypeError(
+                "losses must be a function of the batch that gives one loss per sample, which a penalty may have to run more "
+                f"than once; got {type(losses).__name__}"
+            )
+        if self._awaited is not None:
+            self.drop()
+            raise RecordingError(
+                "the backward pass of the loss before was not taken, and its gradient is missing: return that loss, or call "
+                "its backward"
+            )
+        if scaler is not None and not scaler.is_enabled():
+            scaler = None
+        try:
+            with _synchronized(self.regularizer.model):
+                if self._block is None:
+                    block = self.regularizer.accumulate(1 if last else None, scaler)
+                    self._block = block.__enter__()
+                report = self.regularizer.backward(losses, *batch)
+        except BaseException as error:
+            self.drop(error)
+            raise
+        expected = (1.0 if scaler is None else scaler.get_scale()) / divisor
+        self._awaited = token = object()
+
+        def arrived(factor: float) -> None:
+            if self._awaited is not token:
+                raise RecordingError(
+                    "this loss was dropped, with the micro-batches that it belongs to: compute it anew"
+                )
+            self._awaited = None
+            if abs(factor - expected) > 1e-3 * expected:
+                self.drop()
+                raise ArgumentError(
+                    f"the loss must reach its backward pass as it is; it was multiplied by {factor / expected:g} on the way: "
+                    "weigh the losses of the samples, in the function that computes them"
+                )
+            if last:
+                self._finish()
+
+        return loss_with(report.loss * share(report.batch_size), arrived)
+
+    def drop(self, error: BaseException | None = None) -> None:
+        """Let go of what is open; ``.grad``, centers and the step are as before it."""
+        block, self._block, self._awaited = self._block, None, None
+        if block is not None:
+            error = error or RecordingError("the micro-batches were dropped")
+            block.__exit__(type(error), error, None)
+
+    def _finish(self) -> None:
+        block, self._block = self._block, None
+        assert block is not None
+        block.__exit__(None, None, None)
+        self.report, self.steps = block.report, self.steps + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the regularizer."""
+        return self.regularizer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`; what is open is dropped."""
+        self.drop()
+        self.regularizer.load_state_dict(state)
+
+
+def loss_with(value: Tensor, arrived: Callable[[float], None]) -> Tensor:
+    """A scalar of the value of ``value``, of whose ``backward`` is made ``arrived(factor)``, once.
+
+    The node is the CPU's whatever the device of the value, so that it runs in the thread that called ``backward``.
+    """
+    zero = _Arrival.apply(torch.zeros((), dtype=value.dtype, requires_grad=True), arrived)
+    return value.detach() + zero
+
+
+@contextmanager
+def _synchronized(model: nn.Module) -> Iterator[None]:
+    """Out of the ``no_sync()`` that frameworks put around all but the last micro-batch: a block holds gradients back itself."""
+    if not isinstance(model, DistributedDataParallel):
+        yield
+        return
+    before, model.require_backward_grad_sync = model.require_backward_grad_sync, True
+    try:
+        yield
+    finally:
+        model.require_backward_grad_sync = before
+
+
+class _Arrival(torch.autograd.Function):
+    """Zero, with a function to be called when its gradient comes."""
+
+    @staticmethod
+    def forward(ctx, anchor, arrived):
+        """0."""
+        ctx.arrived = arrived
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Tell of the factor; nothing is passed on."""
+        arrived, ctx.arrived = ctx.arrived, None
+        if arrived is None:
+            raise RecordingError("the backward pass of this loss was taken already: compute the loss anew")
+        with torch.enable_grad():
+            arrived(float(gradient))
+        return None, None
+
+
+def numbers_of(report: Report) -> dict[str, Tensor]:
+    """What a step saw, under the names to log it by; what it did not see is left out."""
+    found = {
+        "loss": report.loss,
+        "reg1": report.reg1,
+        "reg2": report.reg2,
+        "covariance_trace": report.covariance_trace,
+        "sq_mean_norm": report.sq_mean_norm,
+        "noise_scale": report.covariance_trace / report.sq_mean_norm,
+    }
+    found |= {f"strength/{name}": torch.as_tensor(value) for name, value in report.strengths.items()}
+    return {f"bootgrad/{name}": value for name, value in found.items() if value is not None}
