@@ -9,15 +9,15 @@
 A module says what its samples' losses are, and a run's callbacks what becomes of them; without any the loss is their mean.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import GradientRegularizer, Report
 from ..errors import ArgumentError, RecordingError, UnsupportedError
-from ..penalties import Report
-from ..regularizers import GradientRegularizer
+from ..monitoring import Monitor, Observation
 from .loops import Loop, numbers_of
 from .required import missing
 
@@ -37,66 +37,40 @@ def loss(module: Any, losses: Callable[..., Tensor], *batch: Any) -> Tensor:
 
     Args:
         module: the LightningModule.
-        losses: a function of ``batch`` that gives one loss per sample, (B,), such as a method of the module. A penalty may run it
-            again, so that ``self.log`` belongs outside of it.
+        losses: a function of ``batch`` that gives one loss per sample, (B,), such as a method of the module. A penalty may run
+            it again, so that ``self.log`` belongs outside of it.
         batch: what it is called with.
 
     Raises:
-        ArgumentError: two `Penalties` in one run.
-        As `bootgrad.GradientRegularizer.backward`.
+        ArgumentError: two callbacks of one kind in one run.
+        Others: as `bootgrad.GradientRegularizer.backward`.
     """
     trainer = None if module._trainer is None else module.trainer
-    if trainer is not None and trainer.training and torch.is_grad_enabled():
-        ours = [callback for callback in trainer.callbacks if isinstance(callback, Penalties)]
-        if len(ours) > 1:
-            raise ArgumentError(
-                f"a run has one Penalties callback; got {len(ours)}: give one all of λ₁, λ₂ and centers"
-            )
-        if ours:
-            return ours[0]._loss(trainer, losses, batch)
+    if trainer is None or not trainer.training or not torch.is_grad_enabled():
+        return losses(*batch).mean()
+    penalties, statistics = _only(Penalties, trainer), _only(Statistics, trainer)
+    if penalties is not None and penalties._loop is not None:
+        penalties._loop.monitor = None if statistics is None else statistics.monitor
+        return penalties._loss(trainer, losses, batch)
+    if statistics is not None:
+        return statistics._loss(trainer, losses, batch)
     return losses(*batch).mean()
 
 
-class Penalties(L.Callback):
-    """Trains with λ₁ Reg1 + λ₂ Reg2, by a `bootgrad.GradientRegularizer`.
+class _Callback(L.Callback):
+    """What both callbacks do: they make a loop when the training begins, and go on from a checkpoint's state."""
 
-    Batches that ``accumulate_grad_batches`` puts together are one batch, in which each sample counts once: penalties, centers
-    and ``.grad`` are those of the whole, clipping and optimizers see the gradient with its penalties, and checkpoints hold what
-    a resumed run goes on from.
-
-    Args:
-        log: whether loss, Reg1, Reg2, Γ, ‖ḡ‖², the noise scale and λ are logged at each step, as ``bootgrad/…``.
-        options: of `bootgrad.GradientRegularizer`.
-
-    Raises, in ``fit``:
-        UnsupportedError: manual optimization, a compiled LightningModule, or a strategy or precision that is not known here.
-        RecordingError: ``training_step`` returns another loss than `loss` makes.
-    """
-
-    def __init__(self, *, log: bool = True, **options: Any):
-        """Keep the options; the model is there when the training begins."""
-        self._log, self._options = log, options
+    def __init__(self):
         self._loop: Loop | None = None
         self._state: dict[str, Any] | None = None  # of a checkpoint, until there is a model
         self._batch_index = 0
-        self._made = self._stepped = False  # a loss in this batch; a gradient since the last step
-
-    @property
-    def regularizer(self) -> GradientRegularizer | None:
-        """What the steps are taken with, from the beginning of the training on."""
-        return None if self._loop is None else self._loop.regularizer
-
-    @property
-    def report(self) -> Report | None:
-        """Of the last step."""
-        return None if self._loop is None else self._loop.report
+        self._made = self._stepped = False  # a loss in this batch; the last of a step
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make the regularizer, of the model as the strategy has wrapped it."""
+        """Begin, with the model as the strategy has wrapped it."""
         check_run(trainer, pl_module)
-        model: nn.Module = trainer.strategy.model
-        if self._loop is None or self._loop.regularizer.model is not model:
-            self._loop = Loop(GradientRegularizer(model, **self._options))
+        if self._loop is None or not self._is_of(self._loop, trainer.strategy.model):
+            self._loop = self._loop_of(trainer.strategy.model)
         self._loop.drop()
         if self._state is not None:
             self._loop.load_state_dict(self._state)
@@ -108,11 +82,78 @@ class Penalties(L.Callback):
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """See whether the loss is ours."""
-        if not self._made:
+        if not self._made and not self._is_fed_by_other(trainer):
             raise RecordingError(
-                "training_step returned a loss that the penalties have no part in: return "
+                f"training_step returned a loss that the {type(self).__name__} callback has no part in: return "
                 "bootgrad.integrations.lightning.loss(self, losses, *batch)"
             )
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Let go of a batch of which a part was missing."""
+        if self._loop is not None:
+            self._loop.drop()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The same."""
+        self.on_train_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return (self._state or {}) if self._loop is None else self._loop.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it until the training begins."""
+        self._state = state_dict
+
+    def _loss(self, trainer: Any, losses: Callable[..., Tensor], batch: tuple) -> Tensor:
+        assert self._loop is not None
+        n = trainer.accumulate_grad_batches
+        index = self._batch_index + 1
+        last = index % n == 0 or index >= trainer.num_training_batches or trainer.is_last_batch
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._made, self._stepped = True, last
+        return self._loop.loss(losses, *batch, last=last, divisor=n, scaler=scaler)
+
+    def _loop_of(self, model: nn.Module) -> Loop:
+        raise NotImplementedError
+
+    def _is_of(self, loop: Loop, model: nn.Module) -> bool:
+        raise NotImplementedError
+
+    def _is_fed_by_other(self, trainer: Any) -> bool:
+        return False
+
+
+class Penalties(_Callback):
+    """Trains with λ₁ Reg1 + λ₂ Reg2, by a `bootgrad.GradientRegularizer`.
+
+    Batches that ``accumulate_grad_batches`` puts together are one batch, in which each sample counts once: penalties, centers
+    and ``.grad`` are those of the whole, clipping and optimizers see the gradient with its penalties, and checkpoints hold what
+    a resumed run goes on from.
+
+    Args:
+        log: whether loss, Reg1, Reg2, Γ, ‖ḡ‖² and λ are logged at each step, as ``bootgrad/…``.
+        options: of `bootgrad.GradientRegularizer`.
+
+    Raises, in ``fit``:
+        UnsupportedError: manual optimization, a compiled LightningModule, or a strategy or precision that is not known here.
+        RecordingError: ``training_step`` returns another loss than `loss` makes.
+    """
+
+    def __init__(self, *, log: bool = True, **options: Any):
+        """Keep the options; the model is there when the training begins."""
+        super().__init__()
+        self.log_steps, self._options = log, options
+
+    @property
+    def regularizer(self) -> GradientRegularizer | None:
+        """What the steps are taken with, from the beginning of the training on."""
+        return None if self._loop is None else self._loop.regularizer
+
+    @property
+    def report(self) -> Report | None:
+        """Of the last step."""
+        return None if self._loop is None else self._loop.report
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """See whether there was a step of ours for this one."""
@@ -128,34 +169,79 @@ class Penalties(L.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the step that ended with this batch."""
         assert self._loop is not None
-        if self._log and self._loop.report is not None and not self._loop.is_open:
-            self.log_dict(numbers_of(self._loop.report), batch_size=self._loop.report.batch_size)
+        report = self._loop.report
+        if self.log_steps and report is not None and not self._loop.is_open:
+            pl_module.log_dict(numbers_of(report), batch_size=report.batch_size)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Let go of a batch of which a part was missing."""
-        if self._loop is not None:
-            self._loop.drop()
+    def _loop_of(self, model: nn.Module) -> Loop:
+        return Loop(GradientRegularizer(model, **self._options))
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """The same."""
-        self.on_train_end(trainer, pl_module)
+    def _is_of(self, loop: Loop, model: nn.Module) -> bool:
+        return loop.regularizer is not None and loop.regularizer.model is model
 
-    def state_dict(self) -> dict[str, Any]:
-        """Of the regularizer."""
-        return (self._state or {}) if self._loop is None else self._loop.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep it until the training begins."""
-        self._state = state_dict
+class Statistics(_Callback):
+    """Watches every k-th step by a `bootgrad.monitoring.Monitor`, and logs what it tells: Γ, noise scale, layers, outliers.
 
-    def _loss(self, trainer: Any, losses: Callable[..., Tensor], batch: tuple) -> Tensor:
-        assert self._loop is not None
-        n = trainer.accumulate_grad_batches
-        index = self._batch_index + 1
-        last = index % n == 0 or index >= trainer.num_training_batches or trainer.is_last_batch
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._made, self._stepped = True, last
-        return self._loop.loss(losses, *batch, last=last, divisor=n, scaler=scaler)
+    The training stays what it is. Of batches that ``accumulate_grad_batches`` puts together the last one is watched, as a batch
+    of its own; beside `Penalties`, which measure the whole, their reports are.
+
+    Args:
+        every: k, in optimizer steps.
+        options: of `bootgrad.monitoring.Monitor`, such as ``layers`` and ``writers``; these are closed when the run ends.
+
+    Raises, in ``fit``:
+        As `Penalties`.
+    """
+
+    def __init__(self, every: int = 50, **options: Any):
+        """Keep the options; the model is there when the training begins."""
+        super().__init__()
+        self._options = {"every": every, **options}
+        self._logged: Observation | None = None
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """What watches, from the beginning of the training on."""
+        return None if self._loop is None else self._loop.monitor
+
+    @property
+    def last(self) -> Observation | None:
+        """The last observation."""
+        return None if self.monitor is None else self.monitor.last
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log what this batch has told, but for what `Penalties` log."""
+        seen = self.last
+        if seen is None or seen is self._logged:
+            return
+        self._logged, penalties = seen, _only(Penalties, trainer)
+        told: Mapping[str, Any] = {}
+        if penalties is not None and penalties.log_steps and penalties.report is not None:
+            told = numbers_of(penalties.report)
+        numbers = {name: value for name, value in seen.scalars().items() if name not in told}
+        pl_module.log_dict(numbers, batch_size=seen.batch_size)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Close the writers."""
+        if self.monitor is not None:
+            self.monitor.close()
+
+    def _loop_of(self, model: nn.Module) -> Loop:
+        return Loop(monitor=Monitor(model, **self._options))
+
+    def _is_of(self, loop: Loop, model: nn.Module) -> bool:
+        return loop.monitor is not None and loop.monitor.model is model
+
+    def _is_fed_by_other(self, trainer: Any) -> bool:
+        return _only(Penalties, trainer) is not None
+
+
+def _only(kind: type, trainer: Any) -> Any:
+    found = [callback for callback in trainer.callbacks if isinstance(callback, kind)]
+    if len(found) > 1:
+        raise ArgumentError(f"a run has one {kind.__name__} callback; got {len(found)}: put all of it into one")
+    return found[0] if found else None
 
 
 def check_run(trainer: Any, module: Any) -> None:

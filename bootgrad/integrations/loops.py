@@ -8,7 +8,7 @@ Frameworks take one number from the user's step, divide it for gradient accumula
 
 Micro-batches of one optimizer step are one batch, a block of `GradientRegularizer.accumulate` that opens at the first of them
 and ends in the backward pass of the last. What arrives otherwise than as S/n would be a weight that the penalties do not know
-of, and is an error.
+of, and is an error. Statistics alone change no gradient: what arrives is followed, and of a step the last micro-batch watched.
 
 Letters: ``b`` samples of a micro-batch, ``n`` the divisor of gradient accumulation, ``S`` the factor of a GradScaler.
 """
@@ -21,25 +21,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import GradientRegularizer, Report
 from ..errors import ArgumentError, ArgumentTypeError, RecordingError
-from ..penalties import Report
-from ..regularizers import Accumulation, GradientRegularizer
+from ..monitoring import Monitor
+from ..regularizers import Accumulation
+from ..wrappers import ranks_of
 
 
 class Loop:
-    """A `GradientRegularizer` in somebody else's loop.
+    """A `GradientRegularizer`, a `Monitor`, or both in somebody else's loop; neither makes the plain mean loss.
 
     Args:
-        regularizer: what the steps are taken with.
+        regularizer: what steps are taken with.
+        monitor: what watches them; of a step with penalties it takes in the report.
 
     Attributes:
-        report: of the last step, None before the first.
-        steps: taken here.
+        report: of the last step with penalties, None before the first.
+        steps: with penalties that were taken here.
     """
 
-    def __init__(self, regularizer: GradientRegularizer):
+    def __init__(self, regularizer: GradientRegularizer | None = None, monitor: Monitor | None = None):
         """Nothing is open yet."""
-        self.regularizer = regularizer
+        self.regularizer, self.monitor = regularizer, monitor
         self.report: Report | None = None
         self.steps = 0
         self._block: Accumulation | None = None
@@ -70,27 +73,54 @@ class Loop:
             share: of b, what the value is multiplied by where frameworks add micro-batches up.
 
         Raises:
-            As `GradientRegularizer.backward`; the block of micro-batches is dropped then.
+            RecordingError: the backward pass of the loss before was not taken.
+            Others: as `GradientRegularizer.backward`. The block of micro-batches is dropped then.
         """
         if not callable(losses):
             raise ArgumentTypeError(
                 "losses must be a function of the batch that gives one loss per sample, which a penalty may have to run more "
                 f"than once; got {type(losses).__name__}"
             )
+        if scaler is not None and not scaler.is_enabled():
+            scaler = None
+        if self.regularizer is not None:
+            return self._penalized(self.regularizer, losses, batch, last, divisor, scaler, share)
+        if self.monitor is None or not last:
+            return _mean(losses(*batch), share)
+        return self._watched(self.monitor, losses, batch, scaler, share)
+
+    def drop(self, error: BaseException | None = None) -> None:
+        """Let go of what is open; ``.grad``, centers and the step are as before it."""
+        block, self._block, self._awaited = self._block, None, None
+        if block is not None:
+            error = error or RecordingError("the micro-batches were dropped")
+            block.__exit__(type(error), error, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the regularizer and the monitor."""
+        parts = {"regularizer": self.regularizer, "monitor": self.monitor}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, as far as it is about what is here; micro-batches that are open are dropped."""
+        self.drop()
+        if self.regularizer is not None and "regularizer" in state:
+            self.regularizer.load_state_dict(state["regularizer"])
+        if self.monitor is not None and "monitor" in state:
+            self.monitor.load_state_dict(state["monitor"])
+
+    def _penalized(self, regularizer, losses, batch, last, divisor, scaler, share) -> Tensor:
         if self._awaited is not None:
             self.drop()
             raise RecordingError(
                 "the backward pass of the loss before was not taken, and its gradient is missing: return that loss, or call "
                 "its backward"
             )
-        if scaler is not None and not scaler.is_enabled():
-            scaler = None
         try:
-            with _synchronized(self.regularizer.model):
+            with _synchronized(regularizer.model):
                 if self._block is None:
-                    block = self.regularizer.accumulate(1 if last else None, scaler)
-                    self._block = block.__enter__()
-                report = self.regularizer.backward(losses, *batch)
+                    self._block = regularizer.accumulate(1 if last else None, scaler).__enter__()
+                report = regularizer.backward(losses, *batch)
         except BaseException as error:
             self.drop(error)
             raise
@@ -112,32 +142,54 @@ class Loop:
             if last:
                 self._finish()
 
-        return loss_with(report.loss * share(report.batch_size), arrived)
-
-    def drop(self, error: BaseException | None = None) -> None:
-        """Let go of what is open; ``.grad``, centers and the step are as before it."""
-        block, self._block, self._awaited = self._block, None, None
-        if block is not None:
-            error = error or RecordingError("the micro-batches were dropped")
-            block.__exit__(type(error), error, None)
+        return _scalar(report.loss * share(report.batch_size), arrived)
 
     def _finish(self) -> None:
         block, self._block = self._block, None
         assert block is not None
         block.__exit__(None, None, None)
         self.report, self.steps = block.report, self.steps + 1
+        if self.monitor is not None:
+            self.monitor.observe(block.report)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Of the regularizer."""
-        return self.regularizer.state_dict()
+    def _watched(self, monitor: Monitor, losses, batch, scaler, share) -> Tensor:
+        if not monitor.due:
+            monitor.step += 1
+            return _mean(losses(*batch), share)
+        with _synchronized(monitor.model), monitor.record():
+            found = losses(*batch)
+        B = found.numel()
+        part = share(B)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`; what is open is dropped."""
-        self.drop()
-        self.regularizer.load_state_dict(state)
+        def arrived(factor: float) -> None:
+            if scaler is not None:
+                monitor.backward(found, scaler=_Factor(factor * part))
+                return
+            ranks = ranks_of(monitor.model)
+            weight = factor * part / (B if ranks is None else B * ranks.size)  # a mean over ranks, as without us
+            monitor.backward(found, reduction="mean" if factor * part == 1 else torch.full_like(found, weight))
+
+        return _scalar(found.detach().mean() * part, arrived)
 
 
-def loss_with(value: Tensor, arrived: Callable[[float], None]) -> Tensor:
+def _mean(losses: Tensor, share: Callable[[int], float]) -> Tensor:
+    return losses.mean() * share(losses.numel())
+
+
+class _Factor:
+    """What has arrived, as a scaler that would have scaled by it."""
+
+    def __init__(self, factor: float):
+        self._factor = factor
+
+    def is_enabled(self) -> bool:
+        return True
+
+    def scale(self, value: Tensor) -> Tensor:
+        return value * self._factor
+
+
+def _scalar(value: Tensor, arrived: Callable[[float], None]) -> Tensor:
     """A scalar of the value of ``value``, of whose ``backward`` is made ``arrived(factor)``, once.
 
     The node is the CPU's whatever the device of the value, so that it runs in the thread that called ``backward``.
@@ -187,7 +239,6 @@ def numbers_of(report: Report) -> dict[str, Tensor]:
         "reg2": report.reg2,
         "covariance_trace": report.covariance_trace,
         "sq_mean_norm": report.sq_mean_norm,
-        "noise_scale": report.covariance_trace / report.sq_mean_norm,
     }
     found |= {f"strength/{name}": torch.as_tensor(value) for name, value in report.strengths.items()}
     return {f"bootgrad/{name}": value for name, value in found.items() if value is not None}

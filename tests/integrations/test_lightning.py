@@ -12,7 +12,7 @@ from bootgrad.errors import ArgumentError, RecordingError, UnsupportedError
 from .plain import assert_same_parameters, batches, classifier, losses_of, trained
 
 L = pytest.importorskip("lightning.pytorch")
-from bootgrad.integrations.lightning import Penalties, loss  # noqa: E402
+from bootgrad.integrations.lightning import Penalties, Statistics, loss  # noqa: E402
 
 
 class Network(L.LightningModule):
@@ -100,7 +100,7 @@ def test_every_method_is_that_of_the_regularizer(options):
     parts, module = batches([6, 6, 6, 6]), Network()
     model = classifier()
     reg, penalties = bootgrad.GradientRegularizer(model, **options), Penalties(**options)
-    penalties.load_state_dict(reg.state_dict())  # what random signs and samples follow from
+    penalties.load_state_dict({"regularizer": reg.state_dict()})  # what random signs and samples follow from
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for batch in parts:
         optimizer.zero_grad()
@@ -182,6 +182,62 @@ def test_numbers_reach_the_logger(tmp_path):
     assert seen == pytest.approx(traces, rel=1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_statistics_leave_the_training_as_it_is(n):
+    parts, module, plain = batches([5, 7, 4, 6, 3, 5]), Network(momentum=0.9), Network(momentum=0.9)
+    fit(plain, loader(parts), [], accumulate_grad_batches=n, gradient_clip_val=0.5)
+    statistics, seen = Statistics(every=2, writers=[Kept()]), []
+    statistics._options["writers"][0].seen = seen
+    trainer = fit(module, loader(parts), [statistics], accumulate_grad_batches=n, gradient_clip_val=0.5)
+    assert_same_parameters(module.model, plain.model, 1e-12)
+    assert statistics.monitor.step == 6 // n
+    assert [o.step for o in seen] == list(range(0, 6 // n, 2))
+    _, traces = trained(classifier(), [[parts[n - 1]]])  # of the first step its last batch is watched
+    assert seen[0].covariance_trace == pytest.approx(traces[0])
+    assert seen[0].batch_size == len(parts[n - 1][0])
+    assert float(trainer.callback_metrics["bootgrad/noise_scale"]) == pytest.approx(statistics.last.noise_scale)
+    assert seen[0].layers.keys() == {"model.0", "model.2"}
+
+
+def test_statistics_beside_penalties_are_of_whole_batches():
+    parts, module = batches([5, 7, 4, 6]), Network()
+    _, traces = trained(module.model, [parts[:2], parts[2:]], reg1=0.3)
+    penalties, statistics, seen = Penalties(reg1=0.3), Statistics(every=1, writers=[Kept()]), []
+    statistics._options["writers"][0].seen = seen
+    trainer = fit(module, loader(parts), [statistics, penalties], accumulate_grad_batches=2)
+    assert [o.covariance_trace for o in seen] == pytest.approx(traces)
+    assert [o.batch_size for o in seen] == [12, 10]
+    assert seen[0].reg1 == pytest.approx(traces[0])
+    assert trainer.callback_metrics.keys() >= {"bootgrad/noise_scale", "bootgrad/reg1", "bootgrad/strength/reg1"}
+
+
+def test_statistics_go_on_from_a_checkpoint(tmp_path):
+    parts = batches([5, 7, 4, 6, 3])
+
+    def run(epochs, ckpt_path=None):
+        module, statistics = Network(), Statistics(every=3)
+        trainer = fit(module, loader(parts), [statistics], ckpt_path=ckpt_path, max_epochs=epochs)
+        return trainer, statistics
+
+    _, whole = run(2)
+    trainer, _ = run(1)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    _, resumed = run(2, tmp_path / "first.ckpt")
+    assert resumed.monitor.step == whole.monitor.step == 10
+    assert resumed.last.noise_scale == pytest.approx(whole.last.noise_scale, rel=1e-9)
+    assert resumed.last.step == whole.last.step == 9
+
+
+class Kept:
+    seen: list
+
+    def write(self, observation):
+        self.seen.append(observation)
+
+    def close(self):
+        self.seen = None
+
+
 class Foreign(Network):
     def training_step(self, batch, batch_idx):
         return self.losses(*batch).mean()
@@ -232,6 +288,11 @@ def test_an_error_within_a_batch_of_parts_leaves_nothing_open():
         fit(module, loader(bad), [penalties], accumulate_grad_batches=2)
     fit(module, loader(parts), [penalties], accumulate_grad_batches=2)
     assert_same_parameters(module.model, trained(classifier(), [parts[:2], parts[2:]], reg1=0.1)[0])
+
+
+def test_statistics_of_a_foreign_loss_are_refused():
+    with pytest.raises(RecordingError, match="the Statistics callback has no part in"):
+        fit(Foreign(), loader(batches([5])), [Statistics()])
 
 
 def test_unknown_strategies_and_compiled_modules_are_refused():
