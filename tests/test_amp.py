@@ -56,6 +56,36 @@ def losses_of(model, dtype=None, factor=1.0):
     return losses
 
 
+class Products(nn.Module):
+    """The ways to write a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        w, b = self.weight, self.bias
+        return [
+            F.linear(x, w, b),
+            x @ w,
+            torch.addmm(b, x, w),
+            torch.addmm(b, x, w, beta=2),
+            torch.einsum("bi,io->bo", x, w),
+        ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_recorded_products_have_the_dtype_that_autocast_gives_them(dtype):
+    model, x = Products(), torch.randn(B, 4)
+    with torch.autocast("cpu", dtype):
+        plain = model(x)
+        with bootgrad.record(model):
+            recorded = model(x)
+    assert [y.dtype for y in recorded] == [y.dtype for y in plain] == [dtype] * 5
+    for y, z in zip(recorded, plain, strict=True):
+        assert relative(y.detach(), z.detach()) < torch.finfo(dtype).eps
+
+
 def relative(a, b):
     distance = float((a.double() - b.double()).norm())
     return distance / float(b.double().norm()) if distance else 0.0

@@ -103,7 +103,7 @@ def _addmm(recorder: Recorder, func, args, kwargs):
     bias, left, right = args
     out = recorder.run(torch.matmul, left, right)
     out = out if alpha == 1 else out * alpha
-    return recorder.run(torch.add, out, bias, alpha=beta)
+    return recorder.run(torch.add, out, bias, alpha=beta).to(out.dtype)  # of a product under autocast, as torch's own
 
 
 @rule(torch.einsum)
