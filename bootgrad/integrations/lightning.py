@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import GradientRegularizer, Report
 from ..errors import ArgumentError, RecordingError, UnsupportedError
 from ..monitoring import Monitor, Observation
-from .loops import Loop, numbers_of
+from .loops import Loop, loop_of, numbers_of
 from .required import missing
 
 try:
@@ -174,7 +174,7 @@ class Penalties(_Callback):
             pl_module.log_dict(numbers_of(report), batch_size=report.batch_size)
 
     def _loop_of(self, model: nn.Module) -> Loop:
-        return Loop(GradientRegularizer(model, **self._options))
+        return loop_of(model, self._options)
 
     def _is_of(self, loop: Loop, model: nn.Module) -> bool:
         return loop.regularizer is not None and loop.regularizer.model is model
@@ -228,7 +228,7 @@ class Statistics(_Callback):
             self.monitor.close()
 
     def _loop_of(self, model: nn.Module) -> Loop:
-        return Loop(monitor=Monitor(model, **self._options))
+        return loop_of(model, statistics=self._options)
 
     def _is_of(self, loop: Loop, model: nn.Module) -> bool:
         return loop.monitor is not None and loop.monitor.model is model

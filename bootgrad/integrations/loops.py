@@ -189,6 +189,15 @@ class _Factor:
         return value * self._factor
 
 
+def loop_of(
+    model: nn.Module, penalties: Mapping[str, Any] | None = None, statistics: Mapping[str, Any] | None = None
+) -> Loop:
+    """A loop of a model by the options of a regularizer and a monitor; random number generators are left as they are."""
+    with torch.random.fork_rng(devices=()):
+        regularizer = None if penalties is None else GradientRegularizer(model, **penalties)
+    return Loop(regularizer, None if statistics is None else Monitor(model, **statistics))
+
+
 def _scalar(value: Tensor, arrived: Callable[[float], None]) -> Tensor:
     """A scalar of the value of ``value``, of whose ``backward`` is made ``arrived(factor)``, once.
 

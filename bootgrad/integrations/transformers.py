@@ -1,0 +1,434 @@
+"""Penalties and statistics in Hugging Face's `Trainer`, by a mixin of which `Trainer` here is the plain case.
+
+    trainer = bootgrad.integrations.transformers.Trainer(model, args, train_dataset=data, penalties={"reg1": 0.01})
+
+Models of transformers give one loss for a batch. Here it is one for each sample, from their logits and labels, whose mean over
+the batch of an optimizer step is the loss that the model would have given:
+
+    ℓ_i = (B/N) Σ_t ℓ_it        (1/B) Σ_i ℓ_i = (1/N) Σ_it ℓ_it
+
+with t over the labels of sample i that are not −100, and N the number of all of them, as the trainer counts it. The mean is
+compared with the model's own loss on the first, second, fourth, eighth … micro-batch.
+
+Letters: ``B`` samples of an optimizer step, ``b`` of a micro-batch, ``N`` labels that count in what a loss is the mean of.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import GradientRegularizer, Report
+from ..errors import ArgumentError, ArgumentTypeError, DataError, UnsupportedError, warn
+from ..monitoring import Monitor
+from .loops import Loop, loop_of, numbers_of
+from .required import missing
+
+try:
+    import transformers
+    from transformers.trainer_utils import get_last_checkpoint
+except ModuleNotFoundError as error:
+    raise missing("transformers", error) from None
+
+IGNORED = -100
+STATE = "bootgrad.pt"  # in a checkpoint's folder
+
+Losses = Callable[[Any, Mapping[str, Any]], Tensor]
+
+
+def per_sample_losses(model: nn.Module, outputs: Any, inputs: Mapping[str, Any], labels_each: Any = None) -> Tensor:
+    """The losses (b,) of the samples of which a model's own loss is the mean.
+
+        ℓ_i = (b/N) Σ_t ℓ_it
+
+    Args:
+        model: of transformers, with adapters of PEFT or without; its kind of loss is told by its class.
+        outputs: of the model, with ``logits``, or ``start_logits`` and ``end_logits``.
+        inputs: what it was called with; ``labels``, or ``start_positions`` and ``end_positions``.
+        labels_each: N/b where it is another one than in these inputs, the mean number of labels that a sample has.
+
+    Raises:
+        UnsupportedError: a model whose loss is of another kind than language models', classifiers' of sequences, tokens or
+            images, and question answering's.
+    """
+    return _kind_of(model)(_inner(model).config, outputs, inputs, labels_each)
+
+
+class PerSample:
+    """A mixin for `transformers.Trainer` and what is derived of it: ``class Ours(PerSample, SFTTrainer): ...``.
+
+    Micro-batches of ``gradient_accumulation_steps`` are one batch: penalties and centers are those of the whole, which clipping
+    and the optimizer see. Numbers are in the logs beside the loss, and checkpoints hold what a resumed run goes on from.
+
+    Args:
+        args, kwargs: of the trainer.
+        penalties: options of `bootgrad.GradientRegularizer`, or None.
+        statistics: k, to watch every k-th optimizer step, or options of `bootgrad.monitoring.Monitor`, or None.
+        losses: a function of outputs and inputs that gives one loss per sample, (b,), in the place of `per_sample_losses`.
+            Penalties and loss are about their mean over all samples of a step.
+
+    Raises:
+        UnsupportedError: label smoothing without ``losses``; ``compute_loss_func``; several GPUs in one process; a backend that
+            does more to a backward pass than is known here.
+    """
+
+    loss_is_scaled_for_ga: bool | None
+
+    def __init__(
+        self,
+        *args: Any,
+        penalties: Mapping[str, Any] | None = None,
+        statistics: int | Mapping[str, Any] | None = None,
+        losses: Losses | None = None,
+        **kwargs: Any,
+    ):
+        """Make the trainer; penalties and statistics are made at the first step, of the model as it is wrapped then."""
+        if losses is not None and not callable(losses):
+            raise ArgumentTypeError(f"losses must be a function of outputs and inputs; got {type(losses).__name__}")
+        super().__init__(*args, **kwargs)
+        self._penalties = None if penalties is None else dict(penalties)
+        if statistics is not None:
+            statistics = {"every": statistics} if isinstance(statistics, int) else dict(statistics)
+        self._statistics, self._losses = statistics, losses
+        self._loop: Loop | None = None
+        self._state: dict[str, Any] | None = None  # of a checkpoint, until there is a model
+        self._samples = self._losses_checked = 0
+        self._logged: Any = None
+        if self._takes_part:
+            self._check(self)
+            if self._is_ours:
+                self.loss_is_scaled_for_ga = True
+            self.add_callback(_Checkpoints(self))  # type: ignore[attr-defined]  # a method of the trainer
+
+    @property
+    def regularizer(self) -> GradientRegularizer | None:
+        """What steps are taken with, from the first one on."""
+        return None if self._loop is None else self._loop.regularizer
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """What watches, from the first step on."""
+        return None if self._loop is None else self._loop.monitor
+
+    @property
+    def report(self) -> Report | None:
+        """Of the last step with penalties."""
+        return None if self._loop is None else self._loop.report
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As of the trainer; what penalties and statistics go on from is in the checkpoint."""
+        self._loop = self._state = None
+        if resume_from_checkpoint and self._takes_part:
+            self._state = _state_in(resume_from_checkpoint, self.args.output_dir)  # type: ignore[attr-defined]
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self._loop is not None:
+                self._loop.drop()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """As of the trainer, and count the samples of the step that comes."""
+        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        if self._is_ours:
+            count = torch.tensor(sum(_rows(batch) for batch in batches), device=self.args.device)  # type: ignore[attr-defined]
+            self._samples = int(self.accelerator.gather(count).sum())  # type: ignore[attr-defined]
+        return batches, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of a training step, whose backward pass is that of the step; in evaluation as of the trainer."""
+        theirs = super().compute_loss  # type: ignore[misc]
+        if not self._takes_part or return_outputs or not torch.is_grad_enabled() or not model.training:
+            return theirs(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        if self._loop is None:
+            self._loop = loop_of(model, self._penalties, self._statistics)
+            if self._state is not None:
+                self._loop.load_state_dict(self._state)
+                self._state = None
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        last, scaler = accelerator.sync_gradients, accelerator.scaler
+        if not self._is_ours:
+            return self._watched(theirs, model, inputs, num_items_in_batch, last, scaler)
+        is_to_be_checked = self._is_to_be_checked()
+        each = self._labels_each(model, inputs, num_items_in_batch)
+
+        def losses(inputs: dict[str, Any]) -> Tensor:
+            nonlocal is_to_be_checked
+            if self._losses is not None:
+                return self._losses(model(**inputs), inputs)
+            if not is_to_be_checked:
+                return per_sample_losses(model, model(**_without_labels(model, inputs)), inputs, each)
+            outputs, is_to_be_checked = model(**inputs), False
+            own, found = outputs.loss, per_sample_losses(model, outputs, inputs)
+            _check_mean(model, None if own is None else own.detach(), found.detach().mean())
+            return per_sample_losses(model, outputs, inputs, each)
+
+        ranks = accelerator.num_processes  # over which the trainer averages what it logs
+
+        def share(b: int) -> float:
+            return b * ranks / self._samples
+
+        return self._loop.loss(losses, dict(inputs), last=last, scaler=scaler, share=share)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As of the trainer, with the numbers of the last step beside its loss."""
+        loop = self._loop
+        if loop is not None and "loss" in logs:
+            if loop.monitor is not None and loop.monitor.last is not None and loop.monitor.last is not self._logged:
+                self._logged = loop.monitor.last
+                logs |= self._logged.scalars()
+            if loop.report is not None:
+                logs |= {name: float(value) for name, value in numbers_of(loop.report).items()}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def _takes_part(self) -> bool:
+        return self._penalties is not None or self._statistics is not None
+
+    @property
+    def _is_ours(self) -> bool:
+        """Whether the loss of a step is ours; statistics alone leave it to the model."""
+        return self._penalties is not None or (self._takes_part and self._losses is not None)
+
+    def _labels_each(self, model: nn.Module, inputs: Mapping[str, Any], items: Any) -> Any:
+        """N/B of the step where the trainer has counted N, or of this micro-batch."""
+        if self._losses is not None:
+            return None
+        if items is not None:
+            return items / self._samples
+        count = _counted(model, inputs)
+        return None if count is None else count / _rows(inputs)
+
+    def _is_to_be_checked(self) -> bool:
+        self._losses_checked += 1
+        return self._losses_checked & (self._losses_checked - 1) == 0
+
+    def _watched(self, theirs, model, inputs, items, last, scaler) -> Tensor:
+        """The model's own loss, and where it is watched the same with the samples' losses behind it."""
+        loop = self._loop
+        assert loop is not None
+        monitor = loop.monitor
+        assert monitor is not None
+        if not last or not monitor.due:
+            monitor.step += bool(last)
+            return theirs(model, inputs, num_items_in_batch=items)
+        own: list[Tensor] = []
+        ranks = self.accelerator.num_processes  # type: ignore[attr-defined]
+
+        def losses() -> Tensor:
+            loss, outputs = theirs(model, inputs, return_outputs=True, num_items_in_batch=items)
+            found = per_sample_losses(model, outputs, inputs)
+            own[:] = [loss.detach(), found.detach().mean()]
+            return found
+
+        return loop.loss(
+            losses, last=last, scaler=scaler, share=lambda b: _ratio(model, own[0], own[1], inputs, items, ranks)
+        )
+
+    def _check(self, trainer: Any) -> None:
+        args, accelerator = trainer.args, trainer.accelerator
+        ours = self._losses is not None
+        many = args.world_size > 1
+        for what, is_so, remedy in (
+            ("label smoothing", trainer.label_smoother is not None and not ours, "give losses(outputs, inputs)"),
+            ("compute_loss_func", trainer.compute_loss_func is not None, "give losses(outputs, inputs) in its place"),
+            ("use_liger_kernel, which has no logits,", args.use_liger_kernel and not ours, "leave it out"),
+            ("several GPUs in one process", args.n_gpu > 1, "start one process for each, by torchrun"),
+            (
+                f"the backend {accelerator.distributed_type.value}",
+                accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"),
+                "use DistributedDataParallel, by torchrun",
+            ),
+            (
+                "a parallelism of another kind than over data",
+                getattr(accelerator, "parallelism_config", None) is not None,
+                "use DistributedDataParallel, by torchrun",
+            ),
+            (
+                "average_tokens_across_devices=False",
+                many and not args.average_tokens_across_devices,
+                "leave it on: a sample would weigh otherwise on each rank",
+            ),
+        ):
+            if is_so:
+                raise UnsupportedError(f"{what} is not followed by penalties and statistics: {remedy}")
+
+
+class Trainer(PerSample, transformers.Trainer):
+    """`transformers.Trainer` with the options of `PerSample`."""
+
+
+class _Checkpoints(transformers.TrainerCallback):
+    """Puts the state of penalties and statistics into a checkpoint's folder."""
+
+    def __init__(self, trainer: PerSample):
+        self._trainer = trainer
+
+    def on_save(self, args, state, control, **kwargs):
+        """Write it, once for all ranks."""
+        loop = self._trainer._loop
+        if loop is not None and state.is_world_process_zero and not args.save_only_model:
+            folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+            if os.path.isdir(folder):
+                torch.save(loop.state_dict(), os.path.join(folder, STATE))
+
+
+def _state_in(checkpoint: str | bool, output_dir: str) -> dict[str, Any] | None:
+    folder = get_last_checkpoint(output_dir) if checkpoint is True else str(checkpoint)
+    path = os.path.join(folder or "", STATE)
+    if folder is None or not os.path.exists(path):
+        warn(f"the checkpoint {folder} has no {STATE}: penalties and statistics start anew")
+        return None
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:
+        raise DataError(
+            f"{path} cannot be read ({error}): delete it for penalties and statistics to start anew"
+        ) from error
+
+
+def _inner(model: Any) -> Any:
+    """The model of transformers within wrappers and adapters."""
+    while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
+        model = inner
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _rows(inputs: Any) -> int:
+    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
+
+
+def _without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs without what is for the model's own loss alone; of it decoders of two-part models make their inputs."""
+    if getattr(_inner(model).config, "is_encoder_decoder", False):
+        return dict(inputs)
+    return {name: value for name, value in inputs.items() if name not in _LABELS}
+
+
+def _check_mean(model: nn.Module, own: Tensor | None, mean: Tensor) -> None:
+    if own is None:
+        raise ArgumentError(f"the inputs hold no labels that {type(_inner(model)).__name__} makes a loss of")
+    tolerance = 2e-2 if own.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    if not torch.isclose(own.double(), mean.double(), rtol=tolerance, atol=1e-6):
+        raise _unlike(model, own, mean)
+
+
+def _unlike(model: nn.Module, own: Tensor, mean: Tensor) -> UnsupportedError:
+    return UnsupportedError(
+        f"{type(_inner(model)).__name__} gives a loss of {float(own):.6g}, and its samples' losses have the mean "
+        f"{float(mean):.6g}: there is more in it than is known here; give Trainer a function losses(outputs, inputs)"
+    )
+
+
+def _ratio(model: nn.Module, own: Tensor, mean: Tensor, inputs: Mapping[str, Any], items: Any, ranks: int) -> float:
+    """What the loss that the trainer makes is of the mean of the samples' losses.
+
+    The trainer's is divided by the number of labels in a whole step, if the model does so, and multiplied by that of ranks.
+    """
+    count = None if items is None else _counted(model, inputs)
+    by_labels = [1.0] if count is None else [1.0, float(count / items)]
+    ratio, tolerance = float(own / mean), 2e-2 if own.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    for known in (part * factor for part in by_labels for factor in {1, ranks}):
+        if abs(ratio - known) <= tolerance * known:
+            return known
+    raise _unlike(model, own, mean)
+
+
+def _as_wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _of_labels(logits: Tensor, labels: Tensor, each: Any) -> Tensor:
+    """(b/N) Σ_t ℓ_it of logits (b, T, C) or (b, C)."""
+    labels = labels.to(logits.device)
+    flat = F.cross_entropy(_as_wide(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    if each is None:
+        each = (labels != IGNORED).sum() / len(labels)
+    return flat.view(len(labels), -1).sum(1) / each
+
+
+def _counted(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+    """N of these inputs, where there are labels that losses are added up over."""
+    kind, config = _kind_of(model), _inner(model).config
+    if kind is _spans or (kind is _sequences and _problem(config, inputs["labels"]) != "single_label_classification"):
+        return None
+    labels = _next_labels(config, inputs) if kind is _next_tokens else inputs["labels"]
+    return (labels != IGNORED).sum()
+
+
+def _next_labels(config: Any, inputs: Mapping[str, Any]) -> Tensor:
+    if getattr(config, "is_encoder_decoder", False):
+        return inputs["labels"]
+    labels = inputs.get("shift_labels")
+    return F.pad(inputs["labels"], (0, 1), value=IGNORED)[..., 1:] if labels is None else labels
+
+
+def _problem(config: Any, labels: Tensor) -> str:
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    return f"{'single' if labels.dtype in (torch.long, torch.int) else 'multi'}_label_classification"
+
+
+def _next_tokens(config, outputs, inputs, each):
+    return _of_labels(outputs.logits, _next_labels(config, inputs), each)
+
+
+def _tokens(config, outputs, inputs, each):
+    return _of_labels(outputs.logits, inputs["labels"], each)
+
+
+def _sequences(config, outputs, inputs, each):
+    logits, labels = _as_wide(outputs.logits), inputs["labels"].to(outputs.logits.device)
+    problem = _problem(config, labels)
+    if problem == "single_label_classification":
+        return _of_labels(logits.view(-1, config.num_labels), labels.view(-1), each)
+    if problem == "regression":
+        b = len(labels)
+        return F.mse_loss(logits.view(b, -1), labels.view(b, -1).to(logits), reduction="none").mean(1)
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").mean(1)
+
+
+def _spans(config, outputs, inputs, each):
+    total: Any = 0.0
+    for name in ("start", "end"):
+        logits, positions = outputs[f"{name}_logits"], inputs[f"{name}_positions"]
+        positions = positions.view(-1).clamp(min=0).to(logits.device)
+        inside = positions < logits.size(1)  # others are not learned from
+        total = total + _of_labels(logits, positions.masked_fill(~inside, IGNORED), None) / 2
+    return total
+
+
+def _kind_of(model: nn.Module) -> Callable[[Any, Any, Mapping[str, Any], Any], Tensor]:
+    inner = _inner(model)
+    kind = getattr(inner, "loss_type", None)
+    if kind not in _KINDS:
+        raise UnsupportedError(
+            f"{type(inner).__name__} has a loss of kind {kind!r}, which is not known here by sample; known are "
+            f"{', '.join(filter(None, _KINDS))}: give Trainer a function losses(outputs, inputs) that has one for each, (b,)"
+        )
+    return _KINDS[kind]
+
+
+_KINDS = {
+    None: _next_tokens,  # what transformers takes where a class's name tells nothing
+    "ForCausalLM": _next_tokens,
+    "ForConditionalGeneration": _next_tokens,
+    "ForMaskedLM": _tokens,
+    "ForTokenClassification": _tokens,
+    "ForSequenceClassification": _sequences,
+    "ForImageClassification": _sequences,
+    "ForVideoClassification": _sequences,
+    "ForAudioClassification": _sequences,
+    "ForQuestionAnswering": _spans,
+}
+_LABELS = ("labels", "shift_labels", "start_positions", "end_positions")
