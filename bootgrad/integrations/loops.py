@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import GradientRegularizer, Report
+from .. import GradientRegularizer, Report, record
 from ..errors import ArgumentError, ArgumentTypeError, RecordingError
 from ..monitoring import Monitor
 from ..regularizers import Accumulation
@@ -85,9 +85,25 @@ class Loop:
             scaler = None
         if self.regularizer is not None:
             return self._penalized(self.regularizer, losses, batch, last, divisor, scaler, share)
-        if self.monitor is None or not last:
-            return _mean(losses(*batch), share)
-        return self._watched(self.monitor, losses, batch, scaler, share)
+        if self.monitor is None or not self.records(last):
+            self.pass_by(last)
+            found = losses(*batch)
+            return found.mean() * share(found.numel())
+        return self._watched(self.monitor, losses, batch, last, scaler, share)
+
+    def records(self, last: bool) -> bool:
+        """Whether a micro-batch is recorded for statistics alone.
+
+        `DistributedDataParallel` reduces in the last backward pass what the ones before have left in ``.grad``; where the last
+        is recorded, the others of its step have to be, so that each is reduced by itself.
+        """
+        monitor = self.monitor
+        return monitor is not None and monitor.due and (last or isinstance(monitor.model, DistributedDataParallel))
+
+    def pass_by(self, last: bool) -> None:
+        """Count a micro-batch that is not recorded."""
+        if self.monitor is not None and last:
+            self.monitor.step += 1
 
     def drop(self, error: BaseException | None = None) -> None:
         """Let go of what is open; ``.grad``, centers and the step are as before it."""
@@ -152,28 +168,24 @@ class Loop:
         if self.monitor is not None:
             self.monitor.observe(block.report)
 
-    def _watched(self, monitor: Monitor, losses, batch, scaler, share) -> Tensor:
-        if not monitor.due:
-            monitor.step += 1
-            return _mean(losses(*batch), share)
-        with _synchronized(monitor.model), monitor.record():
-            found = losses(*batch)
-        B = found.numel()
-        part = share(B)
+    def _watched(self, monitor: Monitor, losses, batch, last, scaler, share) -> Tensor:
+        with _synchronized(monitor.model):
+            ranks = ranks_of(monitor.model)
+            recording: Any = monitor.record() if last else record(monitor.model)
+            with recording:
+                found = losses(*batch)
+        part, watcher = share(found.numel()), monitor if last else recording
 
         def arrived(factor: float) -> None:
-            if scaler is not None:
-                monitor.backward(found, scaler=_Factor(factor * part))
-                return
-            ranks = ranks_of(monitor.model)
-            weight = factor * part / (B if ranks is None else B * ranks.size)  # a mean over ranks, as without us
-            monitor.backward(found, reduction="mean" if factor * part == 1 else torch.full_like(found, weight))
+            scale = None if scaler is None else _Factor(factor)
+            weight = part if scale is not None else factor * part
+            if weight == 1 and ranks is None:
+                watcher.backward(found, scaler=scale)
+            else:  # of ranks a mean of their own means, as without us
+                everyone = found.numel() * (1 if ranks is None else ranks.size)
+                watcher.backward(found, reduction=torch.full_like(found, weight / everyone), scaler=scale)
 
         return _scalar(found.detach().mean() * part, arrived)
-
-
-def _mean(losses: Tensor, share: Callable[[int], float]) -> Tensor:
-    return losses.mean() * share(losses.numel())
 
 
 class _Factor:

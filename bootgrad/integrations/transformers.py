@@ -215,10 +215,8 @@ class PerSample:
         """The model's own loss, and where it is watched the same with the samples' losses behind it."""
         loop = self._loop
         assert loop is not None
-        monitor = loop.monitor
-        assert monitor is not None
-        if not last or not monitor.due:
-            monitor.step += bool(last)
+        if not loop.records(last):
+            loop.pass_by(last)
             return theirs(model, inputs, num_items_in_batch=items)
         own: list[Tensor] = []
         ranks = self.accelerator.num_processes  # type: ignore[attr-defined]
