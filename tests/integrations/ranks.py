@@ -1,6 +1,6 @@
 """Run by torchrun on two processes: a framework's training, compared with a plain loop on the batch of both.
 
-torchrun --nproc-per-node 2 ranks.py FRAMEWORK KIND N
+torchrun --nproc-per-node 2 ranks.py FRAMEWORK
 """
 
 import copy
@@ -16,7 +16,6 @@ from tests.integrations.plain import assert_same_parameters, batches, classifier
 RANK = int(os.environ["RANK"])
 SIZES = ((5, 3), (2, 6), (4, 4), (1, 5))  # of the ranks, by micro-batch
 OPTIONS = {"penalties": {"reg1": 0.3}, "statistics": {"every": 2}}
-PLAIN = {"penalties": 0.3, "statistics": 0.0}
 
 
 def parts():
@@ -55,9 +54,11 @@ def lightning(kind, n):
 
 def accelerate(kind, n):
     from accelerate import Accelerator
+    from accelerate.state import GradientState
 
     from tests.integrations.test_accelerate import PerSample, run
 
+    GradientState._reset_state()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=n)
     model = classifier()
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -95,8 +96,11 @@ def transformers(kind, n):
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    framework, kind, n = sys.argv[1:]
-    {"lightning": lightning, "accelerate": accelerate, "transformers": transformers}[framework](kind, int(n))
+    train = {"lightning": lightning, "accelerate": accelerate, "transformers": transformers}[sys.argv[1]]
+    for kind in OPTIONS:
+        for n in (1, 2):
+            train(kind, n)
+            print(kind, n)
     print(f"rank {RANK} is done")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

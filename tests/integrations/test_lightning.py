@@ -41,7 +41,6 @@ def fit(module, data, callbacks, validation=None, ckpt_path=None, **options):
     trainer = L.Trainer(callbacks=callbacks, **(settings | options))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
         trainer.fit(module, data, validation, ckpt_path=ckpt_path)
     return trainer
 
