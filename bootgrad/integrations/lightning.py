@@ -9,7 +9,7 @@
 A module says what its samples' losses are, and a run's callbacks what becomes of them; without any the loss is their mean.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import GradientRegularizer, Report
 from ..errors import ArgumentError, RecordingError, UnsupportedError
 from ..monitoring import Monitor, Observation
-from .loops import Loop, loop_of, numbers_of
+from .loops import Loop, Losses, loop_of, numbers_of
 from .required import missing
 
 try:
@@ -30,7 +30,7 @@ _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 _PRECISIONS = ("Precision", "DoublePrecision", "HalfPrecision", "MixedPrecision")
 
 
-def loss(module: Any, losses: Callable[..., Tensor], *batch: Any) -> Tensor:
+def loss(module: Any, losses: Losses, *batch: Any) -> Tensor:
     """The loss to return from ``training_step``: the mean of the samples' losses, with what the run's callbacks do with them.
 
     In validation, without our callbacks, and without a trainer it is nothing else than that mean.
@@ -49,18 +49,16 @@ def loss(module: Any, losses: Callable[..., Tensor], *batch: Any) -> Tensor:
     if trainer is None or not trainer.training or not torch.is_grad_enabled():
         return losses(*batch).mean()
     penalties, statistics = _only(Penalties, trainer), _only(Statistics, trainer)
-    if penalties is not None and penalties._loop is not None:
-        penalties._loop.monitor = None if statistics is None else statistics.monitor
-        return penalties._loss(trainer, losses, batch)
-    if statistics is not None:
-        return statistics._loss(trainer, losses, batch)
-    return losses(*batch).mean()
+    if penalties is not None:
+        penalties._begun.monitor = None if statistics is None else statistics.monitor
+    ours: _Callback | None = penalties or statistics
+    return losses(*batch).mean() if ours is None else ours._loss(trainer, losses, batch)
 
 
 class _Callback(L.Callback):
     """What both callbacks do: they make a loop when the training begins, and go on from a checkpoint's state."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._loop: Loop | None = None
         self._state: dict[str, Any] | None = None  # of a checkpoint, until there is a model
         self._batch_index = 0
@@ -105,14 +103,18 @@ class _Callback(L.Callback):
         """Keep it until the training begins."""
         self._state = state_dict
 
-    def _loss(self, trainer: Any, losses: Callable[..., Tensor], batch: tuple) -> Tensor:
-        assert self._loop is not None
+    def _loss(self, trainer: Any, losses: Losses, batch: tuple[Any, ...]) -> Tensor:
         n = trainer.accumulate_grad_batches
         index = self._batch_index + 1
         last = index % n == 0 or index >= trainer.num_training_batches or trainer.is_last_batch
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._made, self._stepped = True, last
-        return self._loop.loss(losses, *batch, last=last, divisor=n, scaler=scaler)
+        return self._begun.loss(losses, *batch, last=last, divisor=n, scaler=scaler)
+
+    @property
+    def _begun(self) -> Loop:
+        assert self._loop is not None  # since the training began
+        return self._loop
 
     def _loop_of(self, model: nn.Module) -> Loop:
         raise NotImplementedError
@@ -157,9 +159,8 @@ class Penalties(_Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """See whether there was a step of ours for this one."""
-        assert self._loop is not None
-        if self._made and (self._loop.is_open or not self._stepped):
-            self._loop.drop()
+        if self._made and (self._begun.is_open or not self._stepped):
+            self._begun.drop()
             raise RecordingError(
                 "the optimizer is to step, and the micro-batches of its batch have no gradient yet: the loss that "
                 "training_step returned does not lead back to bootgrad.integrations.lightning.loss, or was detached"
@@ -168,9 +169,8 @@ class Penalties(_Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the step that ended with this batch."""
-        assert self._loop is not None
-        report = self._loop.report
-        if self.log_steps and report is not None and not self._loop.is_open:
+        report = self._begun.report
+        if self.log_steps and report is not None and not self._begun.is_open:
             pl_module.log_dict(numbers_of(report), batch_size=report.batch_size)
 
     def _loop_of(self, model: nn.Module) -> Loop:

@@ -27,6 +27,9 @@ from ..monitoring import Monitor
 from ..regularizers import Accumulation
 from ..wrappers import ranks_of
 
+Losses = Callable[..., Tensor]  # of a batch: one for each sample, (b,)
+Share = Callable[[int], float]  # by b
+
 
 class Loop:
     """A `GradientRegularizer`, a `Monitor`, or both in somebody else's loop; neither makes the plain mean loss.
@@ -37,14 +40,12 @@ class Loop:
 
     Attributes:
         report: of the last step with penalties, None before the first.
-        steps: with penalties that were taken here.
     """
 
     def __init__(self, regularizer: GradientRegularizer | None = None, monitor: Monitor | None = None):
         """Nothing is open yet."""
         self.regularizer, self.monitor = regularizer, monitor
         self.report: Report | None = None
-        self.steps = 0
         self._block: Accumulation | None = None
         self._awaited: object | None = None  # stands for a loss whose backward pass is still to come
 
@@ -55,12 +56,12 @@ class Loop:
 
     def loss(
         self,
-        losses: Callable[..., Tensor],
+        losses: Losses,
         *batch: Any,
         last: bool = True,
         divisor: float = 1.0,
         scaler: Any = None,
-        share: Callable[[int], float] = lambda b: 1.0,
+        share: Share = lambda b: 1.0,
     ) -> Tensor:
         """The mean loss of a micro-batch, (), for a framework to call ``backward`` of.
 
@@ -125,7 +126,16 @@ class Loop:
         if self.monitor is not None and "monitor" in state:
             self.monitor.load_state_dict(state["monitor"])
 
-    def _penalized(self, regularizer, losses, batch, last, divisor, scaler, share) -> Tensor:
+    def _penalized(
+        self,
+        regularizer: GradientRegularizer,
+        losses: Losses,
+        batch: tuple[Any, ...],
+        last: bool,
+        divisor: float,
+        scaler: Any,
+        share: Share,
+    ) -> Tensor:
         if self._awaited is not None:
             self.drop()
             raise RecordingError(
@@ -149,7 +159,7 @@ class Loop:
                     "this loss was dropped, with the micro-batches that it belongs to: compute it anew"
                 )
             self._awaited = None
-            if abs(factor - expected) > 1e-3 * expected:
+            if not abs(factor - expected) <= 1e-3 * expected:  # nan, too
                 self.drop()
                 raise ArgumentError(
                     f"the loss must reach its backward pass as it is; it was multiplied by {factor / expected:g} on the way: "
@@ -164,11 +174,13 @@ class Loop:
         block, self._block = self._block, None
         assert block is not None
         block.__exit__(None, None, None)
-        self.report, self.steps = block.report, self.steps + 1
+        self.report = block.report
         if self.monitor is not None:
             self.monitor.observe(block.report)
 
-    def _watched(self, monitor: Monitor, losses, batch, last, scaler, share) -> Tensor:
+    def _watched(
+        self, monitor: Monitor, losses: Losses, batch: tuple[Any, ...], last: bool, scaler: Any, share: Share
+    ) -> Tensor:
         with _synchronized(monitor.model):
             ranks = ranks_of(monitor.model)
             recording: Any = monitor.record() if last else record(monitor.model)
@@ -216,7 +228,8 @@ def _scalar(value: Tensor, arrived: Callable[[float], None]) -> Tensor:
     The node is the CPU's whatever the device of the value, so that it runs in the thread that called ``backward``.
     """
     zero = _Arrival.apply(torch.zeros((), dtype=value.dtype, requires_grad=True), arrived)
-    return value.detach() + zero
+    total: Tensor = value.detach() + zero
+    return total
 
 
 @contextmanager
@@ -236,13 +249,13 @@ class _Arrival(torch.autograd.Function):
     """Zero, with a function to be called when its gradient comes."""
 
     @staticmethod
-    def forward(ctx, anchor, arrived):
+    def forward(ctx: Any, anchor: Tensor, arrived: Callable[[float], None]) -> Tensor:
         """0."""
         ctx.arrived = arrived
         return anchor.clone()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         """Tell of the factor; nothing is passed on."""
         arrived, ctx.arrived = ctx.arrived, None
         if arrived is None:

@@ -39,12 +39,13 @@ class PerSample:
         self.penalties = penalties
         super().__init__(*args, **kwargs)
 
-    def initialize(self):
+    def initialize(self) -> Any:
         """As of the net; with a new module comes a new regularizer."""
-        self.regularizer_ = self.regularizer_state_ = None
+        self.regularizer_: GradientRegularizer | None = None
+        self.regularizer_state_: dict[str, Any] | None = None
         return super().initialize()  # type: ignore[misc]  # of the net
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         """As of the net; of the regularizer, whose module is written elsewhere, what it goes on from."""
         state = dict(super().__getstate__())  # type: ignore[misc]
         if state.get("regularizer_") is not None:
@@ -53,10 +54,11 @@ class PerSample:
 
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """As of the net, with the backward pass of the regularizer."""
-        if self.penalties is None:
-            return super().train_step_single(batch, **fit_params)  # type: ignore[misc]
         net: Any = self
         theirs: Any = super()
+        if self.penalties is None:
+            step: dict[str, Any] = theirs.train_step_single(batch, **fit_params)
+            return step
         net._set_training(True)
         x, y = unpack_data(batch)
         outputs: list[Any] = []
@@ -77,15 +79,18 @@ class PerSample:
     def get_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """As of the net, and the mean where it is by sample."""
         theirs: Any = super()
-        return theirs.get_loss(*args, **kwargs).mean()
+        mean: Tensor = theirs.get_loss(*args, **kwargs).mean()
+        return mean
 
     def _regularizer_of(self, module: nn.Module) -> GradientRegularizer:
-        if self.regularizer_ is None or self.regularizer_.model is not module:
-            self.regularizer_ = loop_of(module, self.penalties).regularizer
+        regularizer = self.regularizer_
+        if regularizer is None or regularizer.model is not module:
+            regularizer = loop_of(module, self.penalties).regularizer
+            assert regularizer is not None
             if self.regularizer_state_ is not None:
-                self.regularizer_.load_state_dict(self.regularizer_state_)
-                self.regularizer_state_ = None
-        return self.regularizer_
+                regularizer.load_state_dict(self.regularizer_state_)
+            self.regularizer_, self.regularizer_state_ = regularizer, None
+        return regularizer
 
 
 def _by_sample(losses: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class PerSample:
             if self._loop is not None:
                 self._loop.drop()
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """As of the trainer, and count the samples of the step that comes."""
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         if self._is_ours:
@@ -174,7 +174,7 @@ class PerSample:
         ranks = accelerator.num_processes  # over which the trainer averages what it logs
 
         def share(b: int) -> float:
-            return b * ranks / self._samples
+            return b * float(ranks) / self._samples
 
         return self._loop.loss(losses, dict(inputs), last=last, scaler=scaler, share=share)
 
@@ -211,7 +211,9 @@ class PerSample:
         self._losses_checked += 1
         return self._losses_checked & (self._losses_checked - 1) == 0
 
-    def _watched(self, theirs, model, inputs, items, last, scaler) -> Tensor:
+    def _watched(
+        self, theirs: Callable[..., Any], model: nn.Module, inputs: dict[str, Any], items: Any, last: bool, scaler: Any
+    ) -> Any:
         """The model's own loss, and where it is watched the same with the samples' losses behind it."""
         loop = self._loop
         assert loop is not None
@@ -270,7 +272,7 @@ class _Checkpoints(transformers.TrainerCallback):
     def __init__(self, trainer: PerSample):
         self._trainer = trainer
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write it, once for all ranks."""
         loop = self._trainer._loop
         if loop is not None and state.is_world_process_zero and not args.save_only_model:
@@ -286,7 +288,8 @@ def _state_in(checkpoint: str | bool, output_dir: str) -> dict[str, Any] | None:
         warn(f"the checkpoint {folder} has no {STATE}: penalties and statistics start anew")
         return None
     try:
-        return torch.load(path, weights_only=True)
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        return state
     except Exception as error:
         raise DataError(
             f"{path} cannot be read ({error}): delete it for penalties and statistics to start anew"
@@ -348,9 +351,8 @@ def _of_labels(logits: Tensor, labels: Tensor, each: Any) -> Tensor:
     """(b/N) Σ_t ℓ_it of logits (b, T, C) or (b, C)."""
     labels = labels.to(logits.device)
     flat = F.cross_entropy(_as_wide(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
-    if each is None:
-        each = (labels != IGNORED).sum() / len(labels)
-    return flat.view(len(labels), -1).sum(1) / each
+    per_sample: Tensor = flat.view(len(labels), -1).sum(1)
+    return per_sample / ((labels != IGNORED).sum() / len(labels) if each is None else each)
 
 
 def _counted(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -363,29 +365,30 @@ def _counted(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _next_labels(config: Any, inputs: Mapping[str, Any]) -> Tensor:
+    labels: Tensor = inputs["labels"]
     if getattr(config, "is_encoder_decoder", False):
-        return inputs["labels"]
-    labels = inputs.get("shift_labels")
-    return F.pad(inputs["labels"], (0, 1), value=IGNORED)[..., 1:] if labels is None else labels
+        return labels
+    shifted: Tensor | None = inputs.get("shift_labels")
+    return F.pad(labels, (0, 1), value=IGNORED)[..., 1:] if shifted is None else shifted
 
 
 def _problem(config: Any, labels: Tensor) -> str:
     if config.problem_type is not None:
-        return config.problem_type
+        return str(config.problem_type)
     if config.num_labels == 1:
         return "regression"
     return f"{'single' if labels.dtype in (torch.long, torch.int) else 'multi'}_label_classification"
 
 
-def _next_tokens(config, outputs, inputs, each):
+def _next_tokens(config: Any, outputs: Any, inputs: Mapping[str, Any], each: Any) -> Tensor:
     return _of_labels(outputs.logits, _next_labels(config, inputs), each)
 
 
-def _tokens(config, outputs, inputs, each):
+def _tokens(config: Any, outputs: Any, inputs: Mapping[str, Any], each: Any) -> Tensor:
     return _of_labels(outputs.logits, inputs["labels"], each)
 
 
-def _sequences(config, outputs, inputs, each):
+def _sequences(config: Any, outputs: Any, inputs: Mapping[str, Any], each: Any) -> Tensor:
     logits, labels = _as_wide(outputs.logits), inputs["labels"].to(outputs.logits.device)
     problem = _problem(config, labels)
     if problem == "single_label_classification":
@@ -396,14 +399,14 @@ def _sequences(config, outputs, inputs, each):
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").mean(1)
 
 
-def _spans(config, outputs, inputs, each):
-    total: Any = 0.0
+def _spans(config: Any, outputs: Any, inputs: Mapping[str, Any], each: Any) -> Tensor:
+    parts: list[Tensor] = []
     for name in ("start", "end"):
         logits, positions = outputs[f"{name}_logits"], inputs[f"{name}_positions"]
         positions = positions.view(-1).clamp(min=0).to(logits.device)
         inside = positions < logits.size(1)  # others are not learned from
-        total = total + _of_labels(logits, positions.masked_fill(~inside, IGNORED), None) / 2
-    return total
+        parts.append(_of_labels(logits, positions.masked_fill(~inside, IGNORED), None))
+    return torch.stack(parts).mean(0)
 
 
 def _kind_of(model: nn.Module) -> Callable[[Any, Any, Mapping[str, Any], Any], Tensor]:

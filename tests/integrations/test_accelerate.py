@@ -1,4 +1,5 @@
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import bootgrad
-from bootgrad.errors import ArgumentError, RecordingError
+from bootgrad.errors import ArgumentError, ArgumentTypeError, RecordingError, UnsupportedError
 
 from .plain import assert_same_parameters, batches, classifier, losses_of, trained
 
@@ -170,6 +171,11 @@ def test_what_would_be_wrong_is_refused(make):
     model, _, _ = prepared(accelerator, parts)
     with pytest.raises(ArgumentError, match="nothing was asked for"):
         PerSample(accelerator, model)
+    sharded = SimpleNamespace(distributed_type=accelerate.DistributedType.FSDP)
+    with pytest.raises(UnsupportedError, match="the backend FSDP does more"):
+        PerSample(sharded, model, penalties={"reg1": 0.1})
+    with pytest.raises(ArgumentTypeError, match="losses must be a function"):
+        PerSample(accelerator, model, penalties={"reg1": 0.1}).loss(torch.ones(3))
     ours = PerSample(accelerator, model, penalties={"reg1": 0.1})
 
     def losses(x, y):

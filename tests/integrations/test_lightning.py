@@ -294,13 +294,31 @@ def test_statistics_of_a_foreign_loss_are_refused():
         fit(Foreign(), loader(batches([5])), [Statistics()])
 
 
+@pytest.mark.parametrize(
+    "callback", [lambda: Penalties(reg1=0.3), lambda: Statistics(every=2)], ids=["penalties", "statistics"]
+)
+def test_a_compiled_network_inside_of_the_module(callback):
+    parts, module, ours = batches([6, 6, 6]), Network(), callback()
+    want, traces = trained(module.model, [[p] for p in parts], reg1=0.3 if isinstance(ours, Penalties) else 0.0)
+    module.model = torch.compile(module.model, backend="aot_eager")
+    fit(module, loader(parts), [ours])
+    assert_same_parameters(module.model, want, 1e-8)
+    seen = ours.report if isinstance(ours, Penalties) else ours.last
+    assert float(seen.covariance_trace) == pytest.approx(traces[-1])
+
+
 def test_unknown_strategies_and_compiled_modules_are_refused():
     with pytest.raises(ArgumentError, match="one Penalties"):
         fit(Network(), loader(batches([5])), [Penalties(reg1=0.1), Named(reg1=0.1)])
-    module = Network()
-    module._compiler_ctx = {}
+    compiled = torch.compile(Network(), backend="eager")
     with pytest.raises(UnsupportedError, match="compiled as a whole"):
-        Penalties(reg1=0.1).on_train_start(None, module)
+        fit(compiled, loader(batches([5])), [Penalties(reg1=0.1)])
+
+    class Other(L.strategies.SingleDeviceStrategy):
+        pass
+
+    with pytest.raises(UnsupportedError, match="the strategy Other does more"):
+        fit(Network(), loader(batches([5])), [Penalties(reg1=0.1)], strategy=Other("cpu"))
 
 
 class Named(Penalties):
