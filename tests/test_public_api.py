@@ -20,7 +20,8 @@ import bootgrad.planning
 ROOT = Path(__file__).parents[1]
 SNAPSHOT = ROOT / "tests/public_api.txt"
 MODULES = ("bootgrad", "bootgrad.centers", "bootgrad.errors", "bootgrad.ops", "bootgrad.planning")
-MODULES += ("bootgrad.strengths", "bootgrad.theory")
+MODULES += ("bootgrad.strengths", "bootgrad.theory", "bootgrad.monitoring")
+MODULES += tuple(f"bootgrad.integrations.{name}" for name in ("accelerate", "lightning", "skorch", "transformers"))
 
 
 def reference() -> str:
