@@ -272,11 +272,20 @@ def test_rates_of_layers_are_their_shares_of_signal():
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected.tolist(), rel=1e-3)
     assert names["LayerRates"].signal(bootgrad.NoiseScale(), 100) == 0.0
 
+    together = names["LayerRates"](model, optimizer, 0.3, together=True, warmup=2)
+    for _ in range(2):
+        with bootgrad.record(model) as rec:
+            losses = F.cross_entropy(model(x), y, reduction="none")
+        together.update(rec.backward(losses))
+    S = sum(part.var(0).sum() for part in parts)
+    G2 = sum(part.mean(0).square().sum() for part in parts) - S / 100
+    expected = 0.3 * float(G2 / (G2 + S / 100))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([expected] * 4, rel=1e-3)
+
     losses = names["losses"]
-    assert losses[1.0, "plain"] > 1.5 > losses[1.0, "by layer"]
-    for lr in (0.1, 0.3):
-        assert losses[lr, "by layer"] > losses[lr, "plain"]
-    assert min(losses[lr, "by layer"] for lr in (0.1, 0.3, 1.0)) > min(losses[lr, "plain"] for lr in (0.1, 0.3, 1.0))
+    for how in ("by layer", "together"):
+        assert losses[1.0, how] < losses[1.0, "plain"] and losses[0.3, how] > losses[0.3, "plain"]
+    assert losses[1.0, "by layer"] == pytest.approx(losses[1.0, "together"], rel=0.2)
 
 
 def test_the_criteria_for_stopping_are_what_they_are_said_to_be():
