@@ -80,6 +80,10 @@ def test_a_page_has_all_its_parts(page):
     parts = re.findall(r"^\*\*(.+?)\.\*\*", text, re.MULTILINE)
     assert [p for p in parts if p in ("What to see", "Pitfalls", "Cost", "Source")] == parts[-4:]
     assert "README.md#what-it-costs" in text and "arxiv.org/abs/" in text
+    cost = text[text.index("**Cost.**") : text.index("**Source.**")]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for ratio in re.findall(r"\b\d\.\d\d\b", cost):  # none of our own
+        assert re.search(rf"\b{re.escape(ratio)}\b", readme), ratio
 
 
 def test_the_noise_scale_is_found_where_the_plug_in_ratio_is_not():
