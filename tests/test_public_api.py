@@ -48,7 +48,12 @@ def members(cls: type, path: str):
         found = {name: found[name] for name in ("__init__", "__enter__", "__exit__", *chosen[1].split(", "))}
     for name, value in sorted(found.items()):
         is_used = not name.startswith("_") or name in ("__init__", "__getitem__", "__matmul__", "__enter__", "__exit__")
-        if is_used and (callable(value) or isinstance(value, property | staticmethod | classmethod)):
+        is_protocols = getattr(value, "__module__", "") == "typing"
+        if (
+            is_used
+            and not is_protocols
+            and (callable(value) or isinstance(value, property | staticmethod | classmethod))
+        ):
             yield name, value
 
 

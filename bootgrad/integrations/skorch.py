@@ -30,7 +30,8 @@ class PerSample:
     ``regularizer_``, and the history has what it saw of each batch. Nets are cloned, searched over and pickled as ever.
 
     Args:
-        args, kwargs: of the net.
+        *args: of the net.
+        **kwargs: of the net.
         penalties: options of `bootgrad.GradientRegularizer`; None for the plain mean loss.
     """
 

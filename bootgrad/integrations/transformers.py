@@ -64,7 +64,8 @@ class PerSample:
     and the optimizer see. Numbers are in the logs beside the loss, and checkpoints hold what a resumed run goes on from.
 
     Args:
-        args, kwargs: of the trainer.
+        *args: of the trainer.
+        **kwargs: of the trainer.
         penalties: options of `bootgrad.GradientRegularizer`, or None.
         statistics: k, to watch every k-th optimizer step, or options of `bootgrad.monitoring.Monitor`, or None.
         losses: a function of outputs and inputs that gives one loss per sample, (b,), in the place of `per_sample_losses`.

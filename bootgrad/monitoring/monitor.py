@@ -38,7 +38,9 @@ class Monitor:
         outliers: how many outlying samples are told at most.
         outlier_deviations: how many robust standard deviations of log ‖g_i‖ above its median a sample is one.
         spike_deviations: how many above the running median a quantity is flagged.
-        check, batchnorm, compiled: as of `bootgrad.record`.
+        check: as of `bootgrad.record`.
+        batchnorm: as of `bootgrad.record`.
+        compiled: as of `bootgrad.record`.
 
     Attributes:
         step: number of the coming step, from 0.
