@@ -84,6 +84,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.ceilings
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.distributed
+	$(BIN)/python -m benchmarks.numerics
+	$(BIN)/python -m benchmarks.monitoring
+	$(BIN)/python -m benchmarks.normalization_track
 
 # PEERS: options, as --quick or --data cifar.npz; --help names them.
 bench-peers:

@@ -11,6 +11,11 @@ import bootgrad
 from .docs.test_blocks import ROOT, run
 
 
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 def test_the_python_blocks_run_one_after_the_other(capsys):
     names = run(ROOT / "README.md")
     stats, G = names["stats"], names["G"].materialize()
@@ -82,7 +87,7 @@ def test_units_are_as_they_are_said_to_be():
 def test_every_command_is_shown():
     README = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = {line.split()[1] for line in re.findall(r"^bootgrad .*$", README, re.MULTILINE)}
-    assert commands == {"train", "compare", "experiment", "diagnose", "plan", "info"}
+    assert commands == {"train", "compare", "experiment", "diagnose", "plan", "info", "report"}
 
 
 def test_links_lead_to_files():
