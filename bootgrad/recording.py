@@ -122,6 +122,8 @@ class Recording(Returning):
         self._names = {id(p): name for name, p in parameters.items()}
         self._known: dict[int, Derived | None] = dict.fromkeys(self._names)
         self._constants: dict[int, Tensor] = {id(t): t for t in constants if t is not None and id(t) not in self._names}
+        # Parameters that are not followed, and what is made of constants and these: with grad, in the version that it had.
+        self._fixed = {id(t): (t, t._version) for t in self.unwatched.values()}
         self._numbers: dict[int, Tensor] = {}  # () without grad, made of data
         self._edges: dict[int, GradientEdge] = {}
         self._uses = Uses()
@@ -212,13 +214,13 @@ class Recording(Returning):
     @contextmanager
     def again(self) -> Iterator[None]:
         """Run a checkpointed part for the second time: the same operations, of which nothing is taken down."""
-        before = self._known.copy(), self._constants.copy(), self._runs_again
+        before = self._known.copy(), self._constants.copy(), self._fixed.copy(), self._runs_again
         self._runs_again = True
         try:
             with eager, not_reentrant, nullcontext() if self in _get_current_function_mode_stack() else _Active(self):
                 yield
         finally:
-            self._known, self._constants, self._runs_again = before
+            self._known, self._constants, self._fixed, self._runs_again = before
 
     def finder(self) -> "Callable[[], Recording]":
         """What finds this recording as long as it is there: it may hold the graph."""
@@ -253,6 +255,8 @@ class Recording(Returning):
         for t in pytree.tree_leaves(result):
             if isinstance(t, Tensor) and id(t) not in self._known:
                 self._constants[id(t)] = t
+                if t.requires_grad:
+                    self._fixed[id(t)] = t, t._version
 
     def _add_numbers(self, result: Any) -> None:
         for t in result if isinstance(result, list | tuple) else (result,):
@@ -332,9 +336,13 @@ class Recording(Returning):
 
     def _is_data(self, t: Tensor) -> bool:
         """Whether a tensor is neither made of parameters nor a constant of the model; other numbers () than data's are."""
-        if id(t) in self._known:
+        if id(t) in self._known or self._is_fixed(t):
             return False
         return t.requires_grad or id(t) in self._numbers or (t.dim() > 0 and id(t) not in self._constants)
+
+    def _is_fixed(self, t: Tensor) -> bool:
+        known = self._fixed.get(id(t))
+        return known is not None and known[1] == t._version
 
     def is_constant(self, value: Any) -> bool:
         """Whether ``value`` is a buffer, a frozen parameter, or made of these alone."""
@@ -597,6 +605,7 @@ class Recording(Returning):
         self._saved.clear()
         self._known = dict.fromkeys(self._names)
         self._constants.clear()
+        self._fixed.clear()
         self._numbers.clear()
 
     def in_phase(
@@ -691,6 +700,7 @@ def chosen(parameters: dict[str, Tensor], names: Collection[str] | None) -> tupl
         return parameters, {}
     if isinstance(names, str):
         raise ArgumentTypeError(f"parameters must be a collection of names; got one, {names!r}: put it into a list")
+    names = tuple(names)
     unknown = [name for name in names if name not in parameters]
     if unknown or not names:
         among = f"{', '.join(map(repr, unknown[:4]))} among them" if unknown else "none"

@@ -228,6 +228,8 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
                     f"{operation.name} would give {' and '.join(map(self.name_of, operation.tracked))} a sparse gradient, "
                     "and gradients here are dense: make the embedding with sparse=False"
                 )
+        if self.unwatched:
+            reach.other_leaves += self._unwatched_behind(reach)
         return reach
 
     def release(self) -> None:
@@ -345,6 +347,24 @@ class record(Recording):  # noqa: N801 — used as a verb, like torch.no_grad
             self.release()
         call_hooks(leaves, grads)
         return statistics
+
+    def _unwatched_behind(self, reach: Reach) -> list[Tensor]:
+        """Parameters that are not watched, of which weights are made together with watched ones."""
+        wanted = {id(p): p for p in self.unwatched.values()}
+        for t in reach.other_leaves:
+            wanted.pop(id(t), None)
+        derived = (t.grad_fn for o in reach.operations for t in o.tracked if self._known[id(t)] is not None)
+        stack, seen, found = list(derived), set(), []
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            stack += [successor for successor, _ in node.next_functions]
+            variable = getattr(node, "variable", None)
+            if variable is not None and wanted.pop(id(variable), None) is not None:
+                found.append(variable)
+        return found
 
     def _unwatched_first(self, reach: Reach) -> dict[str, Tensor]:
         """The model's own among the other leaves, by name, which are put before those outside of it."""

@@ -89,15 +89,35 @@ def test_samples_that_are_coupled_behind_the_watched_are_refused():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_weight_made_of_watched_and_unwatched_parameters_is_refused():
+class Mixed(nn.Module):
+    """A layer whose weight is made of two parameters."""
+
+    WAYS = {
+        "scaled": lambda a, b: a * b.sum(1, keepdim=True),
+        "added": lambda a, b: a + 2 * b,
+        "product": lambda a, b: a @ (a.t() @ b),
+        "normed": lambda a, b: torch._weight_norm(a, b[:, :1], 0),
+        "in place": lambda a, b: (a + b).mul_(b),
+    }
+
+    def __init__(self, way):
+        super().__init__()
+        self.make, self.out = self.WAYS[way], nn.Linear(3, 3)
+        self.a, self.b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.rand(3, 4) + 0.5)
+
+    def forward(self, x):
+        return self.out(torch.tanh(F.linear(x, self.make(self.a, self.b))))
+
+
+@pytest.mark.parametrize("B", [6, 3])  # 3 is the number of rows of the weight, too
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("way", Mixed.WAYS)
+def test_weights_made_of_watched_and_unwatched_parameters(way, name, B):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
-    x, names = torch.randn(5, 4), [name for name, _ in model.named_parameters() if name.endswith("original0")]
-    assert len(names) == 1
-    with pytest.warns(bootgrad.BootgradWarning, match="has no rule"), bootgrad.record(model, parameters=names) as rec:
-        losses = model(x).square().sum(1)
-    with pytest.raises(bootgrad.BootgradError, match="original0"):
-        rec.backward(losses)
+    model = Mixed(way).double()
+    some, grads, every, expected = both(model, torch.randn(B, 4, dtype=torch.float64), torch.arange(B) % 3, [name])
+    close(some.sq_norms, every.per_parameter[name].sq_norms)
+    close(grads, expected)
 
 
 def test_names_that_there_are_not():
