@@ -314,7 +314,10 @@ def as_center(value: Any) -> Center:
         return value
     if isinstance(value, str):
         if value not in NAMED:
-            raise ArgumentError(f"center must be one of {', '.join(NAMED)}, a mapping or a Center; got {value!r}")
+            raise ArgumentError(
+                f"center must be one of {', '.join(NAMED)}, a mapping by parameter name, or an object of bootgrad.centers, as "
+                f"FullBatchMean(loader, loss_fn); got {value!r}"
+            )
         return NAMED[value]()
     if isinstance(value, Mapping | Tensor):
         return Fixed(value)

@@ -4,6 +4,7 @@ A walk from the losses to the leaves stops at recorded uses of parameters, each 
 is met otherwise reached the losses unseen: an error that names it.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -159,13 +160,7 @@ def check_losses(losses: Any) -> None:
         shape = tuple(losses.shape)
         raise ArgumentError(
             f"losses must have shape (B,), one loss per sample; got {shape}: "
-            + (
-                'pass reduction="none" to the loss'
-                if not shape
-                else "reduce each sample's losses to one number, by losses.flatten(1).mean(1) where samples are dimension 0; "
-                "or, where each loss is of a sample of its own, as of a token, pass losses.flatten(), and tell the recording: "
-                f"record(model, samples=torch.arange({losses.numel()}).view{shape})"
-            )
+            + ('pass reduction="none" to the loss' if not shape else _of_several(shape))
         )
     if losses.numel() == 0:
         raise ArgumentError("losses are empty: a batch needs at least one sample")
@@ -175,6 +170,17 @@ def check_losses(losses: Any) -> None:
         raise RecordingError(
             "losses do not depend on anything that requires grad: was the forward pass run under torch.no_grad()?"
         )
+
+
+def _of_several(shape: tuple[int, ...]) -> str:
+    """What to do with losses of more dimensions than one: images' pixels see each other, tokens need not."""
+    mean = "reduce each sample's losses to one number, by losses.flatten(1).mean(1) where samples are dimension 0"
+    if len(shape) > 2:
+        return mean
+    return (
+        f"{mean}; or, where each loss is of a sample of its own, as of a token, pass losses.flatten(), and tell the recording: "
+        f"record(model, samples=torch.arange({math.prod(shape)}).view{shape})"
+    )
 
 
 def check_finite(losses: Tensor) -> Tensor | None:

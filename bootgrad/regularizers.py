@@ -148,7 +148,7 @@ class GradientRegularizer:
         draws = isinstance(self._method, RandomSigns) or fraction < 1
         self._seed = int(torch.randint(2**62, (), device="cpu")) if draws else None
         self._recording: Record | None = None
-        self._awaits_losses = False
+        self._awaits_losses = self._forgotten = False
         self._block: Accumulation | None = None
 
     @property
@@ -158,10 +158,23 @@ class GradientRegularizer:
 
     def record(self, samples: Tensor | None = None) -> AbstractContextManager[Any]:
         """The context for the forward pass, where `backward` is given losses; ``samples`` as for `bootgrad.record`."""
+        if self._forgotten:
+            self._forgotten = False
+            warn(
+                "the losses that were recorded before were not given to reg.backward(losses), so that no penalty was taken of "
+                "them: call it in place of losses.mean().backward()"
+            )
         record = partial(Record, samples=samples, batchnorm=self.batchnorm, compiled=self.step % self.every != 0)
         self._recording = record(self.model) if self._method.records else None
         self._awaits_losses = True
-        return self._recording or _unrecorded(self.model)
+        return self._until_losses(self._recording or _unrecorded(self.model))
+
+    @contextmanager
+    def _until_losses(self, forward: AbstractContextManager[Any]) -> Iterator[Any]:
+        """Within a forward pass; losses are forgotten that no `backward` follows, but for those that an error ended."""
+        with forward as recording:
+            yield recording
+        self._forgotten = self._awaits_losses
 
     def backward(self, losses: Tensor | Callable[..., Tensor], *batch: Any, scaler: Any = None) -> Report:
         """Accumulate the gradient of ``losses.mean() + λ₁ Reg1 + λ₂ Reg2`` into ``.grad``, move the centers, and report.
@@ -184,7 +197,7 @@ class GradientRegularizer:
                 done, and of a center's own update.
         """
         recording, awaited = self._recording, self._awaits_losses
-        self._recording, self._awaits_losses = None, False
+        self._recording, self._awaits_losses, self._forgotten = None, False, False
         block = self._block
         if block is None:
             step = self._begin(scaler)
@@ -384,4 +397,5 @@ class Accumulation(Block):
 
     def _drop(self) -> None:
         self._step = self._regularizer._block = None
-        self._regularizer._recording, self._regularizer._awaits_losses = None, False
+        self._regularizer._recording = None
+        self._regularizer._awaits_losses = self._regularizer._forgotten = False

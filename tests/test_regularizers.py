@@ -555,3 +555,23 @@ def test_one_penalty_may_be_much_the_stronger(lambda1, center):
     for name in ("reg1", "covariance_trace", "sq_mean_norm", "reg2"):
         torch.testing.assert_close(getattr(report, name), getattr(only_1[1], name), rtol=1e-3, atol=1e-6)
     assert report.notes == ()
+
+
+def test_losses_that_were_recorded_and_forgotten_are_told():
+    """As where a loop's ``losses.mean().backward()`` was left in its place."""
+    model, x = nn.Linear(3, 2), torch.randn(5, 3)
+    reg = bootgrad.GradientRegularizer(model, reg1=0.1)
+
+    def recorded():
+        with reg.record():
+            return model(x).square().sum(1)
+
+    reg.backward(recorded())
+    with pytest.raises(ZeroDivisionError), reg.record():
+        raise ZeroDivisionError
+    reg.backward(recorded())  # no word of a pass that an error ended
+    recorded().mean().backward()
+    with pytest.warns(bootgrad.BootgradWarning, match="no penalty was taken of them"):
+        losses = recorded()
+    reg.backward(losses)
+    reg.backward(recorded())

@@ -72,9 +72,7 @@ def _tiles(rows: Sequence[Row]) -> Markup:
 
 def _charts(rows: Sequence[Row], name: str, place: str) -> Iterator[Markup | None]:
     loss, trace = _column(rows, "loss"), _column(rows, "covariance_trace")
-    yield chart(
-        f"{name}-loss", f"Loss{place}", "nats", [Line("loss of the watched batches", loss), _marks(rows, "loss")]
-    )
+    yield chart(f"{name}-loss", f"Loss{place}", "", [Line("loss of the watched batches", loss), _marks(rows, "loss")])
     yield chart(
         f"{name}-trace", f"Covariance trace Γ{place}", _UNIT, [Line("Γ", trace, 2), _marks(rows, "covariance_trace")]
     )

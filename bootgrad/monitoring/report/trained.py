@@ -84,7 +84,7 @@ def _tiles_of_one(run: Run) -> Markup:
 def _charts_of_one(run: Run) -> list[Markup | None]:
     strengths = {name: float(run.settings.get(name) or 0) for name in _NAMES}
     return [
-        chart("loss", "Loss", "nats", [*_batches(run, "loss", 0, "training"), _tests(run)]),
+        chart("loss", "Loss", "", [*_batches(run, "loss", 0, "training"), _tests(run)]),
         chart("trace", *_GAMMA, _batches(run, "covariance_trace", 2, "Γ")),
         chart("noise", *_NOISE, [Line("averaged over steps", run.points("noise_scale"), 3)]),
         chart("sq-mean", "Squared norm of the gradient, ‖ḡ‖²", _GAMMA[1], _batches(run, "sq_mean_norm", 0, "‖ḡ‖²")),
@@ -158,8 +158,8 @@ def _charts_of_many(runs: Sequence[Run]) -> list[Markup | None]:
         return found
 
     return [
-        chart("loss", "Training loss, smoothed", "nats", lines("loss")),
-        chart("test-loss", "Test loss", "nats", lines("test_loss", smoothed=False)),
+        chart("loss", "Training loss, smoothed", "", lines("loss")),
+        chart("test-loss", "Test loss", "", lines("test_loss", smoothed=False)),
         chart("trace", f"{_GAMMA[0]}, smoothed", _GAMMA[1], lines("covariance_trace")),
         chart("noise", *_NOISE, lines("noise_scale", smoothed=False)),
         *(chart(name, f"{title}, smoothed", _GAMMA[1], lines(name)) for name, title in _NAMES.items()),
