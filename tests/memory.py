@@ -1,5 +1,7 @@
-"""Bytes that a step holds at most, as torch's allocator counts them: without the heap's own moods."""
+"""Bytes that a step holds at most, as torch's allocator counts them, without the heap's own moods; and those of the heap."""
 
+import ctypes
+import functools
 from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
@@ -16,3 +18,26 @@ def peak_bytes(step: Callable[[], None]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def heap_bytes() -> int:
+    """Bytes of C's heap that are in use, as glibc counts them; 0 where it does not."""
+    mallinfo = _mallinfo()
+    if mallinfo is None:
+        return 0
+    info = mallinfo()
+    return info.uordblks + info.hblkhd
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
+    )]  # fmt: skip
+
+
+@functools.cache
+def _mallinfo() -> Callable[[], _Mallinfo] | None:
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is not None:
+        mallinfo.restype = _Mallinfo
+    return mallinfo

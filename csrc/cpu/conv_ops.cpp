@@ -58,14 +58,16 @@ Sizes kernel_of(const char* name, const Tensor& weights, const Tensor& x) {
 }
 
 Tensor conv_sq_norms(const Tensor& x, const Tensor& gy, Sizes kernel, Sizes stride, Sizes padding, Sizes dilation,
-                     int64_t groups, std::string path) {
-  return sq_norms(checked(x, gy, kernel, {stride, padding, dilation, groups}), path);
+                     int64_t groups, StringHandle path) {
+  const bool gram = is_gram(path);
+  return sq_norms(checked(x, gy, kernel, {stride, padding, dilation, groups}), gram);
 }
 
 Tensor conv_deviation_sq_norms(const Tensor& x, const Tensor& gy, const Tensor& center, Sizes stride, Sizes padding,
-                               Sizes dilation, int64_t groups, std::string path) {
+                               Sizes dilation, int64_t groups, StringHandle path) {
+  const bool gram = is_gram(path);
   const Sizes kernel = kernel_of("center", center, x);
-  return deviation_sq_norms(checked(x, gy, kernel, {stride, padding, dilation, groups}), center, path);
+  return deviation_sq_norms(checked(x, gy, kernel, {stride, padding, dilation, groups}), center, gram);
 }
 
 Tensor conv_jvp(const Tensor& x, const Tensor& gy, const Tensor& v, Sizes stride, Sizes padding, Sizes dilation,
@@ -79,44 +81,48 @@ Tensor conv_weighted_sum(const Tensor& x, const Tensor& gy, std::optional<Tensor
 }
 
 FourTensors conv_statistics(const Tensor& x, const Tensor& gy, std::optional<Tensor> center, Sizes kernel, Sizes stride,
-                            Sizes padding, Sizes dilation, int64_t groups, std::string path) {
-  return statistics(checked(x, gy, kernel, {stride, padding, dilation, groups}), center, path);
+                            Sizes padding, Sizes dilation, int64_t groups, StringHandle path) {
+  const bool gram = is_gram(path);
+  return statistics(checked(x, gy, kernel, {stride, padding, dilation, groups}), center, gram);
 }
 
 Tensor conv_applied(const Tensor& x, const Tensor& gy, const Tensor& h, Sizes kernel, Sizes stride, Sizes padding,
-                    Sizes dilation, int64_t groups, std::string path) {
-  return applied(checked(x, gy, kernel, {stride, padding, dilation, groups}), h, path, false);
+                    Sizes dilation, int64_t groups, StringHandle path) {
+  const bool gram = is_gram(path);
+  return applied(checked(x, gy, kernel, {stride, padding, dilation, groups}), h, gram, false);
 }
 
 Tensor conv_applied_transposed(const Tensor& x, const Tensor& gy, const Tensor& g, Sizes kernel, Sizes stride,
-                               Sizes padding, Sizes dilation, int64_t groups, std::string path) {
-  return applied(checked(x, gy, kernel, {stride, padding, dilation, groups}), g, path, true);
+                               Sizes padding, Sizes dilation, int64_t groups, StringHandle path) {
+  const bool gram = is_gram(path);
+  return applied(checked(x, gy, kernel, {stride, padding, dilation, groups}), g, gram, true);
 }
 
 Tensor conv_displaced(const Tensor& x, const Tensor& gy, const Tensor& h, const Tensor& weight,
                       std::optional<Tensor> shift, double factor, Sizes stride, Sizes padding, Sizes dilation,
                       int64_t groups) {
   const Sizes kernel = kernel_of("weight", weight, x);
-  return applied(checked(x, gy, kernel, {stride, padding, dilation, groups}), h, "direct", false, weight, shift,
-                 factor);
+  return applied(checked(x, gy, kernel, {stride, padding, dilation, groups}), h, false, false, weight, shift, factor);
 }
 
 Tensor conv_displaced_transposed(const Tensor& x, const Tensor& gy, const Tensor& g, const Tensor& weight,
                                  double factor, Sizes stride, Sizes padding, Sizes dilation, int64_t groups) {
   const Sizes kernel = kernel_of("weight", weight, x);
-  return applied(checked(x, gy, kernel, {stride, padding, dilation, groups}), g, "direct", true, weight, {}, factor);
+  return applied(checked(x, gy, kernel, {stride, padding, dilation, groups}), g, false, true, weight, {}, factor);
 }
 
 FourTensors conv_sq_norms_with_grad(const Tensor& x, const Tensor& gy, std::optional<Tensor> center, Sizes kernel,
-                                    Sizes stride, Sizes padding, Sizes dilation, int64_t groups, std::string path,
+                                    Sizes stride, Sizes padding, Sizes dilation, int64_t groups, StringHandle path,
                                     std::vector<bool> mask) {
-  return sq_norms_with_grad(checked(x, gy, kernel, {stride, padding, dilation, groups}), center, path, mask);
+  const bool gram = is_gram(path);
+  return sq_norms_with_grad(checked(x, gy, kernel, {stride, padding, dilation, groups}), center, gram, mask);
 }
 
 FiveTensors conv_visit(const Tensor& x, const Tensor& gy, std::optional<Tensor> center, bool biased,
                        std::optional<Tensor> bias_center, Sizes kernel, Sizes stride, Sizes padding, Sizes dilation,
-                       int64_t groups, std::string path, std::vector<bool> mask, double scale) {
-  return visit(checked(x, gy, kernel, {stride, padding, dilation, groups}), center, biased, bias_center, path, mask,
+                       int64_t groups, StringHandle path, std::vector<bool> mask, double scale) {
+  const bool gram = is_gram(path);
+  return visit(checked(x, gy, kernel, {stride, padding, dilation, groups}), center, biased, bias_center, gram, mask,
                scale);
 }
 

@@ -102,7 +102,13 @@ void check_layer(const char* name, const std::optional<Tensor>& t, const Sizes& 
           name_of(t->scalar_type()));
 }
 
-bool is_gram(const std::string& path) {
+bool is_gram(StringHandle handle) {
+  const char* text = nullptr;
+  size_t length = 0;
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  const std::string path(text, length);
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
   require(path == "direct" || path == "gram", "path must be one of direct, gram; got '", path, "'");
   return path == "gram";
 }

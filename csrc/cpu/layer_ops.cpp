@@ -53,19 +53,19 @@ class Call : public ConvCall {
 
 }  // namespace
 
-Tensor sq_norms(const Layer& layer, const std::string& path) {
+Tensor sq_norms(const Layer& layer, bool gram) {
   Call call(layer);
-  call.gram = is_gram(path);
+  call.gram = gram;
   Tensor out = call.per_sample();
   call.sq_norms = result(out);
   call.run();
   return out;
 }
 
-Tensor deviation_sq_norms(const Layer& layer, const Tensor& center, const std::string& path) {
+Tensor deviation_sq_norms(const Layer& layer, const Tensor& center, bool gram) {
   Call call(layer);
   call.set_center("center", center);
-  call.gram = is_gram(path);
+  call.gram = gram;
   Tensor out = call.per_sample();
   call.deviation = result(out);
   call.run();
@@ -90,10 +90,10 @@ Tensor weighted_sum(const Layer& layer, const std::optional<Tensor>& w) {
   return out;
 }
 
-FourTensors statistics(const Layer& layer, const std::optional<Tensor>& center, const std::string& path) {
+FourTensors statistics(const Layer& layer, const std::optional<Tensor>& center, bool gram) {
   Call call(layer);
   call.set_center("center", center);
-  call.gram = is_gram(path);
+  call.gram = gram;
   Tensor sum = call.sums(layer.weight_shape), sq_norms = call.per_sample();
   Tensor deviation = center ? call.per_sample() : call.sums({0});
   Tensor bias = call.sums({layer.shape.B, layer.shape.O});
@@ -105,8 +105,8 @@ FourTensors statistics(const Layer& layer, const std::optional<Tensor>& center, 
   return {sum, sq_norms, deviation, bias};
 }
 
-Tensor applied(const Layer& layer, const Tensor& h, const std::string& path, bool transposed,
-               const std::optional<Tensor>& weights, const std::optional<Tensor>& shift, double factor) {
+Tensor applied(const Layer& layer, const Tensor& h, bool gram, bool transposed, const std::optional<Tensor>& weights,
+               const std::optional<Tensor>& shift, double factor) {
   const char* name = transposed ? "g" : "h";
   const Sizes shape = sizes_of(transposed ? layer.gy : layer.x);
   require(sizes_of(h) == shape, name, " must have shape ", shown(shape), "; got ", shown(sizes_of(h)));
@@ -119,7 +119,7 @@ Tensor applied(const Layer& layer, const Tensor& h, const std::string& path, boo
   if (shift) added = packed(*shift);
   call.shift = pointer(added);
   call.factor = factor;
-  call.gram = is_gram(path);
+  call.gram = gram;
   Tensor out = allocate(h, sizes_of(transposed ? layer.x : layer.gy), h.scalar_type());
   if (layer.x.numel() == 0 || layer.gy.numel() == 0) return torch::stable::zero_(out);
   call.h = pointer(input);
@@ -129,13 +129,12 @@ Tensor applied(const Layer& layer, const Tensor& h, const std::string& path, boo
 }
 
 FiveTensors visit(const Layer& layer, const std::optional<Tensor>& center, bool biased,
-                  const std::optional<Tensor>& bias_center, const std::string& path, const std::vector<bool>& mask,
-                  double scale) {
+                  const std::optional<Tensor>& bias_center, bool gram, const std::vector<bool>& mask, double scale) {
   require(mask.size() == 3, "mask must have 3 entries; got ", mask.size());
   Call call(layer);
   call.set_center("center", center);
   call.set_bias(biased, bias_center);
-  call.gram = is_gram(path);
+  call.gram = gram;
   const Tensor &x = layer.x, &gy = layer.gy;
   Tensor s = call.per_sample();
   Tensor dx = allocate(x, mask[0] ? sizes_of(x) : Sizes{0}, x.scalar_type());
@@ -152,9 +151,9 @@ FiveTensors visit(const Layer& layer, const std::optional<Tensor>& center, bool 
   return {s, dx, dgy, sum, bias};
 }
 
-FourTensors sq_norms_with_grad(const Layer& layer, const std::optional<Tensor>& center, const std::string& path,
+FourTensors sq_norms_with_grad(const Layer& layer, const std::optional<Tensor>& center, bool gram,
                                const std::vector<bool>& mask) {
-  const auto [s, dx, dgy, sum, bias] = visit(layer, center, false, {}, path, mask, 1);
+  const auto [s, dx, dgy, sum, bias] = visit(layer, center, false, {}, gram, mask, 1);
   return {s, dx, dgy, sum};
 }
 

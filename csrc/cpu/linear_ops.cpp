@@ -30,10 +30,14 @@ Tensor linear_rank1_sq_norms(const Tensor& x, const Tensor& gy) {
   return out;
 }
 
-Tensor linear_sq_norms(const Tensor& x, const Tensor& gy, std::string path) { return sq_norms(checked(x, gy), path); }
+Tensor linear_sq_norms(const Tensor& x, const Tensor& gy, StringHandle path) {
+  const bool gram = is_gram(path);
+  return sq_norms(checked(x, gy), gram);
+}
 
-Tensor linear_deviation_sq_norms(const Tensor& x, const Tensor& gy, const Tensor& center, std::string path) {
-  return deviation_sq_norms(checked(x, gy), center, path);
+Tensor linear_deviation_sq_norms(const Tensor& x, const Tensor& gy, const Tensor& center, StringHandle path) {
+  const bool gram = is_gram(path);
+  return deviation_sq_norms(checked(x, gy), center, gram);
 }
 
 Tensor linear_jvp(const Tensor& x, const Tensor& gy, const Tensor& v) { return jvp(checked(x, gy), v); }
@@ -42,13 +46,15 @@ Tensor linear_weighted_sum(const Tensor& x, const Tensor& gy, std::optional<Tens
   return weighted_sum(checked(x, gy), w);
 }
 
-FourTensors linear_statistics(const Tensor& x, const Tensor& gy, std::optional<Tensor> center, std::string path) {
-  return statistics(checked(x, gy), center, path);
+FourTensors linear_statistics(const Tensor& x, const Tensor& gy, std::optional<Tensor> center, StringHandle path) {
+  const bool gram = is_gram(path);
+  return statistics(checked(x, gy), center, gram);
 }
 
-FourTensors linear_sq_norms_with_grad(const Tensor& x, const Tensor& gy, std::optional<Tensor> center, std::string path,
-                                      std::vector<bool> mask) {
-  return sq_norms_with_grad(checked(x, gy), center, path, mask);
+FourTensors linear_sq_norms_with_grad(const Tensor& x, const Tensor& gy, std::optional<Tensor> center,
+                                      StringHandle path, std::vector<bool> mask) {
+  const bool gram = is_gram(path);
+  return sq_norms_with_grad(checked(x, gy), center, gram, mask);
 }
 
 }  // namespace

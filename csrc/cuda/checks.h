@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -67,8 +68,15 @@ inline void check_layer(const char* name, const Tensor& tensor, const Sizes& sha
                   " must be on the device of x");
 }
 
-// True for "gram", false for "direct".
-inline bool is_gram(const std::string& path) {
+// True for "gram", false for "direct". Takes the op's argument itself, and frees it: torch's conversion to std::string,
+// up to 2.13, loses 48 bytes in every call.
+inline bool is_gram(StringHandle handle) {
+  const char* text = nullptr;
+  size_t length = 0;
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  const std::string path(text, length);
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
   STD_TORCH_CHECK(path == "gram" || path == "direct", "path must be one of direct, gram; got '", path, "'");
   return path == "gram";
 }

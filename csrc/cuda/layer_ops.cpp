@@ -184,16 +184,16 @@ class Layer {
 
 // The ops, on a linear layer or a convolution.
 
-Tensor sq_norms(Layer layer, const std::string& path) {
-  layer.call.gram = is_gram(path);
+Tensor sq_norms(Layer layer, bool gram) {
+  layer.call.gram = gram;
   Tensor out = layer.per_sample(layer.call.sq_norms);
   layer.run();
   return out;
 }
 
-Tensor deviation_sq_norms(Layer layer, const Tensor& center, const std::string& path) {
+Tensor deviation_sq_norms(Layer layer, const Tensor& center, bool gram) {
   layer.call.center = layer.layer_shaped("center", center);
-  layer.call.gram = is_gram(path);
+  layer.call.gram = gram;
   Tensor out = layer.per_sample(layer.call.deviation);
   layer.run();
   return out;
@@ -213,9 +213,9 @@ Tensor weighted_sum(Layer layer, const std::optional<Tensor>& w) {
   return out;
 }
 
-Results statistics(Layer layer, const std::optional<Tensor>& center, const std::string& path) {
+Results statistics(Layer layer, const std::optional<Tensor>& center, bool gram) {
   layer.call.center = layer.layer_shaped("center", center);
-  layer.call.gram = is_gram(path);
+  layer.call.gram = gram;
   Tensor sum = layer.sum(layer.call.sum), norms = layer.per_sample(layer.call.sq_norms);
   Tensor deviation = center ? layer.per_sample(layer.call.deviation) : layer.nothing();
   Tensor bias = layer.bias_rows();
@@ -224,10 +224,10 @@ Results statistics(Layer layer, const std::optional<Tensor>& center, const std::
 }
 
 Results sq_norms_with_grad(Layer layer, const Tensor& x, const Tensor& gy, const std::optional<Tensor>& center,
-                           const std::string& path, const std::vector<bool>& mask) {
+                           bool gram, const std::vector<bool>& mask) {
   STD_TORCH_CHECK(mask.size() == 3, "mask must have 3 entries; got ", mask.size());
   layer.call.center = layer.layer_shaped("center", center);
-  layer.call.gram = is_gram(path);
+  layer.call.gram = gram;
   Tensor s = layer.per_sample(center ? layer.call.deviation : layer.call.sq_norms);
   Tensor dx = mask[0] ? layer.like(x, layer.call.dx, layer.call.dx_strides) : layer.nothing(x.scalar_type());
   Tensor dgy = mask[1] ? layer.like(gy, layer.call.dgy, layer.call.dgy_strides) : layer.nothing(x.scalar_type());
@@ -243,10 +243,14 @@ Sizes kernel_of(const char* name, const Tensor& weights, const Tensor& x) {
   return Sizes(sizes.begin() + 2, sizes.end());
 }
 
-Tensor linear_sq_norms(const Tensor& x, const Tensor& gy, std::string path) { return sq_norms({x, gy}, path); }
+Tensor linear_sq_norms(const Tensor& x, const Tensor& gy, StringHandle path) {
+  const bool gram = is_gram(path);
+  return sq_norms({x, gy}, gram);
+}
 
-Tensor linear_deviation_sq_norms(const Tensor& x, const Tensor& gy, const Tensor& center, std::string path) {
-  return deviation_sq_norms({x, gy}, center, path);
+Tensor linear_deviation_sq_norms(const Tensor& x, const Tensor& gy, const Tensor& center, StringHandle path) {
+  const bool gram = is_gram(path);
+  return deviation_sq_norms({x, gy}, center, gram);
 }
 
 Tensor linear_jvp(const Tensor& x, const Tensor& gy, const Tensor& v) { return jvp({x, gy}, v); }
@@ -255,24 +259,28 @@ Tensor linear_weighted_sum(const Tensor& x, const Tensor& gy, std::optional<Tens
   return weighted_sum({x, gy}, w);
 }
 
-Results linear_statistics(const Tensor& x, const Tensor& gy, std::optional<Tensor> center, std::string path) {
-  return statistics({x, gy}, center, path);
+Results linear_statistics(const Tensor& x, const Tensor& gy, std::optional<Tensor> center, StringHandle path) {
+  const bool gram = is_gram(path);
+  return statistics({x, gy}, center, gram);
 }
 
-Results linear_sq_norms_with_grad(const Tensor& x, const Tensor& gy, std::optional<Tensor> center, std::string path,
+Results linear_sq_norms_with_grad(const Tensor& x, const Tensor& gy, std::optional<Tensor> center, StringHandle path,
                                   std::vector<bool> mask) {
-  return sq_norms_with_grad({x, gy}, x, gy, center, path, mask);
+  const bool gram = is_gram(path);
+  return sq_norms_with_grad({x, gy}, x, gy, center, gram, mask);
 }
 
 Tensor conv_sq_norms(const Tensor& x, const Tensor& gy, Sizes kernel, Sizes stride, Sizes padding, Sizes dilation,
-                     int64_t groups, std::string path) {
-  return sq_norms({x, gy, {kernel, stride, padding, dilation, groups}}, path);
+                     int64_t groups, StringHandle path) {
+  const bool gram = is_gram(path);
+  return sq_norms({x, gy, {kernel, stride, padding, dilation, groups}}, gram);
 }
 
 Tensor conv_deviation_sq_norms(const Tensor& x, const Tensor& gy, const Tensor& center, Sizes stride, Sizes padding,
-                               Sizes dilation, int64_t groups, std::string path) {
+                               Sizes dilation, int64_t groups, StringHandle path) {
+  const bool gram = is_gram(path);
   const Sizes kernel = kernel_of("center", center, x);
-  return deviation_sq_norms({x, gy, {kernel, stride, padding, dilation, groups}}, center, path);
+  return deviation_sq_norms({x, gy, {kernel, stride, padding, dilation, groups}}, center, gram);
 }
 
 Tensor conv_jvp(const Tensor& x, const Tensor& gy, const Tensor& v, Sizes stride, Sizes padding, Sizes dilation,
@@ -287,14 +295,16 @@ Tensor conv_weighted_sum(const Tensor& x, const Tensor& gy, std::optional<Tensor
 }
 
 Results conv_statistics(const Tensor& x, const Tensor& gy, std::optional<Tensor> center, Sizes kernel, Sizes stride,
-                        Sizes padding, Sizes dilation, int64_t groups, std::string path) {
-  return statistics({x, gy, {kernel, stride, padding, dilation, groups}}, center, path);
+                        Sizes padding, Sizes dilation, int64_t groups, StringHandle path) {
+  const bool gram = is_gram(path);
+  return statistics({x, gy, {kernel, stride, padding, dilation, groups}}, center, gram);
 }
 
 Results conv_sq_norms_with_grad(const Tensor& x, const Tensor& gy, std::optional<Tensor> center, Sizes kernel,
-                                Sizes stride, Sizes padding, Sizes dilation, int64_t groups, std::string path,
+                                Sizes stride, Sizes padding, Sizes dilation, int64_t groups, StringHandle path,
                                 std::vector<bool> mask) {
-  return sq_norms_with_grad({x, gy, {kernel, stride, padding, dilation, groups}}, x, gy, center, path, mask);
+  const bool gram = is_gram(path);
+  return sq_norms_with_grad({x, gy, {kernel, stride, padding, dilation, groups}}, x, gy, center, gram, mask);
 }
 
 }  // namespace
