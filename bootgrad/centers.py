@@ -105,15 +105,18 @@ class EmaMean(Center):
 
     @torch.no_grad()
     def update(self, mean: Parameters) -> None:
-        """Average in ḡ."""
-        if self._weight is None:
-            self._average = {name: _zeros(g) for name, g in mean.items()}
-            self._weight = torch.zeros((), dtype=torch.float64, device=next(iter(mean.values())).device)
-        new = [mean[name].detach().to(average.dtype) for name, average in self._average.items()]
-        self._weight.lerp_(torch.ones_like(self._weight), 1 - self.decay)
-        share = self._weight.reciprocal() * (1 - self.decay)
-        shares = [share.to(average) for average in self._average.values()]
-        torch._foreach_lerp_(list(self._average.values()), new, shares)
+        """Average in ḡ; all memory is made before anything is changed."""
+        averages, weight = self._average, self._weight
+        if weight is None:
+            averages = {name: _zeros(g) for name, g in mean.items()}
+            weight = torch.zeros((), dtype=torch.float64, device=next(iter(mean.values())).device)
+        new = [mean[name].detach().to(average.dtype) for name, average in averages.items()]
+        moved = weight.lerp(torch.ones_like(weight), 1 - self.decay)
+        share = moved.reciprocal() * (1 - self.decay)
+        shares = [share.to(average) for average in averages.values()]
+        self._average, self._weight = averages, weight
+        torch._foreach_lerp_(list(averages.values()), new, shares)
+        weight.copy_(moved)
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,9 +127,13 @@ class EmaMean(Center):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        average, weight = _sums(state["mean"]), state["weight"]
-        weight = None if weight is None else weight.clone()
-        self.decay, self.steps, self._average, self._weight = state["decay"], state["steps"], average, weight
+        decay, steps, weight = EmaMean(state["decay"]).decay, _count(state["steps"]), state["weight"]
+        average, weight = _sums(state["mean"]), None if weight is None else _number(weight.clone(), torch.float64)
+        if bool(steps) != (weight is not None) or bool(steps) != bool(average):
+            raise ValueError(f"{steps} steps, with {'no' if weight is None else 'a'} weight and {len(average)} tensors")
+        if not all(t.is_floating_point() for t in average.values()):
+            raise ValueError("averages are floating point")
+        self.decay, self.steps, self._average, self._weight = decay, steps, average, weight
 
 
 class WindowMean(Center):
@@ -168,21 +175,20 @@ class WindowMean(Center):
 
     @torch.no_grad()
     def update(self, mean: Parameters) -> None:
-        """Put ḡ in the place of the oldest gradient."""
-        if self._steps is None:
-            self._window = {name: self._rows(g) for name, g in mean.items()}
-            self._sum = {
-                name: torch.zeros_like(g, dtype=torch.float64, requires_grad=False) for name, g in mean.items()
-            }
-            self._steps = torch.zeros((), dtype=torch.int64, device=next(iter(mean.values())).device)
-        oldest = self._steps.remainder(self.k).reshape(1)
-        for name, rows in self._window.items():
+        """Put ḡ in the place of the oldest gradient, one parameter after the other, for the sum's conversions take memory."""
+        window, sums, steps = self._window, self._sum, self._steps
+        if steps is None:
+            window = {name: self._rows(g) for name, g in mean.items()}
+            sums = {name: torch.zeros_like(g, dtype=torch.float64, requires_grad=False) for name, g in mean.items()}
+            steps = torch.zeros((), dtype=torch.int64, device=next(iter(mean.values())).device)
+        oldest = steps.remainder(self.k).reshape(1)
+        self._window, self._sum, self._steps = window, sums, steps
+        for name, rows in window.items():
             new, row = mean[name].detach().to(rows).unsqueeze(0), oldest.to(rows.device)
-            total = self._sum[name]
-            total -= rows.index_select(0, row)[0].to(total)
-            total += new[0].to(total)
+            lost, gained = rows.index_select(0, row)[0].to(sums[name]), new[0].to(sums[name])
+            sums[name].sub_(lost).add_(gained)
             rows.index_copy_(0, row, new)
-        self._steps += 1
+        steps += 1
 
     def _rows(self, g: Tensor) -> Tensor:
         device = torch.device("cpu") if self.storage == "cpu" else g.device
@@ -197,8 +203,17 @@ class WindowMean(Center):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`, with the window where and as it is there."""
         window, sums = ({n: t.clone() for n, t in by_names_as_written(state[key]).items()} for key in ("window", "sum"))
-        steps = None if state["steps"] is None else state["steps"].clone()
-        self.k, self._window, self._sum, self._steps = state["k"], window, sums, steps
+        k, steps = WindowMean(state["k"]).k, None if state["steps"] is None else state["steps"].clone()
+        if steps is not None:
+            _count(int(_number(steps, torch.int64)))
+        shapes, rows = ({n: tuple(t.shape) for n, t in held.items()} for held in (sums, window))
+        if rows != {n: (k, *shape) for n, shape in shapes.items()} or bool(rows) != (steps is not None):
+            raise ValueError(f"a window of {k} has rows {rows} for sums {shapes}")
+        if any(t.dtype != torch.float64 for t in sums.values()) or not all(
+            t.is_floating_point() for t in window.values()
+        ):
+            raise ValueError("sums are float64, and windows floating point")
+        self.k, self._window, self._sum, self._steps = k, window, sums, steps
 
 
 class FullBatchMean(Center):
@@ -285,6 +300,18 @@ class FullBatchMean(Center):
         """Go on from a `state_dict`."""
         value = state["value"]
         self.steps, self._value = state["steps"], None if value is None else by_names_as_written(value)
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is no number of steps")
+    return value
+
+
+def _number(t: Tensor, dtype: torch.dtype) -> Tensor:
+    if t.shape != () or t.dtype != dtype:
+        raise ValueError(f"a tensor of {t.dtype} and shape {tuple(t.shape)} is no number of {dtype}")
+    return t
 
 
 def _sum_dtype(t: Tensor) -> torch.dtype:

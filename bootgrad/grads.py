@@ -1,7 +1,7 @@
 """Writing gradients to ``.grad`` as a backward pass does: all at once, in memory of their own, and hooks last."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import waiting
 
-_adding = threading.Lock()  # one model in two threads: a sum that the other has begun would be lost
+_adding = threading.RLock()  # one model in two threads: a sum that the other has begun would be lost
 
 
 @torch.no_grad()
@@ -25,10 +25,13 @@ def gated(grads: Sequence[Tensor | None], finite: Tensor | None, spoil: bool = F
 
 
 @torch.no_grad()
-def add_to_grads(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+def add_to_grads(
+    leaves: Sequence[Tensor], grads: Sequence[Tensor | None], before: Callable[[], None] | None = None
+) -> None:
     """Add gradients to ``.grad`` in memory of its own, as a backward pass does; `call_hooks` is to follow.
 
     All memory is made before the first ``.grad`` is written, so that one that cannot be added to leaves all as they were.
+    Then ``before`` is called, whose errors leave them so, too, and all that is added in place is added at once.
     """
     with _adding:
         taken: set[int] = set()
@@ -42,10 +45,13 @@ def add_to_grads(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> No
                 sums.append((leaf, grad, True))
             else:
                 sums.append((leaf, leaf.grad + grad if grad.is_sparse else grad + leaf.grad, False))
+        if before is not None:
+            before()
+        added = [(leaf.grad, grad) for leaf, grad, in_place in sums if in_place and leaf.grad is not None]
+        if added:
+            torch._foreach_add_([present for present, _ in added], [grad for _, grad in added])
         for leaf, grad, in_place in sums:
-            if in_place:
-                leaf.grad.add_(grad)  # type: ignore[union-attr]  # it was there above
-            else:
+            if not in_place:
                 leaf.grad = grad
 
 

@@ -278,7 +278,7 @@ class PerSamplePass(Recording):
             if y.dim() < 2 or rows - {y.size(1)}:
                 raise ValueError(f"it puts out {tuple(y.shape[1:])} for one sample")
             return y.flatten(0, 1)
-        except (BootgradError, StopRecomputation):
+        except (BootgradError, StopRecomputation, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise UnsupportedError(

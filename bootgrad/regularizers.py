@@ -194,7 +194,7 @@ class GradientRegularizer:
         Raises:
             BootgradError: as `record.backward`; exceptions of the user's function pass as they are. On any error ``.grad``,
                 the centers and the step are as before, but for one of a hook that waits for ``.grad``, when the step is
-                done, and of a center's own update.
+                done. Of two centers the first has moved where the second one's own update fails.
         """
         recording, awaited = self._recording, self._awaits_losses
         self._recording, self._awaits_losses, self._forgotten = None, False, False
@@ -311,9 +311,10 @@ class GradientRegularizer:
         self._strengths.after(self.step, step.plan, outcome, added, centers["reg1"] is not None, report, finite)
         if step.ranks is not None:
             leaves, grads = step.ranks.stored(leaves, grads)
-        add_to_grads(leaves, grads)
+        move = None
         if outcome.mean and finite is not None:
-            center_pairs.move(self.centers, outcome.mean, centers, finite)
+            move = partial(center_pairs.move, self.centers, outcome.mean, centers, finite)
+        add_to_grads(leaves, grads, move)
         self._strengths.count(step.plan, finite)
         self.step += 1
         call_hooks(leaves, grads)
@@ -342,7 +343,7 @@ class GradientRegularizer:
         except Exception as error:
             for name, center in self.centers.items():
                 center.load_state_dict(before[name])
-            if not isinstance(error, KeyError | TypeError | ValueError | AttributeError):
+            if not isinstance(error, KeyError | TypeError | ValueError | AttributeError | OverflowError | RuntimeError):
                 raise
             what = f"it lacks {error}" if isinstance(error, KeyError) else repr(error)
             if error.args == ("seed",):

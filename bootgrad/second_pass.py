@@ -43,10 +43,22 @@ def displaced(
         torch.clear_autocast_cache()
         yield
     finally:
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(saved[name])
+        put_back(parameters, saved)
         torch.clear_autocast_cache()
+
+
+@torch.no_grad()
+def put_back(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy the saved values into the parameters, all of them: what is raised in between, as by Ctrl-C, waits for the end."""
+    interruption = None
+    for name, p in parameters.items():
+        try:
+            p.copy_(saved[name])
+        except BaseException as error:
+            interruption = error
+            p.copy_(saved[name])
+    if interruption is not None:
+        raise interruption
 
 
 class Snapshot:

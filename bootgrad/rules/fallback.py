@@ -158,6 +158,8 @@ class _Call:
 
         try:
             return vmap(one, of_samples(gy, True), *(of_samples(t) for t, c in zip(values, cut, strict=True) if c))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
             raise UnsupportedError(
                 f"{self.name} has no rule and cannot be run one sample at a time: its parameter's per-sample gradients "
