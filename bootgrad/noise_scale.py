@@ -106,7 +106,7 @@ class NoiseScale:
             )
             if not 0 < decay <= 1 or steps < 0 or (steps and not weight > 0):
                 raise ValueError(f"decay {decay}, {steps} steps of weight {weight}")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ArgumentError(f"not a state_dict of a NoiseScale: {error!r}") from None
         self.decay, self.steps = decay, steps
         self._weight, self._trace, self._sq_norm = weight, trace, sq_norm

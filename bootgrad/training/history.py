@@ -68,6 +68,8 @@ class Table:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take the columns of a `state_dict`, all of one length."""
+        if any(state[name].dim() != 1 or state[name].dtype != torch.float64 for name in self.columns):
+            raise ValueError("columns are of float64 in one dimension")
         columns = {name: state[name].tolist() for name in self.columns}
         if len({len(column) for column in columns.values()}) > 1:
             raise ValueError("columns of different lengths")

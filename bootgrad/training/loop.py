@@ -160,20 +160,22 @@ class Trainer:
                     "give --data the file it was trained on"
                 )
             self.model.load_state_dict(state["model"])
+            self._check_optimizer(state["optimizer"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.regularizer is not None:
                 self.regularizer.load_state_dict(state["regularizer"])
             self.noise_scale.load_state_dict(state["noise_scale"])
             self.history.load_state_dict(state["history"])
             progress, rng = state["progress"], state["rng"]
-            self.epoch, self.position, self.order = int(progress["epoch"]), int(progress["position"]), progress["order"]
+            self.epoch, self.position, self.order = progress["epoch"], progress["position"], progress["order"]
+            self._check_progress()
             torch.set_rng_state(rng["torch"])
             if rng["cuda"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(rng["cuda"], self.device)
             self.generator.set_state(rng["order"])
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            if isinstance(error, DataError):
-                raise
+        except (DataError, MemoryError):
+            raise
+        except Exception as error:  # whatever a state that was made by hand makes tensors and optimizers raise
             raise DataError(f"the checkpoint is not whole ({type(error).__name__}: {error}): start anew") from error
         begun = self.epoch + (self.position > 0)
         if self.settings.epochs < begun:
@@ -274,6 +276,37 @@ class Trainer:
             seconds_per_step=ours,
             plain_seconds_per_step=plain,
         )
+
+    def _check_optimizer(self, state: dict[str, Any]) -> None:
+        """Raise where a state is not one of this optimizer, which takes over whatever it is given."""
+        if state["param_groups"] != self.optimizer.state_dict()["param_groups"]:
+            raise ValueError("the optimizer's options are not those of the settings")
+        names = {"adam": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}[self.settings.optimizer]
+        parameters = list(self.model.parameters())
+        if set(state["state"]) not in (set(), set(range(len(parameters)))):
+            raise ValueError("the optimizer's state is not that of the model's parameters")
+        for number, kept in state["state"].items():
+            shapes = {name: () if name == "step" else tuple(parameters[number].shape) for name in names}
+            if self.settings.optimizer == "sgd" and kept == {"momentum_buffer": None}:
+                continue
+            if {name: tuple(t.shape) for name, t in kept.items()} != shapes:
+                raise ValueError(f"the optimizer's state of parameter {number} must have the shapes {shapes}")
+            if not all(t.is_floating_point() for t in kept.values()):
+                raise ValueError(f"the optimizer's state of parameter {number} must be floating point")
+
+    def _check_progress(self) -> None:
+        """Raise where the place in the data is none, or not where the history ends."""
+        steps, order = self.steps_per_epoch, self.order
+        for number, most in ((self.epoch, 1 << 53), (self.position, steps)):
+            if type(number) is not int or not 0 <= number <= most:
+                raise ValueError(f"epoch {self.epoch} and position {self.position} are no place in {steps} steps")
+        if order.dtype != torch.long or order.dim() != 1 or (self.position and order.numel() != self.images):
+            raise ValueError(f"the order of {self.images} images must be that many whole numbers")
+        if order.numel() and not torch.equal(order.sort().values, torch.arange(order.numel())):
+            raise ValueError("the order of the images must name each of them once")
+        done, epochs = len(self.history.steps), len(self.history.epochs)
+        if (done, epochs) != (self.epoch * steps + self.position, self.epoch):
+            raise ValueError(f"a history of {done} steps and {epochs} epochs is not that of epoch {self.epoch}")
 
     def _check_same_model(self, state: dict[str, Tensor]) -> None:
         ours = {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
