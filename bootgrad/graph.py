@@ -153,9 +153,11 @@ def walk(
 
 
 def check_losses(losses: Any) -> None:
-    """Raise unless ``losses`` is (B,), finite and attached to a graph."""
+    """Raise unless ``losses`` is (B,), dense and attached to a graph."""
     if not isinstance(losses, Tensor):
         raise ArgumentTypeError(f"losses must be a tensor of shape (B,); got {type(losses).__name__}")
+    if losses.layout != torch.strided:
+        raise ArgumentTypeError(f"losses must be dense; got {losses.layout}: pass losses.to_dense()")
     if losses.dim() != 1:
         shape = tuple(losses.shape)
         raise ArgumentError(

@@ -41,7 +41,7 @@ def as_parameter_dict(value: Direction, parameters: Mapping[str, Tensor], what: 
         {name: tensor} in the order of ``parameters``, with the parameters' shapes.
 
     Raises:
-        ArgumentError: a parameter is missing, unknown, or of another shape.
+        ArgumentError: a parameter is missing, unknown, of another shape or on another device.
         ArgumentTypeError: neither a mapping nor a tensor.
     """
     if isinstance(value, Tensor):
@@ -51,6 +51,8 @@ def as_parameter_dict(value: Direction, parameters: Mapping[str, Tensor], what: 
                 f"{what} as one tensor must be flat, shape ({P},), one entry per parameter entry; got {tuple(value.shape)}"
             )
         parts = value.split([p.numel() for p in parameters.values()])
+        for name, p in parameters.items():
+            _check_place(value, name, p, what)
         return {name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)}
     if not isinstance(value, Mapping):
         raise ArgumentTypeError(
@@ -72,8 +74,14 @@ def as_parameter_dict(value: Direction, parameters: Mapping[str, Tensor], what: 
             raise ArgumentTypeError(f"{what} must hold tensors; got {type(part).__name__} for {name}")
         if part.shape != p.shape:
             raise ArgumentError(f"{what} must have shape {tuple(p.shape)} for {name}; got {tuple(part.shape)}")
+        _check_place(part, name, p, what)
         out[name] = part
     return out
+
+
+def _check_place(part: Tensor, name: str, p: Tensor, what: str) -> None:
+    if part.device != p.device:
+        raise ArgumentError(f"{what} must be on {p.device} for {name}, where the parameter is; got {part.device}")
 
 
 class PerSampleGradients:

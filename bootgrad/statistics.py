@@ -571,6 +571,8 @@ def _weights(reduction: str | Tensor, losses: Tensor) -> tuple[Tensor, float | N
     if isinstance(reduction, Tensor):
         if reduction.shape != (B,):
             raise ArgumentError(f"weights must have shape ({B},), one per loss; got {tuple(reduction.shape)}")
+        if reduction.is_complex():
+            raise ArgumentTypeError(f"weights must be real; got {reduction.dtype}")
         weights = reduction.detach().to(losses).clone()
         if not waiting.answers_at_once(losses):
             return weights, None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import waiting
 from .distributed import Ranks, Rounds
 from .errors import ArgumentError
+from .graph import check_losses
 from .methods.base import Forward, Gradients, Method, Penalties, Whole
 from .methods.parts import Known, Total, WithRest
 from .methods.ranks import OfRanks, Together
@@ -190,6 +191,7 @@ class Step:
         with recording or StandIns():
             losses = call()
         m = None if index is None else index.numel()
+        check_losses(losses)
         if m is not None and isinstance(losses, Tensor) and losses.shape != (m,):
             raise ArgumentError(
                 f"the losses of {m} samples must have shape ({m},); got {tuple(losses.shape)}: fraction takes rows of every "
