@@ -281,10 +281,12 @@ def _steps_of(folder: Path) -> tuple[dict[str, list[float]], dict[str, Any]]:
         with (folder / RUN).open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         names = ("loss", "covariance_trace", "reg1", "reg2", "test_loss")
-        return {name: [float(row[name] or "nan") for row in rows] for name in names}, settings
+        numbers = {name: float(settings[name]) for name in ("lr", "reg1", "reg2")}
+        columns = {name: [float(row[name] or "nan") for row in rows] for name in names}
+        return columns, {**numbers, "batch_size": int(settings["batch_size"])}
     except DataError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
         raise DataError(
             f"{folder} is no whole run of bootgrad train ({type(error).__name__}: {error}): run it again"
         ) from error
@@ -293,5 +295,5 @@ def _steps_of(folder: Path) -> tuple[dict[str, list[float]], dict[str, Any]]:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}): run it again") from error

@@ -192,7 +192,7 @@ class Study:
             record = json.loads((self.out / RECORD).read_text(encoding="utf-8"))
             stored, self.seconds = dict(record["experiment"]), float(record["seconds"])
             self._fingerprint, self.places = record["fingerprint"], list(record["places"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise DataError(f"{self.out / RECORD} cannot be read ({error}): start anew by --overwrite") from error
         wanted = asdict(self.options)
         for name in wanted:
