@@ -11,6 +11,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEVICE ?= cuda
 MINUTES ?= 30
+EXAMPLES ?= 3000
+STEPS ?= 100000
+KILLS ?= 200
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -18,14 +21,16 @@ INSTALL := $(PIP) install --no-build-isolation --constraint $(VENV)/constraints.
 CXX_FILES = $(shell find csrc tests benchmarks \( -name '*.c' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 BUILD_INPUTS = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo test test-all kernels fuzz lint format docs bench bench-peers gpu-report wheel clean
+.PHONY: help demo test test-all kernels fuzz sanitize soak kills lint format docs bench bench-peers gpu-report wheel clean
 
 help:
 	@echo 'make demo      train on digits, plain and regularized side by side; writes demo/comparison.png'
 	@echo 'make test      lint and tests in an environment of its own'
 	@echo 'make test-all  second tier: sanitizers, long fuzzing, the zoo, GPU kernels compiled, the wheel'
 	@echo 'make kernels   every configuration of the GPU kernels, for all architectures; after a change of kernels/'
-	@echo 'make fuzz      random architectures against plain autograd, other ones in every run; MINUTES=30'
+	@echo 'make fuzz      random architectures against plain autograd, MINUTES=30; inputs, files and commands, EXAMPLES=3000'
+	@echo 'make sanitize  tests of the CPU library under address and thread sanitizers, inside of Python; half an hour'
+	@echo 'make soak      STEPS=100000 steps in which nothing may grow        make kills  KILLS=200 runs that are killed and go on'
 	@echo 'make lint      ruff, clang-format, mypy          make format  rewrite the sources in form'
 	@echo 'make docs      the documentation site into build/site; SERVE=1 shows it and what changes'
 	@echo 'make bench     benchmarks/ into benchmarks/results/'
@@ -55,6 +60,16 @@ kernels: $(VENV)/.dev
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/pytest tests/trust -k drawn --numprocesses 2
+
+sanitize: $(VENV)/.dev
+	$(BIN)/python -m tests.trust.sanitize
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.trust.soak --steps $(STEPS) --model small --json benchmarks/results/trust/soak.json
+
+kills: $(VENV)/.dev
+	$(BIN)/python -m tests.trust.kills --kills $(KILLS) --json benchmarks/results/trust/kills.json
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
