@@ -191,13 +191,13 @@ class Step:
         with recording or StandIns():
             losses = call()
         m = None if index is None else index.numel()
-        check_losses(losses)
         if m is not None and isinstance(losses, Tensor) and losses.shape != (m,):
             raise ArgumentError(
                 f"the losses of {m} samples must have shape ({m},); got {tuple(losses.shape)}: fraction takes rows of every "
                 "tensor of the batch that has as many as the first; pass all that belongs to samples in such tensors, or take "
                 "fraction=1"
             )
+        check_losses(losses)
         return Forward(losses, self.parameters, recording, replay, self.scaling)
 
     def _take(self, forward: Forward, whole: Whole, batch: tuple = ()) -> None:

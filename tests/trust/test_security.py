@@ -128,6 +128,7 @@ def test_what_the_page_says_of_files_is_what_there_is():
     page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     assert "FILE.py:FUNCTION" in page and "weights_only=True" in page
     texts = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sources()}
-    assert [name for name, text in texts.items() if "weights_only=True" in text] == ["bootgrad/training/checkpoint.py"]
+    loaders = [name for name, text in texts.items() if "weights_only=True" in text]
+    assert loaders == ["bootgrad/integrations/transformers.py", "bootgrad/training/checkpoint.py"]
     readers = [name for name, text in texts.items() if re.search(r"zipfile\.ZipFile|gzip\.open", text)]
     assert readers == ["bootgrad/training/checkpoint.py", "bootgrad/training/files.py"]
