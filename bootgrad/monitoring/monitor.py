@@ -243,6 +243,11 @@ class Monitor:
     def _plain_backward(self, losses: Tensor, scaler: Any, reduction: str | Tensor) -> None:
         if isinstance(reduction, str) and reduction not in ("mean", "sum"):
             raise ArgumentError(f'reduction must be "mean", "sum" or weights (B,); got {reduction!r}')
+        if isinstance(reduction, Tensor) and (losses.dim() != 1 or reduction.shape != losses.shape):
+            raise ArgumentError(
+                f"weights must have shape (B,), one for each of the losses (B,); got {tuple(reduction.shape)} for losses "
+                f"{tuple(losses.shape)}"
+            )
         if isinstance(reduction, str) and reduction == "mean":
             total = losses.mean()
         else:

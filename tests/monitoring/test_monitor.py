@@ -64,6 +64,17 @@ def test_every_steps_gradient_is_the_plain_one(every, reduction):
             close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
 
 
+@pytest.mark.parametrize("shape", [(BATCH, 1), (1,), (1, BATCH), ()])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_weights_of_another_shape_are_refused_on_every_step(shape, steps):
+    monitor = Monitor(network(), 2)
+    for k in range(steps):
+        step(monitor, k)
+    with pytest.raises(ArgumentError, match="weights must have shape"):
+        step(monitor, reduction=torch.ones(shape, dtype=torch.float64))
+    assert monitor.step == steps and all(p.grad is None for p in monitor.model.parameters())
+
+
 def test_an_observation_has_what_plain_autograd_has():
     model, (x, y), written = network(), batch(), Kept()
     rows = rows_of(model, x, y)

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from bootgrad.errors import DataError
+from bootgrad.monitoring import CSVWriter, Observation
 from bootgrad.monitoring.report import report, write_report
 from bootgrad.monitoring.report.charts import Line, chart, sparkline, thinned
 from bootgrad.monitoring.report.markdown import html
@@ -159,7 +160,20 @@ def test_what_a_monitor_has_written(tmp_path, kind):
         k = found.index("Steps at which something was far above its running median, the latest first")
         assert found[k + 5 : k + 9] == ["1900", f"Γ {number(900 * math.exp(-3.8), 3)}", "block.conv", "6.71×"]
     else:
-        assert "No quantity was far above its running median." in found
+        assert any(
+            text.startswith("Steps at which something was far above its running median: 1900. ") for text in found
+        )
+        assert "No quantity was far above its running median." not in found
+    for name, value in (("Steps with flags", "1"), ("Outlying samples", "60")):
+        assert found[found.index(name) + 1] == value
+
+
+def test_a_table_of_reports_says_nothing_of_outliers(tmp_path):
+    writer = CSVWriter(tmp_path / "monitor.csv")
+    writer.write(Observation(0, 4, covariance_trace=1.0))
+    writer.close()
+    found = texts(tmp_path)
+    assert "Outlying samples" not in found and "No quantity was far above its running median." in found
 
 
 def test_names_from_outside_are_text(tmp_path):

@@ -14,6 +14,7 @@ from ..observation import PREFIX
 from ..writers import read_csv, read_jsonl
 
 RESULTS, RECORD, SUMMARY, RUN, FIGURE = "results.csv", "run.json", "summary.md", "run.csv", "figure.png"
+COUNTED = ("outliers", "flags")  # in a table, which has no lists
 MOST_ROWS = 200  # of an experiment's table that a page has
 
 
@@ -68,7 +69,8 @@ class Folder:
         path: of it.
         runs: of ``train``, or the variants of ``compare``.
         experiment: of ``experiment``, or None.
-        observations: of each file that a `Monitor` has written, by its name, as `Observation.as_dict` has them.
+        observations: of each file that a `Monitor` has written, by its name, as `Observation.as_dict` has them; those of a
+            table have ``counts`` of outliers and flags in place of these.
     """
 
     path: Path
@@ -134,7 +136,7 @@ def _observations(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _nested(row: dict[str, Any]) -> dict[str, Any]:
     """A row of scalars as an observation."""
-    out: dict[str, Any] = {"layers": {}, "norms": {}, "strengths": {}, "outliers": [], "flags": []}
+    out: dict[str, Any] = {"layers": {}, "norms": {}, "strengths": {}, "counts": {}}
     for name, value in row.items():
         kind, _, rest = name.removeprefix(PREFIX).partition("/")
         if kind == "layer":
@@ -142,9 +144,19 @@ def _nested(row: dict[str, Any]) -> dict[str, Any]:
             out["layers"].setdefault(layer, {})[quantity] = value
         elif kind in ("norm", "strength"):
             out[f"{kind}s"][rest] = value
-        elif kind not in ("outliers", "flags"):
+        elif kind in COUNTED:
+            out["counts"][kind] = value
+        else:
             out[kind] = value
     return out
+
+
+def count_of(row: dict[str, Any], kind: str) -> int | None:
+    """How many outliers or flags an observation has; None where it was not looked for them."""
+    if "counts" not in row:
+        return len(row.get(kind, ()))
+    count = row["counts"].get(kind)
+    return None if count is None else int(count)
 
 
 def _table(path: Path) -> list[list[str]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .charts import Line, chart, sparkline
-from .folder import number_of
+from .folder import count_of, number_of
 from .markup import Content, Markup, element, number, table
 from .trained import since_the_beginning, tile, tiles
 
@@ -52,8 +52,8 @@ def _column(rows: Sequence[Row], *path: str) -> list[tuple[float, float]]:
 
 
 def _tiles(rows: Sequence[Row]) -> Markup:
-    flagged = [row["step"] for row in rows if row.get("flags")]
-    far = sum(len(row.get("outliers", ())) for row in rows)
+    flagged = [row["step"] for row in rows if count_of(row, "flags")]
+    far = [count for row in rows if (count := count_of(row, "outliers")) is not None]
     return tiles(
         [
             since_the_beginning("Loss", _column(rows, "loss")),
@@ -65,7 +65,7 @@ def _tiles(rows: Sequence[Row]) -> Markup:
                 str(len(flagged)),
                 f"the last at {flagged[-1]}" if flagged else "nothing far above its median",
             ),
-            tile("Outlying samples", str(far), "gradients far longer than others"),
+            tile("Outlying samples", str(sum(far)), "gradients far longer than others") if far else None,
         ]
     )
 
@@ -151,7 +151,14 @@ def _flags(rows: Sequence[Row], name: str, place: str) -> Markup:
     """A row of each step with flags: what the whole model has, and which layers."""
     found = [row for row in rows if row.get("flags")]
     if not found:
-        text = "No quantity was far above its running median."
+        steps = [str(row["step"]) for row in rows if count_of(row, "flags")]
+        some = "" if len(steps) <= _MOST_FLAGS else f", the last {_MOST_FLAGS} of {len(steps)}"
+        text = (
+            f"Steps at which something was far above its running median{some}: {', '.join(steps[-_MOST_FLAGS:])}. What it was "
+            "is not in a CSV file; a JSONL file has it."
+            if steps
+            else "No quantity was far above its running median."
+        )
         return element("div", element("div", element("p", text), class_="finding none"), class_="findings")
     cells: list[list[Content]] = []
     for row in reversed(found):
