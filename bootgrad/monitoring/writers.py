@@ -8,11 +8,13 @@ import csv
 import io
 import json
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from ..errors import DataError
-from .observation import Observation
+from .observation import PREFIX, Observation
 
 
 class Writer(Protocol):
@@ -28,25 +30,27 @@ class Writer(Protocol):
 class JSONLWriter:
     """Observations as lines of JSON, each a whole one.
 
+    The file is opened for the first observation, and again for one that comes after `close`.
+
     Args:
         path: a file, made if need be, and gone on with where it is there.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: it is no file of observations; of `write`, too, and where it cannot be written.
     """
 
     def __init__(self, path: str | Path):
-        """Open it behind its last whole line."""
+        """Look at what is there."""
         self.path = Path(path)
-        self._file = _open_to_append(self.path)
+        self._lines = _Lines(self.path, begins_jsonl, "file of observations, lines that begin with their step")
 
     def write(self, observation: Observation) -> None:
         """Add a line."""
-        _add(self._file, json.dumps(observation.as_dict(), ensure_ascii=False, allow_nan=False) + "\n", self.path)
+        self._lines.add(json.dumps(observation.as_dict(), allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._lines.close()
 
 
 class CSVWriter:
@@ -58,49 +62,117 @@ class CSVWriter:
         path: as of `JSONLWriter`.
 
     Raises:
-        DataError: it cannot be written, or is another table.
+        DataError: as `JSONLWriter`.
     """
 
     def __init__(self, path: str | Path):
-        """Open it behind its last whole row."""
+        """Look at what is there."""
         self.path = Path(path)
-        self._file = _open_to_append(self.path)
-        self._columns: list[str] = []
-        if self.path.stat().st_size:
-            self._columns = _header(self.path)
-            if self._columns[:1] != ["step"]:
-                self._file.close()
-                raise DataError(
-                    f"{self.path} is no table of observations, whose first column is step: choose another file"
-                )
+        self._lines = _Lines(self.path, begins_csv, "table of observations, whose first column is step")
+        self._columns: list[str] = []  # of the file that is open
 
     def write(self, observation: Observation) -> None:
         """Add a row."""
         row = {"step": str(observation.step)} | {name: repr(value) for name, value in observation.scalars().items()}
+        if self._lines.open():
+            self._columns = _header(self.path)
         new = [name for name in row if name not in self._columns]
         if new and self._columns:
             self._widen(new)
         elif new:
-            self._columns = new
-            _add(self._file, _lines([new]), self.path)
-        _add(self._file, _lines([[row.get(name, "") for name in self._columns]]), self.path)
+            self._lines.add(_text_of([new]))
+        self._columns += new
+        self._lines.add(_text_of([[row.get(name, "") for name in self._columns]]))
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._lines.close()
 
     def _widen(self, new: list[str]) -> None:
         """Write the file again with more columns, beside it first."""
-        self._file.close()
-        with self.path.open(encoding="utf-8", newline="") as file:
-            header, *rows = csv.reader(file)
-        self._columns = [*header, *new]
         beside = self.path.with_name(f".{self.path.name}.wider")
-        beside.write_text(
-            _lines([self._columns, *(row + [""] * len(new) for row in rows)]), encoding="utf-8", newline=""
-        )
-        os.replace(beside, self.path)
-        self._file = _open_to_append(self.path)
+        try:
+            with self.path.open(encoding="utf-8", newline="") as file:
+                header, *rows = csv.reader(file)
+            wider = [[*header, *new], *(row + [""] * len(new) for row in rows)]
+            beside.write_text(_text_of(wider), encoding="utf-8", newline="")
+            self._lines.close()
+            os.replace(beside, self.path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise DataError(
+                f"{self.path} could not be written with more columns ({error.strerror}): is the disk full?"
+            ) from error
+
+
+class _Lines:
+    """A file that lines are added to, opened when one comes; what does not begin as ours do is left as it is.
+
+    Args:
+        path: of it.
+        begins: whether a first line is of ours.
+        kind: what ours are.
+    """
+
+    def __init__(self, path: Path, begins: Callable[[str], bool], kind: str):
+        self._path, self._begins, self._kind = path, begins, kind
+        self._file: Any = None
+        self._check()
+
+    def open(self) -> bool:
+        """Be behind the last whole line; whether it was not there already."""
+        if self._file is not None:
+            return False
+        self._check()
+        self._file = _open_to_append(self._path)
+        return True
+
+    def add(self, text: str) -> None:
+        """Write it, all of it or, for the next one that opens the file, none."""
+        self.open()
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            with suppress(OSError):
+                self.close()
+            raise DataError(f"{self._path} could not be written ({error.strerror}): is the disk full?") from error
+
+    def close(self) -> None:
+        """Until there is more."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def _check(self) -> None:
+        first = first_line(self._path)
+        if first and not self._begins(first):
+            raise DataError(f"{self._path} is no {self._kind}: choose another file")
+
+
+def begins_jsonl(line: str) -> bool:
+    """Whether it is the first line of a file of observations, or what there is of one without its end."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return not line.endswith("\n") and line.startswith('{"step": ')
+    return isinstance(row, dict) and {"step", "batch_size"} <= row.keys()
+
+
+def begins_csv(line: str) -> bool:
+    """Whether it is the first line of a table of observations, or what there is of one without its end."""
+    return line.startswith(f"step,{PREFIX}")
+
+
+def first_line(path: Path, most: int = 1 << 24) -> str:
+    """The first line of a file, with its end where it has one; nothing where there is no file."""
+    try:
+        with path.open("rb") as file:
+            return file.readline(most).decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise DataError(f"{path} cannot be read or written ({error.strerror}): choose another file") from error
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -111,7 +183,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """
     text = _text(path)
     rows = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], 1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row["step"], int):
@@ -193,15 +265,7 @@ def _end_of_lines(file: BinaryIO, end: int, piece: int = 1 << 16) -> int:
     return 0
 
 
-def _add(file: Any, text: str, path: Path) -> None:
-    try:
-        file.write(text)
-        file.flush()
-    except OSError as error:
-        raise DataError(f"{path} could not be written ({error.strerror}): is the disk full?") from error
-
-
-def _lines(rows: list[list[str]]) -> str:
+def _text_of(rows: list[list[str]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

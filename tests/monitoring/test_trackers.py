@@ -18,6 +18,8 @@ def test_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     writer = TensorBoardWriter(tmp_path)
+    writer.close()
+    assert not list(tmp_path.iterdir())  # as on ranks that write nothing
     writer.write(observation(0))
     writer.write(observation(50, 1.5, flags=()))
     events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0})  # all of them
@@ -31,6 +33,11 @@ def test_tensorboard(tmp_path):
     (text,) = events.Tensors("bootgrad/flags/text_summary")
     assert text.tensor_proto.string_val[0].decode() == "covariance_trace of layer conv is 2.5, usually 0.1"
     writer.close()
+    writer.write(observation(100))
+    writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("bootgrad/loss")] == [0, 50, 100]
 
 
 def records_of(data):
@@ -64,10 +71,12 @@ def test_wandb(offline):
     from wandb.proto import wandb_internal_pb2
 
     writer = WandbWriter(project="digits", dir=str(offline))
+    writer.close()
+    assert wandb.run is None and writer.run is None and not list(offline.rglob("*.wandb"))
     writer.write(observation(0))
     writer.write(observation(50, 1.5))
     writer.close()
-    assert wandb.run is None
+    assert wandb.run is None and writer.run is None
     (path,) = offline.rglob("*.wandb")
     rows = []
     for data in records_of(path.read_bytes()):
@@ -102,9 +111,11 @@ def test_mlflow(tmp_path, monkeypatch):
 
     place = (tmp_path / "runs").as_uri()
     writer = MLflowWriter(tracking_uri=place, experiment="digits", run_name="first")
+    writer.close()
+    client = mlflow.MlflowClient(place)
+    assert writer.run_id is None and client.get_experiment_by_name("digits") is None
     writer.write(observation(0))
     writer.write(observation(50, 1.5))
-    client = mlflow.MlflowClient(place)
     run = client.get_run(writer.run_id)
     assert run.info.status == "RUNNING" and run.info.run_name == "first"
     assert run.data.metrics == FINITE | {"bootgrad/covariance_trace": 1.5}

@@ -1,13 +1,15 @@
 """Files that survive the end of their process, and readers that see what counts."""
 
 import csv
+import errno
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from bootgrad.errors import DataError
-from bootgrad.monitoring import CSVWriter, JSONLWriter
+from bootgrad.monitoring import CSVWriter, JSONLWriter, Outlier, writers
 from bootgrad.monitoring.writers import read_csv, read_jsonl
 
 from .runs import observation
@@ -73,7 +75,8 @@ def test_a_run_goes_on_behind_the_last_whole_line(kind, tmp_path, lost):
 
 def test_a_file_of_which_no_line_is_whole_begins_anew(kind, tmp_path):
     path = tmp_path / "file"
-    path.write_bytes(b"step,boot" * 20_000)
+    begin = b'{"step": 0, "batch_size": 4, "layers": {"' if kind[1] is read_jsonl else b"step,bootgrad/loss,bootgrad/"
+    path.write_bytes(begin + b"layer" * 40_000)
     assert steps(kind, path) == []
     write(kind, path, observation(0))
     assert steps(kind, path) == [0]
@@ -96,6 +99,108 @@ def test_columns_that_come_later_are_empty_before(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["monitor.csv"]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"learning_rate": 0.1}',
+        '{"learning_rate": 0.1}\n{"step": 3',
+        '{"step": 5}',
+        '{"step": 5, "loss": 1.0}\n{"step": 6',
+        "[1, 2]",
+        "a,b\n1,2\n3,4",
+        "step,loss\n1,2\n3,4",
+        "step",
+        "a" * 100_000,
+    ],
+)
+def test_a_file_of_somebody_elses_stays_as_it_is(kind, tmp_path, content):
+    path = tmp_path / "file"
+    path.write_text(content)
+    with pytest.raises(DataError, match="is no (file|table) of observations"):
+        kind[0](path)
+    path.unlink()
+    writer = kind[0](path)
+    path.write_text(content)  # since then
+    with pytest.raises(DataError, match="is no (file|table) of observations"):
+        writer.write(observation())
+    writer.close()
+    assert path.read_text() == content
+
+
+def test_files_are_opened_by_what_is_written(kind, tmp_path):
+    path = tmp_path / "new" / "file"
+    first, second = kind[0](path), kind[0](path)
+    second.close()
+    assert not path.parent.exists()
+    first.write(observation(0))
+    first.close()
+    first.close()
+    first.write(observation(1, reg2=7.0))
+    first.close()
+    assert steps(kind, path) == [0, 1]
+
+
+def test_ids_that_have_ends_of_lines(tmp_path):
+    names = ("a\u2028b\u2029c\x85d\ne\r\x1ef", "\ud800", "é")
+    path = tmp_path / "monitor.jsonl"
+    write(KINDS["jsonl"], path, observation(0, outliers=tuple(Outlier(name, 1.0) for name in names)), observation(1))
+    rows = read_jsonl(path)
+    assert [row["id"] for row in rows[0]["outliers"]] == list(names) and len(rows) == 2
+    path.write_text('{"step": 0, "batch_size": 4, "id": "\u2028"}\n', encoding="utf-8")  # as older ones have them
+    assert read_jsonl(path)[0]["id"] == "\u2028"
+
+
+def test_a_full_disk_leaves_whole_lines_and_a_writer_that_goes_on(kind, tmp_path):
+    path = tmp_path / "file"
+    writer = kind[0](path)
+    writer.write(observation(0))
+    full = Full(writer._lines._file)
+    writer._lines._file = full
+    with pytest.raises(DataError, match="could not be written .No space left.: is the disk full"):
+        writer.write(observation(1))
+    assert full.file.closed
+    writer.write(observation(2))
+    writer.close()
+    assert steps(kind, path) == [0, 2]
+
+
+class Full:
+    """A file on a disk that has room for half of what comes."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, text):
+        self.file.write(text[: len(text) // 2])
+        self.file.flush()
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    def close(self):
+        self.file.close()
+
+
+def test_a_table_that_could_not_be_widened_goes_on(tmp_path, monkeypatch):
+    path = tmp_path / "monitor.csv"
+    writer = CSVWriter(path)
+    writer.write(observation(0))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    for owner, name in ((Path, "write_text"), (writers.os, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(DataError, match="with more columns .No space left."):
+                writer.write(observation(1, reg2=7.0))
+        assert [path.name for path in tmp_path.iterdir()] == ["monitor.csv"]
+    writer.write(observation(2))
+    writer.write(observation(3, reg2=7.0))
+    writer.close()
+    assert [(row["step"], row.get("bootgrad/reg2")) for row in read_csv(path)] == [(0, None), (2, None), (3, 7.0)]
+
+
 def test_a_file_that_is_none_of_ours_is_refused(tmp_path):
     path = tmp_path / "run.csv"
     path.write_text("name,value\na,1\n")
@@ -107,8 +212,10 @@ def test_a_file_that_is_none_of_ours_is_refused(tmp_path):
         read_jsonl(path)
     assert path.read_text() == "name,value\na,1\n"
     for write_to in (JSONLWriter, CSVWriter):
-        with pytest.raises(DataError, match="cannot be written"):
+        with pytest.raises(DataError, match="cannot be read or written"):
             write_to(tmp_path)
+        with pytest.raises(DataError, match="cannot be (read or )?written"):
+            write_to(path / "inside").write(observation())
     for read in (read_jsonl, read_csv):
         with pytest.raises(DataError, match="cannot be read"):
             read(tmp_path / "nothing")

@@ -11,7 +11,7 @@ from ...errors import ArgumentError, DataError
 from ...training import checkpoint
 from ...training.run import CHECKPOINT
 from ..observation import PREFIX
-from ..writers import read_csv, read_jsonl
+from ..writers import begins_csv, begins_jsonl, first_line, read_csv, read_jsonl
 
 RESULTS, RECORD, SUMMARY, RUN, FIGURE = "results.csv", "run.json", "summary.md", "run.csv", "figure.png"
 COUNTED = ("outliers", "flags")  # in a table, which has no lists
@@ -124,13 +124,14 @@ def _experiment(folder: Path) -> Experiment:
 
 
 def _observations(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    found = {path.name: read_jsonl(path) for path in sorted(folder.glob("*.jsonl"))}
+    ours = (path for path in sorted(folder.glob("*.jsonl")) if begins_jsonl(first_line(path)))
+    found = {path.name: read_jsonl(path) for path in ours}
     for path in sorted(folder.glob("*.csv")):
-        with path.open(encoding="utf-8", errors="replace") as file:
-            if not file.readline().startswith(f"step,{PREFIX}"):
-                continue
-        if f"{path.stem}.jsonl" not in found:  # which has all of it, and more
-            found[path.name] = list(map(_nested, read_csv(path)))
+        if not begins_csv(first_line(path)):
+            continue
+        rows, twin = read_csv(path), found.get(f"{path.stem}.jsonl")
+        if not twin or (rows and twin[-1]["step"] < rows[-1]["step"]):  # else that has all of it, and more
+            found[path.name] = list(map(_nested, rows))
     return {name: rows for name, rows in found.items() if rows}
 
 
