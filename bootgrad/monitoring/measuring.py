@@ -36,7 +36,7 @@ class Measured:
     Attributes:
         whole: of all parameters.
         layers: of those of each layer.
-        totals: loss, reg1 and reg2, where they are known.
+        totals: reg1 and reg2, where they are known, and the loss, nan too.
         strengths: λ by penalty.
         norms: ‖g_i‖, (B,), float64 on the CPU; empty where they are not known.
     """
@@ -66,7 +66,7 @@ def measure(told: Statistics | Report, losses: Tensor | None) -> Measured:
         )
     whole = Part(told.batch_size, float(told.covariance_trace), float(told.sq_mean_norm))
     loss = told.loss if isinstance(told, Report) else None if losses is None else losses.detach().double().mean()
-    totals = {"loss": known(loss), "reg1": known(told.reg1), "reg2": known(told.reg2)}
+    totals = {"loss": None if loss is None else float(loss), "reg1": known(told.reg1), "reg2": known(told.reg2)}
     if isinstance(told, Report):
         return Measured(whole, totals=totals, strengths=dict(told.strengths))
     norms = told.sq_norms.detach().double().sqrt().cpu()
@@ -114,11 +114,12 @@ def quantiles(norms: Tensor) -> dict[float, float]:
     """Quantiles of norms (B,) by their probability; none of no norms, or where one is not a number."""
     if not norms.numel() or bool(norms.isnan().any()):
         return {}
-    values = norms.quantile(torch.tensor(QUANTILES, dtype=norms.dtype)).tolist()
+    way = "linear" if bool(norms.isfinite().all()) else "nearest"  # between two infinite ones there is no number
+    values = norms.quantile(torch.tensor(QUANTILES, dtype=norms.dtype), interpolation=way).tolist()
     return dict(zip(QUANTILES, values, strict=True))
 
 
-def outliers(norms: Tensor, ids: Sequence[Any] | Tensor | None, most: int, deviations: float) -> tuple[Outlier, ...]:
+def outliers(norms: Tensor, ids: Sequence[Any] | None, most: int, deviations: float) -> tuple[Outlier, ...]:
     """The samples whose norm is beyond all but what chance does, the largest first.
 
         log ‖g_i‖ > m + d · max(1.4826 median |log ‖g_j‖ − m|, 0.05),    m = median log ‖g_j‖,
@@ -139,11 +140,36 @@ def outliers(norms: Tensor, ids: Sequence[Any] | Tensor | None, most: int, devia
     spread = max(1.4826 * float((positive - middle).abs().median()), LEAST_SPREAD)
     (far,) = torch.where(logs > middle + deviations * spread)
     order = far[norms[far].argsort(descending=True)][:most].tolist()
-    names = {k: k if ids is None else ids[k].item() if isinstance(ids, Tensor) else ids[k] for k in order}
-    return tuple(Outlier(name, float(norms[k])) for k, name in names.items())
+    return tuple(Outlier(k if ids is None else ids[k], float(norms[k])) for k in order)
 
 
-def check_ids(ids: Sequence[Any] | Tensor | None, batch_size: int | None) -> None:
-    """Raise unless there are as many as samples, where it is known how many these are."""
-    if ids is not None and batch_size is not None and len(ids) != batch_size:
-        raise ArgumentError(f"ids must be {batch_size}, one for each loss; got {len(ids)}")
+def listed(ids: Any, batch_size: int | None) -> list[Any] | None:
+    """Names of samples as plain values in a list; None for none.
+
+    Args:
+        ids: a sequence, an array or a tensor, in the order of the samples.
+        batch_size: how many there must be, where it is known.
+
+    Raises:
+        ArgumentTypeError: of another kind, or without an order.
+        ArgumentError: of several dimensions, or not as many as samples.
+    """
+    if ids is None:
+        return None
+    is_array = hasattr(ids, "tolist") and hasattr(ids, "ndim")
+    if not is_array and (not isinstance(ids, Sequence) or isinstance(ids, str | bytes)):
+        raise ArgumentTypeError(
+            f"ids must be a sequence, an array or a tensor, one for each loss and in their order; got {type(ids).__name__}: "
+            "make a list of them"
+        )
+    if is_array and ids.ndim != 1:
+        raise ArgumentError(f"ids must have one dimension, (B,); got {tuple(ids.shape)}: name each sample by one value")
+    found = ids.tolist() if is_array else [_plain(name) for name in ids]
+    if batch_size is not None and len(found) != batch_size:
+        raise ArgumentError(f"ids must be {batch_size}, one for each loss; got {len(found)}")
+    return found
+
+
+def _plain(name: Any) -> Any:
+    """The number that an array or a tensor of one number holds."""
+    return name.item() if getattr(name, "ndim", None) == 0 and hasattr(name, "item") else name

@@ -1,6 +1,6 @@
 """A monitor of a training loop: on every k-th step it records, on all others it is out of the way."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from .. import NoiseScale, Report, Statistics
 from .. import record as recording_of
+from ..distributed import guarded
 from ..errors import ArgumentError, RecordingError
+from ..rank_statistics import Exchange
 from ..wrappers import ranks_of
-from .measuring import Measured, Part, check_ids, known, measure, outliers, quantiles
+from .measuring import Measured, Part, known, listed, measure, outliers, quantiles
 from .observation import LayerObservation, Observation
 from .spikes import Key, Spikes
 from .watched import watched
@@ -121,20 +123,23 @@ class Monitor:
 
         Raises:
             RecordingError: a step that is watched and was not recorded.
+            ArgumentError, ArgumentTypeError: ids of another kind or number, on these steps.
             Others: as `record.backward`, on these steps; ``.grad`` is as before then, and the step is still to be taken.
+            Of writers: what the first one that failed has raised, after all were called; the step is done then, and `last` set.
         """
         if not self.due:
             self._plain_backward(losses, scaler, reduction)
             self.step += 1
             return None
-        recording, self._recording = self._recording, None
+        recording = self._recording
         if recording is None:
             raise RecordingError(
                 f"nothing was recorded: run the forward pass inside `with monitor.record():`, for step {self.step} is watched"
             )
-        check_ids(ids, losses.numel() if isinstance(losses, Tensor) else None)
+        names = self._names(ids, losses, recording, reduction)
+        self._recording = None
         statistics = recording.backward(losses, reduction=reduction, scaler=scaler)
-        return self.observe(statistics, losses=losses, ids=ids)
+        return self.observe(statistics, losses=losses, ids=names)
 
     def observe(
         self,
@@ -153,29 +158,25 @@ class Monitor:
 
         Returns:
             What was seen, of a step that is watched; of the others nothing is read.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: no statistics, or ids of another kind or number; the step is not counted.
+            Of writers: as `backward`.
         """
         if not self.due:
             self.step += 1
             return None
         measured = measure(statistics_or_report, losses)
-        check_ids(ids, measured.norms.numel() or None)
-        self.last = observation = self._observation(measured, ids)
+        names = listed(ids, measured.norms.numel() or None)
+        self.last = observation = self._observation(measured, names)
         self.step += 1
         if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
-            for writer in self.writers:
-                writer.write(observation)
+            self._call_writers(lambda writer: writer.write(observation))
         return observation
 
     def close(self) -> None:
         """Close all writers."""
-        errors = []
-        for writer in self.writers:
-            try:
-                writer.close()
-            except Exception as error:  # the others are to be closed, too
-                errors.append(error)
-        if errors:
-            raise errors[0]
+        self._call_writers(lambda writer: writer.close())
 
     def __enter__(self) -> "Monitor":
         """The monitor, whose writers are closed at the end."""
@@ -195,7 +196,7 @@ class Monitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`.
+        """Go on from a `state_dict`, with the decay that it was made with.
 
         Raises:
             ArgumentError: it is none; all is as before.
@@ -207,38 +208,66 @@ class Monitor:
                 raise ValueError(f"step {step!r}")
             noise.load_state_dict(state["noise_scale"])
             for name, of_layer in state["layers"].items():
-                layers[name] = NoiseScale(self._decay)
+                layers[name] = NoiseScale()
                 layers[name].load_state_dict(of_layer)
             spikes.load_state_dict(state["past"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArgumentError(f"not a state_dict of a Monitor: {error!r}") from None
+            raise ArgumentError(
+                "not a state_dict of a Monitor, which has a step, averages and a past: give what state_dict() has made"
+            ) from error
+        self._decay = noise.decay
         self.step, self._noise, self._of_layers, self._spikes = step, noise, layers, spikes
         self._recording = None
 
-    def _observation(self, measured: Measured, ids: Sequence[Any] | Tensor | None) -> Observation:
+    def _names(self, ids: Any, losses: Tensor, recording: recording_of, reduction: str | Tensor) -> list[Any] | None:
+        """What samples are called; ranks, which wait in their backward pass, are told where that is an error."""
+        try:
+            return listed(ids, losses.numel() if isinstance(losses, Tensor) else None)
+        except Exception:
+            if recording.ranks is None:
+                raise
+            self._recording = None
+            named, sets = {**recording.parameters, **recording.unwatched}, 1 + isinstance(reduction, Tensor)
+            exchange = Exchange(recording.ranks, named, False, sets, watched=len(recording.parameters))
+            with guarded(exchange.rounds):
+                raise
+
+    def _call_writers(self, call: Callable[[Writer], None]) -> None:
+        """Call all of them, also where one fails; then raise the first error."""
+        errors = []
+        for writer in self.writers:
+            try:
+                call(writer)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _observation(self, measured: Measured, ids: Sequence[Any] | None) -> Observation:
         """What a step has told, beside what others told before it."""
         whole, norms = measured.whole, quantiles(measured.norms)
         traces = {"covariance_trace": known(whole.covariance_trace), "sq_mean_norm": known(whole.sq_mean_norm)}
         quantities: dict[Key, float | None] = {(name, None): value for name, value in traces.items()}
         quantities |= {("loss", None): measured.totals["loss"], ("largest_norm", None): norms.get(1.0)}
-        quantities |= {("covariance_trace", name): part.covariance_trace for name, part in measured.layers.items()}
+        layers = {name: self._of_layer(name, part) for name, part in measured.layers.items()}
+        quantities |= {("covariance_trace", name): layer.covariance_trace for name, layer in layers.items()}
         return Observation(
             self.step,
             whole.batch_size,
             noise_scale=_averaged(self._noise, whole),
             strengths=measured.strengths,
-            layers={name: self._of_layer(name, part) for name, part in measured.layers.items()},
+            layers=layers,
             norms=norms,
             outliers=outliers(measured.norms, ids, self._outliers, self._deviations),
             flags=self._spikes.take(quantities),
             sample_norms=tuple(measured.norms.tolist()),
-            **measured.totals,
+            **{name: known(value) for name, value in measured.totals.items()},
             **traces,
         )
 
     def _of_layer(self, name: str, part: Part) -> LayerObservation:
         scale = self._of_layers.setdefault(name, NoiseScale(self._decay))
-        return LayerObservation(part.covariance_trace, part.sq_mean_norm, _averaged(scale, part))
+        return LayerObservation(known(part.covariance_trace), known(part.sq_mean_norm), _averaged(scale, part))
 
     def _plain_backward(self, losses: Tensor, scaler: Any, reduction: str | Tensor) -> None:
         if isinstance(reduction, str) and reduction not in ("mean", "sum"):

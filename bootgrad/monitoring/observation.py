@@ -18,13 +18,13 @@ class LayerObservation:
     """What a layer's own parameters have of it.
 
     Attributes:
-        covariance_trace: Γ of their gradients.
-        sq_mean_norm: ‖ḡ‖² of theirs.
+        covariance_trace: Γ of their gradients, None where it is not known.
+        sq_mean_norm: ‖ḡ‖² of theirs, as well.
         noise_scale: as `Observation.noise_scale`, of these alone.
     """
 
-    covariance_trace: float
-    sq_mean_norm: float
+    covariance_trace: float | None
+    sq_mean_norm: float | None
     noise_scale: float | None = None
 
 
@@ -43,24 +43,25 @@ class Outlier:
 
 @dataclass(frozen=True)
 class Flag:
-    """A quantity far above what it has been.
+    """A quantity far above what it has been, or a loss that is not finite.
 
     Attributes:
         quantity: its name: loss, covariance_trace, sq_mean_norm or largest_norm.
         value: what it is now.
-        usual: the median of the observations before, or of the last few, where it is higher.
+        usual: the median of the observations before, or of the last few, where it is higher; None before there are any.
         layer: whose it is; None for the whole model.
     """
 
     quantity: str
     value: float
-    usual: float
+    usual: float | None
     layer: str | None = None
 
     def __str__(self) -> str:
         """Name, place, value, and what is usual."""
         place = "" if self.layer is None else f" of layer {self.layer}"
-        return f"{self.quantity}{place} is {self.value:.3g}, usually {self.usual:.3g}"
+        usually = "" if self.usual is None else f", usually {self.usual:.3g}"
+        return f"{self.quantity}{place} is {self.value:.3g}{usually}"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""Quantities that jump, against the median of their own past.
+"""Positive quantities that jump, against the median of their own past.
 
     log v > max(m, m₅) + d · max(1.4826 median |log v_t − m|, 0.1)
 
 with m the median of log v_t over the last 50 observations and m₅ that of the last 5. Logarithms, for Γ and losses change by
-orders of magnitude in a run; the last few, for what rises slowly is above its long median all the time.
+orders of magnitude in a run; the last few, for what rises slowly is above its long median all the time. What is not positive
+has no logarithm and is passed over. A loss that is not finite is always told of.
 """
 
 import math
@@ -35,9 +36,13 @@ class Spikes:
         self._past: dict[Key, deque[float]] = {}
 
     def take(self, quantities: Mapping[Key, float | None]) -> tuple[Flag, ...]:
-        """Compare quantities with their past, which they become part of; those that are None or zero are left out."""
+        """Compare quantities with their past, which they become part of; those that are None or not positive are left out."""
         flags = []
         for (name, layer), value in quantities.items():
+            if name == "loss" and value is not None and not math.isfinite(value):
+                past = self._past.get((name, layer))
+                flags.append(Flag(name, value, math.exp(_usual(past)) if past else None, layer))
+                continue
             if value is None or not value > 0:
                 continue
             past = self._past.setdefault((name, layer), deque(maxlen=WINDOW))
@@ -55,7 +60,7 @@ class Spikes:
             return None
         middle = statistics.median(past)
         spread = max(1.4826 * statistics.median(abs(value - middle) for value in past), LEAST_SPREAD)
-        usual = max(middle, statistics.median(past[-RECENT:]))
+        usual = _usual(past)
         return usual if log > usual + self.deviations * spread else None
 
     def state_dict(self) -> list[list[Any]]:
@@ -65,3 +70,9 @@ class Spikes:
     def load_state_dict(self, state: Iterable[Iterable[Any]]) -> None:
         """Go on from a `state_dict`."""
         self._past = {(name, layer): deque(map(float, past), WINDOW) for name, layer, past in state}
+
+
+def _usual(past: Iterable[float]) -> float:
+    """The logarithm of what is usual: the median, or that of the last few, where it is higher."""
+    past = list(past)
+    return max(statistics.median(past), statistics.median(past[-RECENT:]))

@@ -48,18 +48,39 @@ def watched(model: nn.Module, layers: str | Sequence[str]) -> tuple[str, ...] | 
     for pattern in layers:
         if not any(_matches(name, pattern) for name in names):
             known = ", ".join(dict.fromkeys(map(layer_of, names)))
+            tied = ", ".join(_tied(model, pattern))
             raise ArgumentError(
-                f"layers has {pattern!r}, which no trained parameter of the model is in; there are: {known}"
+                f"layers has {pattern!r}, whose parameters are tied to others and go by their names: take {tied}"
+                if tied
+                else f"layers has {pattern!r}, which no trained parameter of the model is in; there are: {known}"
             )
     return tuple(name for name in names if any(_matches(name, pattern) for pattern in layers))
 
 
 def _normalizing(model: nn.Module) -> Iterator[str]:
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    for path, module in inner.named_modules():
+    for path, module in _inner(model).named_modules():
         by_name = "norm" in type(module).__name__.lower() and next(module.children(), None) is None
         if isinstance(module, _KINDS) or by_name:
-            yield ".".join(part for part in path.split(".") if part != "_orig_mod") or ROOT
+            yield _as_written(path) or ROOT
+
+
+def _tied(model: nn.Module, pattern: str) -> list[str]:
+    """The names that the trained parameters of a pattern have where they are met first."""
+    first: dict[int, str] = {}
+    found = []
+    for path, p in _inner(model).named_parameters(remove_duplicate=False):
+        name = _as_written(path)
+        if p.requires_grad and first.setdefault(id(p), name) != name and _matches(name, pattern):
+            found.append(first[id(p)])
+    return found
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _as_written(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
 def _matches(parameter: str, pattern: str) -> bool:

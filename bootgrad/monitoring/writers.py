@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, Protocol
 from ..errors import DataError
 from .observation import PREFIX, Observation
 
+_PARTS = {"layers": dict, "norms": dict, "strengths": dict, "outliers": list, "flags": list}
+
 
 class Writer(Protocol):
     """What a `Monitor` asks of a writer."""
@@ -188,6 +190,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row["step"], int):
                 raise ValueError("no step")
+            _check_parts(row)
         except (ValueError, KeyError) as error:
             raise DataError(f"line {number} of {path} is no observation ({error}): remove it") from None
         rows.append(row)
@@ -215,6 +218,14 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
             f"{path} is no table of observations ({error}): give a folder that a Monitor has written to"
         ) from None
     return _last_written(found)
+
+
+def _check_parts(row: dict[str, Any]) -> None:
+    for name, kind in _PARTS.items():
+        part = row.get(name, kind())
+        entries = part.values() if isinstance(part, dict) and name == "layers" else part if kind is list else ()
+        if not isinstance(part, kind) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"{name} are {part!r}")
 
 
 def _last_written(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

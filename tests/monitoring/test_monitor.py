@@ -1,10 +1,12 @@
 """A monitor sees on every k-th step what plain autograd has, and leaves all steps' gradients as they would be."""
 
+import json
 import math
 import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from torch import nn
 import bootgrad
 from bootgrad.errors import ArgumentError, ArgumentTypeError, RecordingError
 from bootgrad.monitoring import Flag, Monitor, Observation
-from bootgrad.monitoring.measuring import LEAST_SPREAD
+from bootgrad.monitoring.measuring import LEAST_SPREAD, Part, quantiles
 from bootgrad.monitoring.observation import QUANTILES
 
 from .runs import BATCH, batch, losses_of, network, observation
@@ -152,6 +154,15 @@ def test_layers_by_name():
             Monitor(blocks, layers=layers)
 
 
+def test_a_layer_whose_parameters_are_tied_is_known_by_their_name():
+    model = nn.ModuleDict({"words": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+    model["head"].weight = model["words"].weight
+    for tied in (model, torch.compile(model, backend="eager")):
+        with pytest.raises(ArgumentError, match="'head', whose parameters are tied to others .*: take words.weight$"):
+            Monitor(tied, layers=["head"])
+        Monitor(tied, layers=["words.weight"])
+
+
 class RMSNorm(nn.Module):
     """One of somebody's own."""
 
@@ -173,13 +184,22 @@ def test_outliers_are_told_by_their_ids():
     weights = torch.ones(BATCH, dtype=torch.float64)
     weights[[3, 11]] = torch.tensor([1e4, 1e3], dtype=torch.float64)
     names = [f"image {k}" for k in range(BATCH)]
-    for ids, expected in ((None, [3, 11]), (names, ["image 3", "image 11"]), (100 + torch.arange(BATCH), [103, 111])):
+    numbers = 100 + torch.arange(BATCH)
+    for ids, expected in (
+        (None, [3, 11]),
+        (names, ["image 3", "image 11"]),
+        (numbers, [103, 111]),
+        (numbers.numpy(), [103, 111]),
+        (list(numbers), [103, 111]),
+        (list(numbers.numpy()), [103, 111]),
+    ):
         for most in (8, 1):
             monitor = Monitor(model, outliers=most)
             with monitor.record():
                 losses = losses_of(model, x, y) * weights
             seen = monitor.backward(losses, ids=ids)
             assert [o.id for o in seen.outliers] == expected[:most]
+            assert [o["id"] for o in seen.as_dict()["outliers"]] == expected[:most]
             assert seen.outliers[0].norm == pytest.approx(seen.norms[1.0])
 
 
@@ -199,9 +219,18 @@ def test_wrong_ids_touch_no_gradient():
     monitor = Monitor(model)
     with monitor.record():
         losses = losses_of(model, x, y)
-    with pytest.raises(ArgumentError, match="ids must be 16, one for each loss; got 3"):
-        monitor.backward(losses, ids=[1, 2, 3])
-    assert monitor.step == 0 and all(p.grad is None for p in model.parameters())
+    for ids, error, message in (
+        ([1, 2, 3], ArgumentError, "ids must be 16, one for each loss; got 3"),
+        (torch.zeros(BATCH, 2), ArgumentError, r"ids must have one dimension, \(B,\); got \(16, 2\)"),
+        (np.zeros(()), ArgumentError, r"ids must have one dimension, \(B,\); got \(\)"),
+        (set(range(BATCH)), ArgumentTypeError, "ids must be a sequence, an array or a tensor.*; got set"),
+        (dict.fromkeys(range(BATCH)), ArgumentTypeError, "got dict"),
+        ("a" * BATCH, ArgumentTypeError, "got str"),
+    ):
+        with pytest.raises(error, match=message):
+            monitor.backward(losses, ids=ids)
+        assert monitor.step == 0 and all(p.grad is None for p in model.parameters())
+    assert monitor.backward(losses, ids=range(BATCH)) is not None  # the recording is still there
 
 
 def test_a_spike_is_flagged_with_its_layer():
@@ -328,6 +357,27 @@ def test_with_a_scaler_gradients_are_scaled_and_statistics_are_not():
         losses = losses_of(model, bad, batch()[1])
     seen = monitor.backward(losses, scaler=scaler)  # a step that the scaler will skip
     assert seen.covariance_trace is None and seen.norms == {} and seen.noise_scale is not None
+    assert seen.loss is None and [flag.quantity for flag in seen.flags] == ["loss"]
+    assert all(part.covariance_trace is part.sq_mean_norm is None for part in seen.layers.values())
+    assert "nan" not in json.dumps({**seen.as_dict(), "flags": []})
+
+
+def test_norms_of_which_some_are_infinite_have_quantiles():
+    norms = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, math.inf, math.inf, math.inf], dtype=torch.float64)
+    assert list(quantiles(norms).values()) == [1.0, 3.0, 5.0, math.inf, math.inf, math.inf]
+
+
+def test_a_loss_that_is_not_finite_is_flagged():
+    monitor = Monitor(network(), 1)
+    (first,) = monitor.observe(report(1.0, loss=math.inf)).flags
+    assert first == Flag("loss", math.inf, None) and str(first) == "loss is inf"
+    for _ in range(3):
+        assert monitor.observe(report(math.nan, loss=2.0)).flags == ()  # Γ that is not known
+    assert monitor.observe(report(1.0, loss=-3.0)).flags == ()
+    for loss in (math.nan, -math.inf, math.inf):
+        (flag,) = monitor.observe(report(1.0, loss=loss)).flags
+        assert flag.quantity == "loss" and flag.usual == pytest.approx(2) and str(flag.value) == str(loss)
+    assert monitor.observe(report(1.0, loss=2.0)).flags == ()
 
 
 def test_a_state_goes_on():
@@ -340,9 +390,15 @@ def test_a_state_goes_on():
             parts.load_state_dict(state)
         step(parts, k)
     assert parts.last == whole.last and parts.state_dict() == whole.state_dict()
+    other = Monitor(network(), 2, decay=0.5)
+    other.load_state_dict(state)
+    other._of_layer("new", Part(4, 1.0, 1.0))
+    assert {scale["decay"] for scale in other.state_dict()["layers"].values()} == {0.95}
     before = parts.state_dict()
     for broken in ({}, {**before, "step": "x"}, {**before, "past": 3}, {**before, "layers": {"first": {}}}, None):
-        with pytest.raises(ArgumentError, match="not a state_dict of a Monitor"):
+        with pytest.raises(
+            ArgumentError, match=r"^not a state_dict of a Monitor, .*: give what state_dict\(\) has made$"
+        ):
             parts.load_state_dict(broken)
         assert parts.state_dict() == before
 
@@ -356,6 +412,21 @@ def test_all_writers_are_closed_also_where_one_fails():
     with pytest.raises(OSError, match="gone"), Monitor(network(), writers=(Failing(), kept)):
         pass
     assert kept.closed
+
+
+def test_a_writer_that_fails_leaves_the_others_their_step():
+    class Full(Kept):
+        def write(self, seen):
+            super().write(seen)
+            raise OSError(f"full {len(self)}")
+
+    first, second, kept = Full(), Full(), Kept()
+    monitor = Monitor(network(), 1, writers=(first, second, kept))
+    for k in range(2):
+        with pytest.raises(OSError, match=f"full {k + 1}"):
+            step(monitor, k)
+        assert monitor.step == k + 1 and [seen.step for seen in kept] == list(range(k + 1)) and kept[-1] is monitor.last
+        assert len(second) == k + 1 and all(p.grad is not None for p in monitor.model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -405,6 +476,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from tests.monitoring.runs import batch, losses_of, network
 from tests.monitoring.test_monitor import Kept
+from bootgrad.errors import ArgumentError, DistributedError
 from bootgrad.monitoring import Monitor
 
 def rank(r, meeting):
@@ -436,6 +508,16 @@ def rank(r, meeting):
                     pairs = zip(seen.sample_norms, expected.sample_norms[own], strict=True)
                     assert all(abs(ours / theirs - 1) < 1e-9 for ours, theirs in pairs)
             assert len(written) == (2 if r == 0 else 0)
+            model.zero_grad(), monitor.load_state_dict({**monitor.state_dict(), "step": 0})
+            for ids in ([1], range(8)):  # which rank 0 alone has wrong, and then has right
+                with monitor.record():
+                    losses = losses_of(model, x[own], y[own])
+                try:
+                    monitor.backward(losses, reduction=part, ids=ids if r == 0 else range(8))
+                except (ArgumentError if r == 0 else DistributedError) as error:
+                    assert "ids must be 8, one for each loss; got 1" in str(error) and ids == [1]
+                    assert monitor.step == 0 and all(p.grad is None for p in model.parameters())
+            assert monitor.step == 1
     dist.destroy_process_group()
 
 if __name__ == "__main__":

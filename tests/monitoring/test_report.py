@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from bootgrad.errors import DataError
-from bootgrad.monitoring import CSVWriter, Observation
+from bootgrad.monitoring import CSVWriter, Flag, JSONLWriter, Observation
 from bootgrad.monitoring.report import report, write_report
 from bootgrad.monitoring.report.charts import Line, chart, sparkline, thinned
 from bootgrad.monitoring.report.markdown import html
@@ -174,6 +174,64 @@ def test_a_table_of_reports_says_nothing_of_outliers(tmp_path):
     writer.close()
     found = texts(tmp_path)
     assert "Outlying samples" not in found and "No quantity was far above its running median." in found
+
+
+def test_files_of_somebody_elses_are_left_out(tmp_path):
+    folder = monitor_folder(tmp_path / "run")
+    folder.mkdir(exist_ok=True)
+    for k, line in enumerate(('{"loss": 1}', '{"step": 3, "loss": 1}', "null", '["step", "batch_size"]', "text")):
+        (folder / f"train{k}.jsonl").write_text(f"{line}\n{line}\n")
+    found = texts(folder)
+    assert "40 observations of steps 0 to 1950." in found and not any("train" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"layers": ["a"]},
+        {"layers": None},
+        {"layers": {"a": 1}},
+        {"norms": [1]},
+        {"strengths": 3},
+        {"outliers": {"id": 3}},
+        {"outliers": [3]},
+        {"flags": None},
+        {"flags": ["loss"]},
+    ],
+)
+def test_lines_that_are_no_observations_are_told_of(tmp_path, part):
+    lines = ({"step": 0, "batch_size": 4}, {"step": 1, "batch_size": 4, **part})
+    (tmp_path / "monitor.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with pytest.raises(
+        DataError, match=f"line 2 of .*monitor.jsonl is no observation .{next(iter(part))} are .*remove it"
+    ):
+        report(tmp_path)
+
+
+@pytest.mark.parametrize(("in_lines", "in_rows"), [(2, 5), (5, 5), (5, 2)])
+def test_of_a_table_and_lines_of_one_name_the_further_is_shown(tmp_path, in_lines, in_rows):
+    monitor_folder(tmp_path, count=in_lines)
+    monitor_folder(tmp_path, count=in_rows, kind="csv")
+    found = " ".join(texts(tmp_path))
+    assert ("monitor.csv" in found) == (in_rows > in_lines) and f"to {50 * (max(in_lines, in_rows) - 1)}." in found
+
+
+def test_a_flagged_loss_that_is_no_number(tmp_path):
+    writer = JSONLWriter(tmp_path / "monitor.jsonl")
+    for step, usual in ((0, None), (1, 2.0)):
+        writer.write(Observation(step, 4, covariance_trace=1.0, flags=(Flag("loss", math.nan, usual),)))
+    writer.close()
+    found = texts(tmp_path)
+    assert found.count("loss nan") == 2 and found.count("∞×") == 2
+
+
+def test_interrupted_runs_side_by_side(tmp_path):
+    for name in ("first", "second"):
+        folder = train_folder(tmp_path / name)
+        header, *lines = (folder / "run.csv").read_text().splitlines()
+        (folder / "run.csv").write_text("\n".join([header, *lines[:7]]) + "\n")
+    found = texts(tmp_path)
+    assert "2 runs of up to 7 steps each: first, second." in found and "Lowest test loss at the end" not in found
 
 
 def test_names_from_outside_are_text(tmp_path):

@@ -168,7 +168,7 @@ def _flags(rows: Sequence[Row], name: str, place: str) -> Markup:
         named = (
             (_QUANTITIES.get(str(flag.get("quantity")), flag.get("quantity")), flag.get("value")) for flag in whole
         )
-        quantities = ", ".join(f"{quantity} {number(number_of(value), 3)}" for quantity, value in named)
+        quantities = ", ".join(f"{quantity} {_worded(number_of(value))}" for quantity, value in named)
         more = f" and {len(layers) - _MOST_LAYERS} more" if len(layers) > _MOST_LAYERS else ""
         cells.append(
             [str(row["step"]), quantities or "–", ", ".join(layers[:_MOST_LAYERS]) + more or "–", f"{number(most, 3)}×"]
@@ -179,10 +179,14 @@ def _flags(rows: Sequence[Row], name: str, place: str) -> Markup:
     return table(f"{name}-flags-table", caption, header, cells[:_MOST_FLAGS], words=True)
 
 
+def _worded(value: float) -> str:
+    return "nan" if math.isnan(value) else number(value, 3)
+
+
 def _times(flag: Row) -> float:
     """How many times the usual a flagged value is."""
     value, usual = number_of(flag.get("value")), number_of(flag.get("usual"))
-    return value / usual if usual > 0 else math.inf
+    return value / usual if usual > 0 and math.isfinite(value) else math.inf
 
 
 def _outliers(rows: Sequence[Row], name: str, place: str) -> Markup | None:

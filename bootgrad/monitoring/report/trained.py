@@ -133,17 +133,9 @@ def _epochs(run: Run) -> Markup:
 
 
 def _tiles_of_many(runs: Sequence[Run]) -> Markup:
-    best = min((points[-1][1], run.name) for run in runs if (points := run.points("test_loss")))
-    return tiles(
-        [
-            tile("Lowest test loss at the end", number(best[0], 3), f"of {best[1]}"),
-            *(
-                tile(f"Test loss, {run.name}", number(points[-1][1], 3))
-                for run in runs
-                if (points := run.points("test_loss"))
-            ),
-        ]
-    )
+    ends = [(points[-1][1], run.name) for run in runs if (points := run.points("test_loss"))]
+    lowest = [tile("Lowest test loss at the end", number(loss, 3), f"of {name}") for loss, name in sorted(ends)[:1]]
+    return tiles([*lowest, *(tile(f"Test loss, {name}", number(loss, 3)) for loss, name in ends)])
 
 
 def _charts_of_many(runs: Sequence[Run]) -> list[Markup | None]:
