@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 
@@ -78,6 +79,9 @@ def test_wandb(offline):
     writer.close()
     assert wandb.run is None and writer.run is None
     (path,) = offline.rglob("*.wandb")
+    end = time.monotonic() + 30
+    while path.stat().st_size < 1000 and time.monotonic() < end:  # wandb's own process may write it a little later
+        time.sleep(0.05)
     rows = []
     for data in records_of(path.read_bytes()):
         record = wandb_internal_pb2.Record()
