@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import GradientRegularizer, Report
 from ..errors import ArgumentError, RecordingError, UnsupportedError
 from ..monitoring import Monitor, Observation
-from .loops import Loop, Losses, loop_of, numbers_of
+from .loops import Loop, Losses, check_options, loop_of, numbers_of, warn_of_unused
 from .required import missing
 
 try:
@@ -145,6 +145,7 @@ class Penalties(_Callback):
     def __init__(self, *, log: bool = True, **options: Any):
         """Keep the options; the model is there when the training begins."""
         super().__init__()
+        check_options(options, None)
         self.log_steps, self._options = log, options
 
     @property
@@ -159,6 +160,12 @@ class Penalties(_Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """See whether there was a step of ours for this one."""
+        if self._begun.is_open and not self._made:
+            self._begun.drop()
+            raise RecordingError(
+                "training_step returned None for the micro-batch that its optimizer steps after, and the others wait for it: "
+                "return None for whole batches alone, or a loss that is 0 for every sample"
+            )
         if self._made and (self._begun.is_open or not self._stepped):
             self._begun.drop()
             raise RecordingError(
@@ -198,6 +205,7 @@ class Statistics(_Callback):
         """Keep the options; the model is there when the training begins."""
         super().__init__()
         self._options = {"every": every, **options}
+        check_options(None, self._options)
         self._logged: Observation | None = None
 
     @property
@@ -209,6 +217,12 @@ class Statistics(_Callback):
     def last(self) -> Observation | None:
         """The last observation."""
         return None if self.monitor is None else self.monitor.last
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin, and warn of what `Penalties` will not tell."""
+        super().on_train_start(trainer, pl_module)
+        if self._is_fed_by_other(trainer):
+            warn_of_unused(self._options)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what this batch has told, but for what `Penalties` log."""

@@ -13,6 +13,8 @@ of, and is an error. Statistics alone change no gradient: what arrives is follow
 Letters: ``b`` samples of a micro-batch, ``n`` the divisor of gradient accumulation, ``S`` the factor of a GradScaler.
 """
 
+import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,10 +24,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import GradientRegularizer, Report, record
-from ..errors import ArgumentError, ArgumentTypeError, RecordingError
+from ..errors import ArgumentError, ArgumentTypeError, RecordingError, warn
 from ..monitoring import Monitor
+from ..monitoring.watched import watched
 from ..regularizers import Accumulation
 from ..wrappers import ranks_of
+
+_NOT_TAKEN = (
+    "the backward pass of the loss before was not taken, and its gradient is missing: return that loss, or call its "
+    "backward"
+)
 
 Losses = Callable[..., Tensor]  # of a batch: one for each sample, (b,)
 Share = Callable[[int], float]  # by b
@@ -48,6 +56,9 @@ class Loop:
         self.report: Report | None = None
         self._block: Accumulation | None = None
         self._awaited: object | None = None  # stands for a loss whose backward pass is still to come
+        self._watched_one: Callable[[], object] = lambda: (
+            None
+        )  # the same of statistics alone, as long as there is that loss
 
     @property
     def is_open(self) -> bool:
@@ -108,7 +119,7 @@ class Loop:
 
     def drop(self, error: BaseException | None = None) -> None:
         """Let go of what is open; ``.grad``, centers and the step are as before it."""
-        block, self._block, self._awaited = self._block, None, None
+        block, self._block, self._awaited, self._watched_one = self._block, None, None, lambda: None
         if block is not None:
             error = error or RecordingError("the micro-batches were dropped")
             block.__exit__(type(error), error, None)
@@ -138,10 +149,7 @@ class Loop:
     ) -> Tensor:
         if self._awaited is not None:
             self.drop()
-            raise RecordingError(
-                "the backward pass of the loss before was not taken, and its gradient is missing: return that loss, or call "
-                "its backward"
-            )
+            raise RecordingError(_NOT_TAKEN)
         try:
             with _synchronized(regularizer.model):
                 if self._block is None:
@@ -181,23 +189,34 @@ class Loop:
     def _watched(
         self, monitor: Monitor, losses: Losses, batch: tuple[Any, ...], last: bool, scaler: Any, share: Share
     ) -> Tensor:
+        if self._watched_one() is not None:
+            raise RecordingError(_NOT_TAKEN)
         with _synchronized(monitor.model):
             ranks = ranks_of(monitor.model)
-            recording: Any = monitor.record() if last else record(monitor.model)
+            names = watched(monitor.model, monitor.layers)
+            recording = record(monitor.model, parameters=names, **monitor._options)
             with recording:
                 found = losses(*batch)
-        part, watcher = share(found.numel()), monitor if last else recording
+        part, token = share(found.numel()), _Token()
+        self._watched_one = weakref.ref(token)
 
-        def arrived(factor: float) -> None:
+        def arrived(factor: float, token: object = token) -> None:
+            self._watched_one = lambda: None
             scale = None if scaler is None else _Factor(factor)
             weight = part if scale is not None else factor * part
-            if weight == 1 and ranks is None:
-                watcher.backward(found, scaler=scale)
-            else:  # of ranks a mean of their own means, as without us
+            reduction: Any = "mean"
+            if weight != 1 or ranks is not None:  # of ranks a mean of their own means, as without us
                 everyone = found.numel() * (1 if ranks is None else ranks.size)
-                watcher.backward(found, reduction=torch.full_like(found, weight / everyone), scaler=scale)
+                reduction = torch.full_like(found, weight / everyone)
+            statistics = recording.backward(found, reduction=reduction, scaler=scale)
+            if last:
+                monitor.observe(statistics, losses=found)
 
         return _scalar(found.detach().mean() * part, arrived)
+
+
+class _Token:
+    """Stands for a loss, and is gone when that is."""
 
 
 class _Factor:
@@ -217,9 +236,31 @@ def loop_of(
     model: nn.Module, penalties: Mapping[str, Any] | None = None, statistics: Mapping[str, Any] | None = None
 ) -> Loop:
     """A loop of a model by the options of a regularizer and a monitor; random number generators are left as they are."""
+    check_options(penalties, statistics)
     with torch.random.fork_rng(devices=()):
         regularizer = None if penalties is None else GradientRegularizer(model, **penalties)
     return Loop(regularizer, None if statistics is None else Monitor(model, **statistics))
+
+
+def check_options(penalties: Mapping[str, Any] | None, statistics: Mapping[str, Any] | None) -> None:
+    """Raise where there are no options of such names, and warn of those that do nothing beside penalties."""
+    for kind, options in ((GradientRegularizer, penalties), (Monitor, statistics)):
+        names = [name for name in inspect.signature(kind).parameters if name != "model"]
+        unknown = sorted(set(options or ()) - set(names))
+        if unknown:
+            raise ArgumentError(f"{kind.__name__} has no option {', '.join(unknown)}: take of {', '.join(names)}")
+    if penalties is not None and statistics is not None:
+        warn_of_unused(statistics)
+
+
+def warn_of_unused(statistics: Mapping[str, Any]) -> None:
+    """Warn of options for what reports of penalties do not tell."""
+    unused = [name for name in ("layers", "outliers", "outlier_deviations") if name in statistics]
+    if unused:
+        warn(
+            f"beside penalties statistics are of their reports, which have no layers and no norms of samples: "
+            f"{', '.join(unused)} will do nothing; leave out one or the other"
+        )
 
 
 def _scalar(value: Tensor, arrived: Callable[[float], None]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import GradientRegularizer
-from ..errors import ArgumentError
+from ..errors import ArgumentError, UnsupportedError
 from .loops import loop_of, numbers_of
 from .required import missing
 
@@ -32,7 +32,11 @@ class PerSample:
     Args:
         *args: of the net.
         **kwargs: of the net.
-        penalties: options of `bootgrad.GradientRegularizer`; None for the plain mean loss.
+        penalties: options of `bootgrad.GradientRegularizer`; None for the plain mean loss. With other ones, by ``set_params``,
+            the next step begins with a new regularizer.
+
+    Raises, at the first step:
+        UnsupportedError: a net with a ``get_loss`` that comes before the mixin's.
     """
 
     def __init__(self, *args: Any, penalties: Mapping[str, Any] | None = None, **kwargs: Any):
@@ -44,6 +48,7 @@ class PerSample:
         """As of the net; with a new module comes a new regularizer."""
         self.regularizer_: GradientRegularizer | None = None
         self.regularizer_state_: dict[str, Any] | None = None
+        self.regularizer_options_: dict[str, Any] | None = None  # that it was made of
         return super().initialize()  # type: ignore[misc]  # of the net
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,8 +70,9 @@ class PerSample:
         outputs: list[Any] = []
 
         def losses(x: Any, y: Any) -> Tensor:
-            outputs.append(net.infer(x, **fit_params))
-            return _by_sample(theirs.get_loss(outputs[-1], y, X=x, training=True))
+            found = net.infer(x, **fit_params)
+            outputs.append(_detached(found))
+            return _by_sample(theirs.get_loss(found, y, X=x, training=True))
 
         regularizer = self._regularizer_of(net.module_)
         report = regularizer.backward(losses, x, y)
@@ -84,14 +90,31 @@ class PerSample:
         return mean
 
     def _regularizer_of(self, module: nn.Module) -> GradientRegularizer:
-        regularizer = self.regularizer_
-        if regularizer is None or regularizer.model is not module:
-            regularizer = loop_of(module, self.penalties).regularizer
+        regularizer, options = self.regularizer_, dict(self.penalties or {})
+        is_as_made = self.regularizer_options_ == options
+        if regularizer is None or regularizer.model is not module or not is_as_made:
+            _check_loss(type(self))
+            regularizer = loop_of(module, options).regularizer
             assert regularizer is not None
-            if self.regularizer_state_ is not None:
+            if self.regularizer_state_ is not None and is_as_made:
                 regularizer.load_state_dict(self.regularizer_state_)
-            self.regularizer_, self.regularizer_state_ = regularizer, None
+            self.regularizer_, self.regularizer_state_, self.regularizer_options_ = regularizer, None, options
         return regularizer
+
+
+def _check_loss(kind: type) -> None:
+    if kind.get_loss is not PerSample.get_loss:  # type: ignore[attr-defined]
+        raise UnsupportedError(
+            f"the get_loss of {kind.__name__} comes before that of PerSample, and no loss by sample is asked of it: put it "
+            "into a net of its own, behind the mixin, class Ours(PerSample, NetWithThatLoss), and let it give (B,)"
+        )
+
+
+def _detached(outputs: Any) -> Any:
+    """What a module gives, without the graph that it came by."""
+    if isinstance(outputs, Tensor):
+        return outputs.detach()
+    return tuple(_detached(part) for part in outputs) if isinstance(outputs, tuple | list) else outputs
 
 
 def _by_sample(losses: Tensor) -> Tensor:

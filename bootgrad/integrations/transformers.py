@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .. import GradientRegularizer, Report
 from ..errors import ArgumentError, ArgumentTypeError, DataError, UnsupportedError, warn
 from ..monitoring import Monitor
-from .loops import Loop, loop_of, numbers_of
+from .loops import Loop, check_options, loop_of, numbers_of
 from .required import missing
 
 try:
@@ -72,6 +72,7 @@ class PerSample:
             Penalties and loss are about their mean over all samples of a step.
 
     Raises:
+        ArgumentError: an option that there is not.
         UnsupportedError: label smoothing without ``losses``; ``compute_loss_func``; several GPUs in one process; a backend that
             does more to a backward pass than is known here.
     """
@@ -89,14 +90,16 @@ class PerSample:
         """Make the trainer; penalties and statistics are made at the first step, of the model as it is wrapped then."""
         if losses is not None and not callable(losses):
             raise ArgumentTypeError(f"losses must be a function of outputs and inputs; got {type(losses).__name__}")
-        super().__init__(*args, **kwargs)
-        self._penalties = None if penalties is None else dict(penalties)
         if statistics is not None:
             statistics = {"every": statistics} if isinstance(statistics, int) else dict(statistics)
+        check_options(penalties, statistics)
+        super().__init__(*args, **kwargs)
+        self._penalties = None if penalties is None else dict(penalties)
         self._statistics, self._losses = statistics, losses
         self._loop: Loop | None = None
         self._state: dict[str, Any] | None = None  # of a checkpoint, until there is a model
         self._samples = self._losses_checked = 0
+        self._is_warned = False
         self._logged: Any = None
         if self._takes_part:
             self._check(self)
@@ -164,13 +167,13 @@ class PerSample:
         def losses(inputs: dict[str, Any]) -> Tensor:
             nonlocal is_to_be_checked
             if self._losses is not None:
-                return self._losses(model(**inputs), inputs)
+                return _one_a_sample(self._losses(model(**inputs), inputs), inputs)
             if not is_to_be_checked:
-                return per_sample_losses(model, model(**_without_labels(model, inputs)), inputs, each)
-            outputs, is_to_be_checked = model(**inputs), False
-            own, found = outputs.loss, per_sample_losses(model, outputs, inputs)
-            _check_mean(model, None if own is None else own.detach(), found.detach().mean())
-            return per_sample_losses(model, outputs, inputs, each)
+                outputs = model(**_without_labels(model, inputs))
+            else:
+                outputs, is_to_be_checked = model(**inputs, **self._items_for_model(num_items_in_batch)), False
+                self._compare(model, outputs, inputs, num_items_in_batch)
+            return _one_a_sample(per_sample_losses(model, outputs, inputs, each), inputs)
 
         ranks = accelerator.num_processes  # over which the trainer averages what it logs
 
@@ -204,9 +207,30 @@ class PerSample:
         if self._losses is not None:
             return None
         if items is not None:
-            return items / self._samples
+            return torch.as_tensor(items).clamp(min=1) / self._samples
         count = _counted(model, inputs)
-        return None if count is None else count / _rows(inputs)
+        return None if count is None else count.clamp(min=1) / _rows(inputs)
+
+    def _items_for_model(self, items: Any) -> dict[str, Any]:
+        """What the trainer adds to a model's inputs."""
+        takes = self.model_accepts_loss_kwargs  # type: ignore[attr-defined]
+        return {"num_items_in_batch": items} if takes and items is not None else {}
+
+    def _compare(self, model: nn.Module, outputs: Any, inputs: Mapping[str, Any], items: Any) -> None:
+        """Raise where a model's own loss is another one, and warn once where the trainer alone would add up means of it."""
+        _check_parts(model, outputs)
+        if outputs.loss is None:
+            raise ArgumentError(f"the inputs hold no labels that {type(_inner(model)).__name__} makes a loss of")
+        mean = per_sample_losses(model, outputs, inputs).detach().mean()
+        ratio = _ratio(model, outputs.loss.detach(), mean, inputs, items, 1)
+        n = self.current_gradient_accumulation_steps * self.accelerator.num_processes  # type: ignore[attr-defined]
+        is_added_up = n > 1 and bool(self._items_for_model(items)) and mean != 0 and ratio == 1
+        if is_added_up and _of_step(model, inputs, items) != 1 and not self._is_warned:
+            self._is_warned = True
+            warn(
+                f"{type(_inner(model)).__name__} takes the mean over a micro-batch, which Trainer without penalties adds up "
+                f"over {n} of them undivided: with penalties each sample counts once, and the gradient is 1/{n} of that one"
+            )
 
     def _is_to_be_checked(self) -> bool:
         self._losses_checked += 1
@@ -226,6 +250,7 @@ class PerSample:
 
         def losses() -> Tensor:
             loss, outputs = theirs(model, inputs, return_outputs=True, num_items_in_batch=items)
+            _check_parts(model, outputs)
             found = per_sample_losses(model, outputs, inputs)
             own[:] = [loss.detach(), found.detach().mean()]
             return found
@@ -305,7 +330,9 @@ def _inner(model: Any) -> Any:
 
 
 def _rows(inputs: Any) -> int:
-    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
+    """b: by the labels, for other tensors may be of no sample; where there are none, by the first tensor."""
+    known = [inputs[name] for name in ("labels", "start_positions") if name in inputs] or list(inputs.values())
+    return next((len(value) for value in known if isinstance(value, Tensor) and value.dim()), 0)
 
 
 def _without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,12 +342,24 @@ def _without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, An
     return {name: value for name, value in inputs.items() if name not in _LABELS}
 
 
-def _check_mean(model: nn.Module, own: Tensor | None, mean: Tensor) -> None:
-    if own is None:
-        raise ArgumentError(f"the inputs hold no labels that {type(_inner(model)).__name__} makes a loss of")
-    tolerance = 2e-2 if own.dtype in (torch.float16, torch.bfloat16) else 1e-3
-    if not torch.isclose(own.double(), mean.double(), rtol=tolerance, atol=1e-6):
-        raise _unlike(model, own, mean)
+def _one_a_sample(losses: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    rows = _rows(inputs)
+    if losses.dim() == 1 and len(losses) != rows:
+        raise ArgumentError(
+            f"losses must be one for each sample, {rows} by the inputs; got {len(losses)}: put labels, by sample, under "
+            '"labels" or "start_positions"'
+        )
+    return losses
+
+
+def _check_parts(model: nn.Module, outputs: Any) -> None:
+    """Raise where outputs have the loss of a router, be it as small as it may."""
+    parts = [name for name in outputs if name.endswith(("aux_loss", "z_loss"))] if isinstance(outputs, Mapping) else []
+    if parts:
+        raise UnsupportedError(
+            f"{type(_inner(model)).__name__} adds its {' and '.join(parts)} to the loss, which no sample has a part of: leave "
+            "out output_router_logits, or give Trainer a function losses(outputs, inputs)"
+        )
 
 
 def _unlike(model: nn.Module, own: Tensor, mean: Tensor) -> UnsupportedError:
@@ -333,15 +372,24 @@ def _unlike(model: nn.Module, own: Tensor, mean: Tensor) -> UnsupportedError:
 def _ratio(model: nn.Module, own: Tensor, mean: Tensor, inputs: Mapping[str, Any], items: Any, ranks: int) -> float:
     """What the loss that the trainer makes is of the mean of the samples' losses.
 
-    The trainer's is divided by the number of labels in a whole step, if the model does so, and multiplied by that of ranks.
+    The trainer's is divided by the number of labels in a whole step, if the model does so, and multiplied by that of ranks. Of
+    no labels it is 0 or nan, and any multiple of the samples' losses, which are 0.
     """
+    if mean == 0 and not own > 0:
+        return 1.0
+    of_step = _of_step(model, inputs, items)
+    by_labels = [1.0] if of_step is None else [1.0, of_step]
+    ratio, tolerance = float(own / mean), 2e-2 if own.dtype in (torch.float16, torch.bfloat16) else 1e-5
+    nearest = min((part * factor for part in by_labels for factor in (1, ranks)), key=lambda known: abs(ratio - known))
+    if not abs(float(own) - nearest * float(mean)) <= tolerance * nearest * abs(float(mean)) + 1e-6:
+        raise _unlike(model, own, mean)
+    return nearest
+
+
+def _of_step(model: nn.Module, inputs: Mapping[str, Any], items: Any) -> float | None:
+    """What part of the labels of a step these inputs have."""
     count = None if items is None else _counted(model, inputs)
-    by_labels = [1.0] if count is None else [1.0, float(count / items)]
-    ratio, tolerance = float(own / mean), 2e-2 if own.dtype in (torch.float16, torch.bfloat16) else 1e-3
-    for known in (part * factor for part in by_labels for factor in {1, ranks}):
-        if abs(ratio - known) <= tolerance * known:
-            return known
-    raise _unlike(model, own, mean)
+    return None if count is None else float(count / items)
 
 
 def _as_wide(logits: Tensor) -> Tensor:
@@ -353,7 +401,7 @@ def _of_labels(logits: Tensor, labels: Tensor, each: Any) -> Tensor:
     labels = labels.to(logits.device)
     flat = F.cross_entropy(_as_wide(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
     per_sample: Tensor = flat.view(len(labels), -1).sum(1)
-    return per_sample / ((labels != IGNORED).sum() / len(labels) if each is None else each)
+    return per_sample / ((labels != IGNORED).sum().clamp(min=1) / len(labels) if each is None else each)
 
 
 def _counted(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -361,7 +409,7 @@ def _counted(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
     kind, config = _kind_of(model), _inner(model).config
     if kind is _spans or (kind is _sequences and _problem(config, inputs["labels"]) != "single_label_classification"):
         return None
-    labels = _next_labels(config, inputs) if kind is _next_tokens else inputs["labels"]
+    labels = _next_labels(config, inputs) if kind in (_next_tokens, _unnamed) else inputs["labels"]
     return (labels != IGNORED).sum()
 
 
@@ -383,6 +431,17 @@ def _problem(config: Any, labels: Tensor) -> str:
 
 def _next_tokens(config: Any, outputs: Any, inputs: Mapping[str, Any], each: Any) -> Tensor:
     return _of_labels(outputs.logits, _next_labels(config, inputs), each)
+
+
+def _unnamed(config: Any, outputs: Any, inputs: Mapping[str, Any], each: Any) -> Tensor:
+    """What transformers takes where a class's name tells nothing, and many such classes have no part of."""
+    shape, of_labels = tuple(outputs.logits.shape), tuple(inputs["labels"].shape)
+    if len(shape) != 3 or shape[:2] != of_labels:
+        raise UnsupportedError(
+            f"a loss of no known kind is a causal language model's where logits are (b, T, C) and labels (b, T); got {shape} "
+            f"and {of_labels}: give Trainer a function losses(outputs, inputs) that has one for each sample, (b,)"
+        )
+    return _next_tokens(config, outputs, inputs, each)
 
 
 def _tokens(config: Any, outputs: Any, inputs: Mapping[str, Any], each: Any) -> Tensor:
@@ -422,7 +481,7 @@ def _kind_of(model: nn.Module) -> Callable[[Any, Any, Mapping[str, Any], Any], T
 
 
 _KINDS = {
-    None: _next_tokens,  # what transformers takes where a class's name tells nothing
+    None: _unnamed,
     "ForCausalLM": _next_tokens,
     "ForConditionalGeneration": _next_tokens,
     "ForMaskedLM": _tokens,

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import bootgrad
-from bootgrad.errors import ArgumentError, RecordingError, UnsupportedError
+from bootgrad.errors import ArgumentError, BootgradWarning, RecordingError, UnsupportedError
 
 from .plain import assert_same_parameters, batches, classifier, losses_of, trained
 
@@ -323,3 +323,65 @@ def test_unknown_strategies_and_compiled_modules_are_refused():
 
 class Named(Penalties):
     pass
+
+
+class Skipping(Network):
+    def __init__(self, skipped):
+        super().__init__()
+        self.skipped = skipped
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx in self.skipped else super().training_step(batch, batch_idx)
+
+
+def test_a_batch_whose_last_part_has_no_loss_is_refused_and_leaves_nothing_open():
+    parts, penalties = batches([5, 7, 4, 6]), Penalties(reg1=0.1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*returned `?None", category=UserWarning)
+        with pytest.raises(RecordingError, match="training_step returned None for the micro-batch"):
+            fit(Skipping({1}), loader(parts), [penalties], accumulate_grad_batches=2)
+        assert not penalties._loop.is_open
+        module = Skipping({0})
+        fit(module, loader(parts), [penalties], accumulate_grad_batches=2)
+    assert_same_parameters(module.model, trained(classifier(), [parts[1:2], parts[2:]], reg1=0.1)[0])
+
+
+class Twice(Network):
+    def training_step(self, batch, batch_idx):
+        return loss(self, self.losses, *batch) + loss(self, self.losses, *batch)
+
+
+class Halting(Network):
+    """Makes the losses of some batches, and lets them go."""
+
+    def training_step(self, batch, batch_idx):
+        value = loss(self, self.losses, *batch)
+        return None if batch_idx == 0 else value
+
+
+@pytest.mark.parametrize("callback", [lambda: Penalties(reg1=0.1), lambda: Statistics(every=2)], ids=["p", "s"])
+def test_a_second_loss_in_a_step_is_refused(callback):
+    with pytest.raises(RecordingError, match="the backward pass of the loss before was not taken"):
+        fit(Twice(), loader(batches([5, 7])), [callback()])
+
+
+def test_a_loss_that_was_let_go_is_no_matter_to_statistics():
+    parts, plain, watched, statistics = batches([5, 7, 4]), Halting(), Halting(), Statistics(every=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*returned `?None", category=UserWarning)
+        fit(plain, loader(parts), [])
+        fit(watched, loader(parts), [statistics])
+    assert_same_parameters(watched.model, plain.model, 1e-12)
+    assert statistics.monitor._recording is None
+    assert statistics.last.step == 1
+
+
+def test_options_that_do_nothing_are_said():
+    with pytest.raises(ArgumentError, match="GradientRegularizer has no option regl: take of reg1, "):
+        Penalties(regl=0.1)
+    with pytest.raises(ArgumentError, match="Monitor has no option layer: "):
+        Statistics(layer="all")
+    callbacks = [Penalties(reg1=0.1), Statistics(every=1, layers="all", outliers=3)]
+    trainer = L.Trainer(max_epochs=1, callbacks=callbacks, logger=False, enable_checkpointing=False, accelerator="cpu")
+    with pytest.warns(BootgradWarning, match="no norms of samples: layers, outliers will do nothing"):
+        trainer.fit(Network(), loader(batches([5])))

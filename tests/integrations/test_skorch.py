@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from bootgrad.errors import ArgumentError
+from bootgrad.errors import ArgumentError, UnsupportedError
 
-from .plain import assert_same_parameters, batches, classifier, trained
+from .plain import assert_same_parameters, batches, classifier, losses_of, trained
 
 skorch = pytest.importorskip("skorch")
 from bootgrad.integrations.skorch import PerSample  # noqa: E402
@@ -94,3 +94,47 @@ def test_a_new_module_has_a_new_regularizer_and_a_reduced_loss_is_refused():
     assert_same_parameters(fitted.module_.model, trained(classifier(), [[p] for p in parts] * 2, reg1=0.3)[0])
     with pytest.raises(ArgumentError, match='criterion__reduction="none"'):
         net(penalties={"reg1": 0.3}, criterion__reduction="mean").fit(x, y)
+
+
+class Squared(skorch.NeuralNetClassifier):
+    def get_loss(self, *args, **kwargs):
+        return super().get_loss(*args, **kwargs) ** 2
+
+
+def test_a_loss_of_a_nets_own_is_taken_behind_the_mixin_and_refused_before_it():
+    class Behind(PerSample, Squared):
+        pass
+
+    class Before(Classifier):
+        def get_loss(self, *args, **kwargs):
+            return super().get_loss(*args, **kwargs) ** 2
+
+    x, y, parts = data()
+    settings = dict(criterion=nn.CrossEntropyLoss, criterion__reduction="none", lr=0.1, batch_size=8, max_epochs=1)
+    settings |= dict(train_split=None, verbose=0, penalties={"reg1": 0.3})
+    fitted = Behind(Network, **settings).fit(x, y)
+    want, _ = trained(classifier(), [[p] for p in parts], reg1=0.3, losses=lambda *a: losses_of(*a) ** 2)
+    assert_same_parameters(fitted.module_.model, want)
+    with pytest.raises(UnsupportedError, match="the get_loss of Before comes before that of PerSample"):
+        Before(Network, **settings).fit(x, y)
+
+
+def test_penalties_that_are_set_anew_are_those_of_the_next_step():
+    x, y, parts = data()
+    steps = [[p] for p in parts]
+    fitted = net(penalties={"reg1": 0.3}, max_epochs=1).fit(x, y)
+    first, _ = trained(classifier(), steps, reg1=0.3)
+    fitted.set_params(penalties={"reg1": 2.0}).partial_fit(x, y)
+    second, _ = trained(first, steps, reg1=2.0)
+    assert_same_parameters(fitted.module_.model, second)
+    again = pickle.loads(pickle.dumps(fitted)).set_params(penalties={"reg1": 0.5})
+    again.partial_fit(x, y)
+    assert_same_parameters(again.module_.model, trained(second, steps, reg1=0.5)[0])
+    assert again.regularizer_.step == len(steps)
+
+
+def test_predictions_do_not_keep_a_graph():
+    x, y, _ = data()
+    fitted = net(penalties={"reg1": 0.1, "method": "finite_difference"}).fit(x, y)
+    step = fitted.train_step_single((torch.from_numpy(x), torch.from_numpy(y)))
+    assert step["y_pred"].grad_fn is None

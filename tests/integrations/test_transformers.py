@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bootgrad.errors import ArgumentTypeError, BootgradWarning, DataError, UnsupportedError
+from bootgrad.errors import ArgumentError, ArgumentTypeError, BootgradWarning, DataError, UnsupportedError
 from tests.oracle import Oracle, parameters_of
 
 from .plain import assert_same_parameters
 
 transformers = pytest.importorskip("transformers")
-from bootgrad.integrations.transformers import STATE, PerSample, Trainer, per_sample_losses  # noqa: E402
+from bootgrad.integrations.transformers import STATE, PerSample, Trainer, _ratio, per_sample_losses  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -197,7 +197,9 @@ def test_a_classifier_takes_the_steps_of_a_plain_loop(tmp_path):
 
     args = options(tmp_path, gradient_accumulation_steps=2)
     trainer = Ours(model, args, train_dataset=with_classes(texts(11)), penalties={"reg1": 0.2})
-    trainer.train()
+    with pytest.warns(BootgradWarning, match="over 2 of them undivided") as caught:
+        trainer.train()
+    assert len([w for w in caught if w.category is BootgradWarning]) == 1
     assert [sum(len(b["labels"]) for b in batches) for batches in trainer.seen] == [8, 3]
     want, _ = reference(start, trainer.seen, losses, 0.2)
     assert_same_parameters(model, want, 1e-8)
@@ -321,6 +323,85 @@ def test_what_a_model_adds_to_its_loss_is_found(tmp_path):
             Trainer(model, options(tmp_path, remove_unused_columns=False), train_dataset=texts(4), **what).train()
 
 
+def positioned(samples):
+    """As collators give them that make positions once for all, first of all."""
+    inputs = collated(samples)
+    return {"position_ids": torch.arange(inputs["input_ids"].shape[1])[None], **inputs}
+
+
+@pytest.mark.parametrize("what", [dict(penalties={"reg1": 1e-14}), dict(statistics=1)], ids=["penalties", "statistics"])
+def test_inputs_that_are_of_no_sample_do_not_count(tmp_path, what):
+    plain, ours = llama(), llama()
+    args = options(tmp_path, max_steps=2, remove_unused_columns=False, gradient_accumulation_steps=2)
+    transformers.Trainer(plain, args, train_dataset=texts(16), data_collator=positioned).train()
+    trainer = Trainer(ours, args, train_dataset=texts(16), data_collator=positioned, **what)
+    trainer.train()
+    assert_same_parameters(ours, plain, 1e-6)
+    assert trainer.state.log_history[0]["bootgrad/loss" if "penalties" in what else "loss"] > 0
+
+
+def test_losses_of_another_number_than_samples_are_refused(tmp_path):
+    def halved(outputs, inputs):
+        return outputs.logits.mean((1, 2))[:2]
+
+    trainer = Trainer(gpt2(), options(tmp_path), train_dataset=texts(4), penalties={"reg1": 0.1}, losses=halved)
+    with pytest.raises(ArgumentError, match="one for each sample, 4 by the inputs; got 2"):
+        trainer.train()
+
+
+def mixtral():
+    sizes = dict(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=16)
+    router = dict(output_router_logits=True, router_aux_loss_coef=1e-6)
+    return made(transformers.MixtralForCausalLM, transformers.MixtralConfig(**SMALL, **sizes, **router))
+
+
+@pytest.mark.parametrize("what", [dict(penalties={"reg1": 0.1}), dict(statistics=1)], ids=["penalties", "statistics"])
+def test_a_routers_loss_is_refused_however_small(tmp_path, what):
+    with pytest.raises(UnsupportedError, match="MixtralForCausalLM adds its aux_loss to the loss"):
+        Trainer(mixtral(), options(tmp_path), train_dataset=texts(4), **what).train()
+
+
+def test_a_class_whose_name_tells_nothing_is_a_language_model_by_its_shapes():
+    choices, ids = (
+        torch.tensor([0, 2, 1, 1]),
+        torch.randint(1, 32, (4, 3, 7), generator=torch.Generator().manual_seed(1)),
+    )
+    for model, inputs in (
+        (bert("MultipleChoice"), {"input_ids": ids, "labels": choices}),
+        (bert("NextSentencePrediction"), {"input_ids": ids[:, 0], "labels": choices % 2}),
+    ):
+        with pytest.raises(UnsupportedError, match="no known kind is a causal language model's where logits are"):
+            per_sample_losses(model, model(**inputs), inputs)
+
+
+@pytest.mark.parametrize("what", [dict(penalties={"reg1": 1e-14}), dict(statistics=1)], ids=["penalties", "statistics"])
+def test_micro_batches_without_labels_stop_nothing(tmp_path, what):
+    samples = [{**s, "labels": torch.full_like(s["labels"], -100)} if k % 4 < 2 else s for k, s in enumerate(texts(8))]
+
+    class InOrder:
+        def _get_train_sampler(self, *args, **kwargs):
+            return torch.utils.data.SequentialSampler(samples)
+
+    plain, ours = llama(), llama()
+    args = options(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    type("Theirs", (InOrder, transformers.Trainer), {})(plain, args, train_dataset=samples).train()
+    type("Ours", (InOrder, Trainer), {})(ours, args, train_dataset=samples, **what).train()
+    assert_same_parameters(ours, plain, 1e-6)
+    inputs = collated(samples[:2])
+    assert per_sample_losses(ours, ours(**inputs), inputs).tolist() == [0, 0]
+
+
+def test_of_what_a_loss_may_be_divided_by_the_nearest_is_taken():
+    mean = torch.tensor(4.0)
+    labels = {"labels": torch.zeros(1, 4001, dtype=torch.long)}  # 4000 are next ones
+    half = (mean * 0.985).bfloat16()
+    assert _ratio(gpt2(), half, mean, labels, torch.tensor(4061), 1) == pytest.approx(4000 / 4061)
+    own = mean * 2 * 4000 / 8000.04
+    assert _ratio(gpt2(), own, mean, labels, torch.tensor(8000.04), 2) == pytest.approx(2 * 4000 / 8000.04, abs=1e-7)
+    with pytest.raises(UnsupportedError, match="there is more in it"):
+        _ratio(gpt2(), mean * (1 + 5e-4), mean, labels, None, 1)
+
+
 def test_what_is_not_followed_is_refused(tmp_path):
     def trainer(args=None, **others):
         return Trainer(gpt2(), args or options(tmp_path), train_dataset=texts(4), **({"statistics": 1} | others))
@@ -331,6 +412,12 @@ def test_what_is_not_followed_is_refused(tmp_path):
         trainer(compute_loss_func=lambda *args, **kwargs: None)
     with pytest.raises(ArgumentTypeError, match="a function of outputs and inputs"):
         trainer(losses=3)
+    with pytest.raises(ArgumentError, match="GradientRegularizer has no option regl: take of reg1, "):
+        trainer(penalties={"regl": 0.1})
+    with pytest.raises(ArgumentError, match="Monitor has no option layer: "):
+        trainer(statistics={"layer": "all"})
+    with pytest.warns(BootgradWarning, match="layers will do nothing"):
+        trainer(penalties={"reg1": 0.1}, statistics={"layers": "all"})
 
 
 def test_without_options_the_trainer_is_that_of_transformers_and_evaluation_always_is(tmp_path):
