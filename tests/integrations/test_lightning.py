@@ -1,4 +1,5 @@
 import csv
+import json
 import warnings
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch.utils.data import DataLoader
 
 import bootgrad
 from bootgrad.errors import ArgumentError, BootgradWarning, RecordingError, UnsupportedError
+from bootgrad.monitoring import JSONLWriter
 
 from .plain import assert_same_parameters, batches, classifier, losses_of, trained
 
@@ -373,6 +375,14 @@ def test_a_loss_that_was_let_go_is_no_matter_to_statistics():
         fit(watched, loader(parts), [statistics])
     assert_same_parameters(watched.model, plain.model, 1e-12)
     assert statistics.last.step == 1
+
+
+def test_a_second_fit_writes_on(tmp_path):
+    path = tmp_path / "seen.jsonl"
+    statistics, module = Statistics(every=1, writers=[JSONLWriter(path)]), Network()
+    for _ in range(2):
+        fit(module, loader(batches([5, 7])), [statistics])
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
 
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
