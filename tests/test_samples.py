@@ -411,12 +411,12 @@ def test_ambiguous_shapes_wait_for_a_check_before_a_graph_of_kernels(monkeypatch
         rec, losses = record(model, lambda: over_steps(model(data)), samples=sequence_first(B))
         return rec.backward(losses).sq_norms
 
-    monkeypatch.setattr("bootgrad.batch_check.is_capturing", lambda: True)
+    monkeypatch.setattr("bootgrad.waiting.is_capturing", lambda: True)
     with pytest.raises(bootgrad.errors.UnsupportedError, match="take a step before"):
         step()
     monkeypatch.undo()
     expected = step()
-    monkeypatch.setattr("bootgrad.batch_check.is_capturing", lambda: True)
+    monkeypatch.setattr("bootgrad.waiting.is_capturing", lambda: True)
     torch.testing.assert_close(step(), expected, rtol=0, atol=0)
 
 

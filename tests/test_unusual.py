@@ -997,7 +997,7 @@ def test_a_step_asks_nothing_of_the_device(slow_answers):
         if step == 1:
             asked.clear()
             monkey = pytest.MonkeyPatch()
-            monkey.setattr("bootgrad.batch_check.is_capturing", lambda: True)
+            monkey.setattr("bootgrad.waiting.is_capturing", lambda: True)
     monkey.undo()
     assert not asked
 
