@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -529,5 +531,7 @@ if __name__ == "__main__":
 def test_of_several_ranks_the_first_one_writes_what_all_have(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    run = subprocess.run([sys.executable, str(script), str(tmp_path / "meeting")], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(script), str(tmp_path / "meeting")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
