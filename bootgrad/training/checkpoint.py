@@ -72,6 +72,21 @@ class replacing:  # noqa: N801 — used as a verb
             raise DataError(f"{self.path} could not be written ({error.strerror}): is the disk full?") from error
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what writers of ``path`` that were killed have left beside it.
+
+    Raises:
+        DataError: it cannot be removed.
+    """
+    for left in path.parent.glob(f".{path.name}.????????"):  # as `tempfile` names them
+        try:
+            left.unlink(missing_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"{left} cannot be removed ({error.strerror}): remove it, or choose another folder"
+            ) from error
+
+
 def read(path: Path) -> dict[str, Any]:
     """Read a checkpoint back, on the CPU.
 

@@ -120,6 +120,8 @@ def train(
     say(_describe(trainer))
     if check:
         _verify(trainer)
+    for name in (CHECKPOINT, "run.csv", "run.json", "run.png"):
+        checkpoint.remove_unfinished(out / name)
     checkpoint.save(out / CHECKPOINT, trainer.state_dict())
     if not goes_on:
         _remove_results(out)

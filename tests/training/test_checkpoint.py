@@ -56,6 +56,13 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, error):
     assert os.listdir(tmp_path) == ["c.pt"]
 
 
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    for name in ("c.pt", ".c.pt.abcd_12x", ".c.pt.kept", ".other.pt.abcd_12x"):
+        (tmp_path / name).touch()
+    checkpoint.remove_unfinished(tmp_path / "c.pt")
+    assert sorted(os.listdir(tmp_path)) == [".c.pt.kept", ".other.pt.abcd_12x", "c.pt"]
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(DataError, match=r"none/c.pt cannot be written \(No such file or directory\): choose another"):
         checkpoint.save(tmp_path / "none" / "c.pt", state())

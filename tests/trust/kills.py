@@ -2,8 +2,8 @@
 
 ``bootgrad train`` is started, killed, and started again with ``--resume`` until the run has come to its end. After each kill
 the checkpoint is read: it holds whole epochs, as many as before or more, and their losses are those of the uninterrupted run.
-Each run is a process of its own, forked where all is imported and nothing has run, so that the moments are those of training,
-of testing and of writing, and not of imports.
+Each run is a process of its own, forked where all is imported and nothing has run. It is killed within the time of an epoch
+after its checkpoint has been written a number of times that is drawn, however quick the machine is just then.
 
     python -m tests.trust.kills --kills 200 [--json benchmarks/results/trust/kills.json]
 """
@@ -28,6 +28,7 @@ from bootgrad.training.environment import processor_name, versions
 from ..cli.commands import read_csv, timeless
 
 EPOCHS, STEPS_PER_EPOCH = 25, 4
+MOST_WRITES = 8  # before a kill; the first one is at the start of a run
 OPTIONS = [
     *("--data", "digits", "--train-size", "64", "--batch-size", "16", "--epochs", str(EPOCHS), "--threads", "1"),
     *("--reg1", "0.01", "--reg2", "0.01", "--center", "ema", "--fraction", "0.5"),
@@ -44,14 +45,16 @@ class Killer:
         seed: of the moments.
 
     Attributes:
-        kills: so far; ``before`` those before there was a checkpoint, ``writing`` those in the midst of writing a file.
+        kills: so far; ``before`` those before there was a checkpoint.
+        unfinished: names of files in whose writing there was a kill.
         runs: that came to their end after kills.
         epochs: that were found done by kills, one number for each.
     """
 
     def __init__(self, folder: Path, seed: int):
         self.folder, self.random = folder, random.Random(seed)
-        self.kills = self.before = self.writing = self.runs = 0
+        self.kills = self.before = self.runs = 0
+        self.unfinished: set[str] = set()
         self.epochs: list[int] = []
         self.processes = multiprocessing.get_context("forkserver")
         self.processes.set_forkserver_preload(PRELOADED)
@@ -94,16 +97,27 @@ class Killer:
 
     def _killed(self) -> bool:
         """Start the run and kill it; False where it had come to its end."""
-        process = self._start(self.out)
-        process.join(self.random.uniform(0, self.seconds / 3))
+        process, writes, before = self._start(self.out), self.random.randrange(MOST_WRITES), self._written()
+        while writes and process.is_alive():
+            time.sleep(0.0005)
+            now = self._written()
+            writes, before = writes - (now != before), now
+        process.join(self.random.uniform(0, 1.5 * self.seconds / EPOCHS))
         process.kill()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL), (self.folder / "told").read_text()
         return process.exitcode != 0
 
+    def _written(self) -> int:
+        """When the checkpoint was written; 0 where there is none."""
+        try:
+            return (self.out / "checkpoint.pt").stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
     def _check(self, epochs: int) -> int:
         """Read what a kill left; the epochs that are done."""
-        self.writing += bool(list(self.out.glob(".*"))) if self.out.exists() else 0
+        self.unfinished |= {path.name for path in self.out.glob(".*")}
         if not (self.out / "checkpoint.pt").exists():
             assert epochs == 0, "a checkpoint has vanished"
             self.before += 1
@@ -119,7 +133,9 @@ class Killer:
         return done
 
     def _compare(self) -> None:
-        """With the uninterrupted run: rows, epochs, and all of the state to the bit."""
+        """With the uninterrupted run: files, rows, epochs, and all of the state to the bit."""
+        files = [sorted(path.name for path in out.iterdir()) for out in (self.whole, self.out)]
+        assert files[0] == files[1]
         assert timeless(read_csv(self.out / "run.csv")) == self.rows
         records = [json.loads((path / "run.json").read_text()) for path in (self.whole, self.out)]
         assert records[1]["status"] == "finished"
@@ -158,7 +174,7 @@ def result(killer: Killer) -> dict:
         "command": " ".join(["bootgrad train", *OPTIONS]),
         "kills": killer.kills,
         "kills_before_a_checkpoint": killer.before,
-        "kills_in_a_write": killer.writing,
+        "kills_in_a_write": len(killer.unfinished),
         "epochs_found_done": killer.epochs,
         "runs_that_ended_alike": killer.runs,
     }
