@@ -229,7 +229,7 @@ def main() -> int:
 
     def each(training: Training, rows: list[dict[str, int]]) -> None:
         print("  ".join(f"{name} {value:,}" for name, value in rows[-1].items()), flush=True)
-        if options.json and len(rows) >= 8:
+        if options.json and len(rows) >= 4:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(result(training, rows), indent=1) + "\n", encoding="utf-8")
 
