@@ -263,6 +263,14 @@ def test_what_falls_or_wanders_is_no_spike():
     assert monitor.observe(report(math.inf)).flags[0].value == math.inf
 
 
+def test_a_jump_out_of_a_steep_fall_is_a_spike_though_it_ends_below_where_the_fall_began():
+    monitor = Monitor(network(), 1)
+    for k in range(15):
+        assert monitor.observe(report(100 * 0.6**k)).flags == ()
+    (flag,) = monitor.observe(report(20.0)).flags
+    assert flag.value == 20.0 and flag.usual == pytest.approx(100 * 0.6**12)  # the median of the last five
+
+
 def report(trace, loss=1.0, **changes):
     numbers = {"loss": loss, "reg1": trace, "covariance_trace": trace, "mean_sq_norm": trace + 1, "sq_mean_norm": 1.0}
     fields = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
