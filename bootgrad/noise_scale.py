@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol, SupportsFloat
 
-from .errors import ArgumentError
+from .errors import ArgumentError, ArgumentTypeError
 
 
 class HasMoments(Protocol):
@@ -49,12 +49,21 @@ class NoiseScale:
 
         One whose trace is not known, nan as of steps between random signs, or whose gradient is not finite, as of steps that a
         GradScaler skips, is left out.
+
+        Raises:
+            ArgumentError: a batch of one sample.
+            ArgumentTypeError: something else than statistics or a report.
         """
-        B = moments.batch_size
+        try:
+            B, trace, sq_norm = moments.batch_size, float(moments.covariance_trace), float(moments.sq_mean_norm)
+        except AttributeError as error:
+            raise ArgumentTypeError(
+                f"update takes the bootgrad.Statistics or bootgrad.Report of a batch; got {type(moments).__name__}"
+            ) from error
         if B < 2:
             raise ArgumentError("the noise scale needs batches of at least two samples; got one")
-        trace = float(moments.covariance_trace) * B / (B - 1)
-        sq_norm = float(moments.sq_mean_norm) - trace / B
+        trace *= B / (B - 1)
+        sq_norm -= trace / B
         if not math.isfinite(trace) or not math.isfinite(sq_norm):
             return self.value
         new = 1.0 if self.decay == 1 else 1 - self.decay

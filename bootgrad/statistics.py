@@ -31,7 +31,7 @@ from .rules.terms import DenseTerm, Term
 from .scaling import Number, Scaling, multiplied, peak_of, seeds, without_autocast
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Moments:
     """Per-sample squared norms of one parameter, or of all, and the norm of their mean.
 
@@ -50,6 +50,12 @@ class Moments:
     deviation_sq_norms: Tensor | None = None
     sq_mean_deviation: Tensor | None = None
     everywhere: Everywhere | None = None
+
+    def __repr__(self) -> str:
+        """What is one number for the batch; norms (B,) would be pages."""
+        names = ("batch_size", "covariance_trace", "sq_mean_norm", "reg1", "reg2")
+        told = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in told.items())})"
 
     @property
     def batch_size(self) -> int:
@@ -118,7 +124,7 @@ class CheckedOnRead:
         return super().__getattribute__(name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Statistics(CheckedOnRead, Moments):
     """`Moments` of all parameters together, and of each by name in ``per_parameter``.
 
@@ -127,6 +133,10 @@ class Statistics(CheckedOnRead, Moments):
 
     per_parameter: Mapping[str, Moments] | None = None
     unchecked: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """As of `Moments`, and of how many parameters."""
+        return f"{super().__repr__()[:-1]}, per_parameter=<{len(self.per_parameter or ())} names>)"
 
 
 def combine(parts: Mapping[str, Moments], unchecked: Tensor | None = None) -> Statistics:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from bootgrad import NoiseScale
-from bootgrad.errors import ArgumentError
+from bootgrad.errors import ArgumentError, ArgumentTypeError
 
 GOOD = {"decay": 0.9, "steps": 3, "parts": [0.271, 2.71, 0.542]}
 
@@ -34,3 +34,8 @@ def test_what_is_no_state_is_refused(wrong):
     with pytest.raises(ArgumentError, match="not a state_dict of a NoiseScale"):
         scale.load_state_dict(GOOD | wrong)
     assert scale.state_dict() == NoiseScale().state_dict()
+
+
+def test_a_number_is_no_batch():
+    with pytest.raises(ArgumentTypeError, match="update takes .* of a batch; got float"):
+        NoiseScale().update(3.0)

@@ -525,6 +525,19 @@ def test_the_graph_goes_with_the_recording():
     assert alive() is None
 
 
+def test_statistics_are_printed_in_a_line():
+    model, x = nn.Linear(3, 4), torch.randn(64, 3)
+    with bootgrad.record(model) as rec:
+        losses = model(x).square().sum(1)
+    stats = rec.backward(losses)
+    whole, of_weight = repr(stats), repr(stats.per_parameter["weight"])
+    assert whole == (
+        f"Statistics(batch_size=64, covariance_trace={stats.covariance_trace!r}, sq_mean_norm={stats.sq_mean_norm!r}, "
+        "per_parameter=<2 names>)"
+    )
+    assert of_weight.startswith("Moments(batch_size=64, covariance_trace=tensor(") and len(of_weight) < 100
+
+
 def test_several_modules_and_leaves_outside():
     torch.manual_seed(0)
     a, b = nn.Linear(3, 4), nn.Linear(4, 2)

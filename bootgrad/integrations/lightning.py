@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import GradientRegularizer, Report
 from ..errors import ArgumentError, RecordingError, UnsupportedError
 from ..monitoring import Monitor, Observation
+from ..monitoring.trackers import finite
 from .loops import Loop, Losses, check_options, loop_of, numbers_of, warn_of_unused
 from .required import missing
 
@@ -225,7 +226,7 @@ class Statistics(_Callback):
             warn_of_unused(self._options)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what this batch has told, but for what `Penalties` log."""
+        """Log what this batch has told, but for what `Penalties` log; loggers are told now, whatever `log_every_n_steps`."""
         seen = self.last
         if seen is None or seen is self._logged:
             return
@@ -233,8 +234,11 @@ class Statistics(_Callback):
         told: Mapping[str, Any] = {}
         if penalties is not None and penalties.log_steps and penalties.report is not None:
             told = numbers_of(penalties.report)
-        numbers = {name: value for name, value in seen.scalars().items() if name not in told}
-        pl_module.log_dict(numbers, batch_size=seen.batch_size)
+        numbers = {name: value for name, value in finite(seen).items() if name not in told}
+        pl_module.log_dict(numbers, batch_size=seen.batch_size, logger=False)
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=trainer.global_step - 1)
+            logger.save()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Close the writers."""

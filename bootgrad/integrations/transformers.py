@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .. import GradientRegularizer, Report
 from ..errors import ArgumentError, ArgumentTypeError, DataError, UnsupportedError, warn
 from ..monitoring import Monitor
+from ..monitoring.trackers import finite
 from .loops import Loop, check_options, loop_of, numbers_of
 from .required import missing
 
@@ -105,7 +106,7 @@ class PerSample:
             self._check(self)
             if self._is_ours:
                 self.loss_is_scaled_for_ga = True
-            self.add_callback(_Checkpoints(self))  # type: ignore[attr-defined]  # a method of the trainer
+            self.add_callback(_Steps(self))  # type: ignore[attr-defined]  # a method of the trainer
 
     @property
     def regularizer(self) -> GradientRegularizer | None:
@@ -186,12 +187,18 @@ class PerSample:
         """As of the trainer, with the numbers of the last step beside its loss."""
         loop = self._loop
         if loop is not None and "loss" in logs:
-            if loop.monitor is not None and loop.monitor.last is not None and loop.monitor.last is not self._logged:
-                self._logged = loop.monitor.last
-                logs |= self._logged.scalars()
+            logs |= self._take_seen()
             if loop.report is not None:
                 logs |= {name: float(value) for name, value in numbers_of(loop.report).items()}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _take_seen(self) -> dict[str, float]:
+        """The numbers of an observation that was not logged yet."""
+        monitor = self.monitor
+        if monitor is None or monitor.last is None or monitor.last is self._logged:
+            return {}
+        self._logged = monitor.last
+        return finite(monitor.last)
 
     @property
     def _takes_part(self) -> bool:
@@ -292,11 +299,19 @@ class Trainer(PerSample, transformers.Trainer):
     """`transformers.Trainer` with the options of `PerSample`."""
 
 
-class _Checkpoints(transformers.TrainerCallback):
-    """Puts the state of penalties and statistics into a checkpoint's folder."""
+class _Steps(transformers.TrainerCallback):
+    """Logs a watched step where the trainer does not, and puts the state of penalties and statistics into checkpoints."""
 
     def __init__(self, trainer: PerSample):
         self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log what was seen, unless it will be with the loss of this step, or nothing is to be logged."""
+        if control.should_log or args.logging_strategy == "no":
+            return
+        seen = self._trainer._take_seen()
+        if seen:
+            self._trainer.log(seen)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write it, once for all ranks."""

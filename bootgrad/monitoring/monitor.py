@@ -1,7 +1,7 @@
 """A monitor of a training loop: on every k-th step it records, on all others it is out of the way."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import NoiseScale, Report, Statistics
 from .. import record as recording_of
 from ..distributed import guarded
-from ..errors import ArgumentError, RecordingError
+from ..errors import ArgumentError, ArgumentTypeError, RecordingError, warn
 from ..rank_statistics import Exchange
 from ..wrappers import ranks_of
 from .measuring import Measured, Part, known, listed, measure, outliers, quantiles
@@ -49,7 +49,7 @@ class Monitor:
         last: the last observation, or None.
 
     Raises:
-        ArgumentError, ArgumentTypeError: numbers out of range, layers that there are not.
+        ArgumentError, ArgumentTypeError: numbers out of range, layers that there are not, something else than writers.
     """
 
     def __init__(
@@ -75,12 +75,13 @@ class Monitor:
             if not number > 0:
                 raise ArgumentError(f"{name} must be above 0; got {number!r}")
         watched(model, layers)
-        self.model, self.every, self.layers, self.writers = model, every, layers, tuple(writers)
+        self.model, self.every, self.layers, self.writers = model, every, layers, _tuple_of(writers)
         self.step = 0
         self.last: Observation | None = None
         self._decay, self._outliers, self._deviations = decay, outliers, outlier_deviations
         self._options: dict[str, Any] = {"check": check, "batchnorm": batchnorm, "compiled": compiled}
         self._recording: recording_of | None = None
+        self._forgotten = False  # losses that were recorded
         self._noise, self._of_layers = NoiseScale(decay), dict[str, NoiseScale]()
         self._spikes = Spikes(spike_deviations)
 
@@ -95,12 +96,18 @@ class Monitor:
         Args:
             samples: as of `bootgrad.record`.
         """
+        if self._forgotten:
+            self._forgotten = False
+            warn(
+                "the losses that were recorded before were not given to monitor.backward(losses), so that nothing was seen of "
+                "them and no step was counted: call it in place of losses.mean().backward()"
+            )
         self._recording = None
         if not self.due:
             return nullcontext()
         names = watched(self.model, self.layers)
         self._recording = recording_of(self.model, samples=samples, parameters=names, **self._options)
-        return self._recording
+        return self._until_losses(self._recording)
 
     def backward(
         self,
@@ -131,6 +138,7 @@ class Monitor:
             self._plain_backward(losses, scaler, reduction)
             self.step += 1
             return None
+        self._forgotten = False
         recording = self._recording
         if recording is None:
             raise RecordingError(
@@ -163,6 +171,7 @@ class Monitor:
             ArgumentError, ArgumentTypeError: no statistics, or ids of another kind or number; the step is not counted.
             Of writers: as `backward`.
         """
+        self._forgotten = False
         if not self.due:
             self.step += 1
             return None
@@ -217,7 +226,14 @@ class Monitor:
             ) from error
         self._decay = noise.decay
         self.step, self._noise, self._of_layers, self._spikes = step, noise, layers, spikes
-        self._recording = None
+        self._recording, self._forgotten = None, False
+
+    @contextmanager
+    def _until_losses(self, recording: recording_of) -> Iterator[recording_of]:
+        """Within a forward pass; losses are forgotten that no `backward` follows, but for those that an error ended."""
+        with recording:
+            yield recording
+        self._forgotten = True
 
     def _names(self, ids: Any, losses: Tensor, recording: recording_of, reduction: str | Tensor) -> list[Any] | None:
         """What samples are called; ranks, which wait in their backward pass, are told where that is an error."""
@@ -285,6 +301,16 @@ class Monitor:
             if ranks is not None:  # their wrapper makes a mean over ranks of it
                 total = total * ranks.size
         (total if scaler is None else scaler.scale(total)).backward()
+
+
+def _tuple_of(writers: Any) -> tuple[Writer, ...]:
+    found = tuple(writers) if isinstance(writers, Iterable) else None
+    if found is None or not all(hasattr(writer, "write") and hasattr(writer, "close") for writer in found):
+        raise ArgumentTypeError(
+            "writers must be a list of what has write and close, such as [bootgrad.monitoring.JSONLWriter(path)]; got "
+            f"{writers!r}"
+        )
+    return found
 
 
 def _averaged(scale: NoiseScale, part: Part) -> float | None:

@@ -183,6 +183,21 @@ def test_numbers_reach_the_logger(tmp_path):
     assert seen == pytest.approx(traces, rel=1e-5)
 
 
+def test_what_was_seen_is_logged_at_its_own_step_whatever_the_loggers_interval(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    module, statistics, seen = Network(), Statistics(every=3, writers=[Kept()]), []
+    statistics._options["writers"][0].seen = seen
+    logger = CSVLogger(tmp_path)
+    trainer = fit(module, loader(batches([4] * 8)), [statistics], logger=logger, log_every_n_steps=5)
+    rows = list(csv.DictReader(Path(logger.log_dir, "metrics.csv").read_text().splitlines()))
+    traces = {
+        int(row["step"]): float(row["bootgrad/covariance_trace"]) for row in rows if row["bootgrad/covariance_trace"]
+    }
+    assert traces == pytest.approx({o.step: o.covariance_trace for o in seen}) and list(traces) == [0, 3, 6]
+    assert float(trainer.callback_metrics["bootgrad/covariance_trace"]) == pytest.approx(seen[-1].covariance_trace)
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_statistics_leave_the_training_as_it_is(n):
     parts, module, plain = batches([5, 7, 4, 6, 3, 5]), Network(momentum=0.9), Network(momentum=0.9)

@@ -288,6 +288,16 @@ def test_statistics_leave_the_training_as_it_is(tmp_path, make, accumulated):
     assert all(math.isfinite(row["bootgrad/norm/1"]) for row in seen)
 
 
+@pytest.mark.parametrize(("strategy", "steps"), [("steps", [1, 3, 5]), ("no", [])])
+def test_what_was_seen_is_logged_at_its_own_step_whatever_the_trainers_interval(tmp_path, strategy, steps):
+    args = options(tmp_path, logging_steps=3, logging_strategy=strategy)
+    trainer = Ours(gpt2(), args, train_dataset=texts(20), statistics=2)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "bootgrad/covariance_trace" in row]
+    assert [row["step"] for row in rows] == steps
+    assert [row["step"] for row in rows if "loss" in row] == [step for step in steps if step == 3]
+
+
 def test_autocast_to_bfloat16_is_that_of_the_trainer(tmp_path):
     """Against the regularizer in a loop of one's own; the first step has the same numbers in both."""
     import bootgrad

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import bootgrad
-from bootgrad.errors import ArgumentError, ArgumentTypeError, RecordingError
-from bootgrad.monitoring import Flag, Monitor, Observation
+from bootgrad.errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError
+from bootgrad.monitoring import Flag, JSONLWriter, Monitor, Observation
 from bootgrad.monitoring.measuring import LEAST_SPREAD, Part, quantiles
 from bootgrad.monitoring.observation import QUANTILES
 
@@ -235,6 +236,27 @@ def test_wrong_ids_touch_no_gradient():
     assert monitor.backward(losses, ids=range(BATCH)) is not None  # the recording is still there
 
 
+def test_losses_that_are_not_given_back_are_warned_of():
+    model, (x, y) = network(), batch()
+    monitor = Monitor(model, 1)
+
+    def recorded():
+        with monitor.record():
+            return F.cross_entropy(model(x), y, reduction="none")
+
+    with pytest.raises(ZeroDivisionError), monitor.record():
+        1 / 0  # noqa: B018 — of an error it is no wonder
+    recorded().mean().backward()
+    with pytest.warns(BootgradWarning, match=r"were not given to monitor.backward\(losses\)"):
+        losses = recorded()
+    monitor.backward(losses)
+    with monitor.record() as recording:
+        losses = F.cross_entropy(model(x), y, reduction="none")
+    monitor.observe(recording.backward(losses))  # another way to the same
+    monitor.backward(recorded())
+    assert monitor.step == 3
+
+
 def test_a_spike_is_flagged_with_its_layer():
     model = network()
     monitor = Monitor(model, 1)
@@ -284,7 +306,7 @@ def test_a_report_is_observed_for_what_it_has():
     told = reg.backward(lambda x, y: losses_of(model, x, y), x, y)
     seen = monitor.observe(told)
     assert seen.covariance_trace == float(told.covariance_trace) and seen.loss == float(told.loss)
-    assert seen.reg1 == float(told.reg1) and seen.reg2 is None and seen.strengths == {"reg1": 0.1, "reg2": 0.0}
+    assert seen.reg1 == float(told.reg1) and seen.reg2 is None and seen.strengths == {"reg1": 0.1}
     assert not seen.layers and not seen.norms and not seen.outliers and not seen.sample_norms
     assert "bootgrad/outliers" not in seen.scalars() and seen.scalars()["bootgrad/strength/reg1"] == 0.1
     assert monitor.observe(told) is None and monitor.step == 2 and monitor.last is seen
@@ -448,10 +470,12 @@ def test_a_writer_that_fails_leaves_the_others_their_step():
         ({"spike_deviations": 0}, "spike_deviations must be above 0"),
         ({"outlier_deviations": math.nan}, "outlier_deviations must be above 0"),
         ({"decay": 2}, "decay must be in"),
+        ({"writers": "run.jsonl"}, "writers must be a list of .*; got 'run.jsonl'"),
+        ({"writers": JSONLWriter("run.jsonl")}, "writers must be a list of .*; got <.*JSONLWriter"),
     ],
 )
 def test_options_are_checked(options, message):
-    with pytest.raises(ArgumentError, match=message):
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=message):
         Monitor(network(), **options)
 
 
