@@ -43,10 +43,9 @@ def timeless(rows):
 
 def start(*arguments):
     """The command line in a process of its own, which SIGINT reaches whatever started the tests."""
-    code = "import sys; from bootgrad.cli import main; sys.exit(main())"
     environment = {**os.environ, "PYTHONPATH": str(Path(bootgrad.__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-m", "bootgrad", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
