@@ -10,8 +10,8 @@ it. The eigenvectors of Σ_a are X_aᵀ u / √μ, with u and μ those of K_aa.
 
 Letters: ``n`` images of a set, ``m`` of the other, ``k`` directions of a subspace.
 
-Source of T_b: Himeno and Yamada, "Estimations for some functions of covariance matrix in high dimension under non-normality",
-Journal of Multivariate Analysis, 2014.
+Source of T_b: Himeno and Yamada, "Estimations for some functions of covariance matrix in high dimension under non-normality
+and its applications", Journal of Multivariate Analysis, 2014.
 """
 
 import math
