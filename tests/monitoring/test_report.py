@@ -3,54 +3,18 @@
 import json
 import math
 import re
-from html.parser import HTMLParser
 
 import pytest
 
 from bootgrad.errors import DataError
-from bootgrad.monitoring import CSVWriter, Flag, JSONLWriter, Observation
+from bootgrad.monitoring import CSVWriter, Flag, JSONLWriter, LayerObservation, Observation
 from bootgrad.monitoring.report import report, write_report
-from bootgrad.monitoring.report.charts import Line, chart, sparkline, thinned
 from bootgrad.monitoring.report.markdown import html
 from bootgrad.monitoring.report.markup import Markup, element, number, table
 from bootgrad.training import checkpoint
 
 from .folders import HOSTILE, compare_folder, experiment_folder, monitor_folder, train_folder
-
-VOID = {"meta", "img", "br"}
-
-
-class Page(HTMLParser):
-    """Elements of a page, opened and closed in order; text by the element that it is in."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.elements, self.texts = [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if data.strip() and self.open[-1] != "style":
-            self.texts.append(data.strip())
-
-    def all(self, tag):
-        return [attrs for name, attrs in self.elements if name == tag]
-
-    def headings(self):
-        return [int(tag[1]) for tag, _ in self.elements if re.fullmatch("h[1-6]", tag)]
-
+from .pages import Page
 
 FOLDERS = {
     "train": train_folder,
@@ -123,8 +87,15 @@ def test_findings_are_those_of_diagnose(tmp_path):
     assert "No signature of failure was found by bootgrad diagnose." in texts(folder)
     bad = train_folder(tmp_path / "bad", last=100.0)
     found = texts(bad)
+    assert 'class="finding"' in report(bad) and 'class="finding unjudged"' not in report(bad)
     k = found.index("does not learn")
     assert found[k + 1] == "Seen:" and "at the beginning" in found[k + 2] and found[k + 3] == "Meaning:"
+
+
+def test_what_cannot_be_judged_is_no_fault(tmp_path):
+    page = Page(report(train_folder(tmp_path / "run", steps=8)))
+    assert "cannot be judged" in page.texts and page.texts.count("Seen:") == 1
+    assert [d["class"] for d in page.all("div") if d.get("class", "").startswith("finding ")] == ["finding unjudged"]
 
 
 def test_runs_side_by_side(tmp_path):
@@ -151,7 +122,7 @@ def test_an_experiment(tmp_path):
 def test_what_a_monitor_has_written(tmp_path, kind):
     found = texts(monitor_folder(tmp_path / "run", kind=kind))
     assert "40 observations of steps 0 to 1950." in found
-    k = found.index("What each layer's parameters have of it")
+    k = found.index("What each layer's parameters have of Γ, the largest share first")
     assert found[k + 7] == "block.conv" and "75.0 %" in found and "25.0 %" in found
     assert {"Norms of the samples' gradients", "quartiles", "Γ by layer", "Gradient noise scale"} <= set(found)
     if kind == "jsonl":  # which alone has names
@@ -168,12 +139,55 @@ def test_what_a_monitor_has_written(tmp_path, kind):
         assert found[found.index(name) + 1] == value
 
 
-def test_a_table_of_reports_says_nothing_of_outliers(tmp_path):
-    writer = CSVWriter(tmp_path / "monitor.csv")
-    writer.write(Observation(0, 4, covariance_trace=1.0))
+@pytest.mark.parametrize(("writer_of", "kind"), [(CSVWriter, "csv"), (JSONLWriter, "jsonl")])
+def test_reports_say_nothing_of_outliers(tmp_path, writer_of, kind):
+    """For they have no norms of samples."""
+    writer = writer_of(tmp_path / f"monitor.{kind}")
+    for step in range(12):
+        writer.write(Observation(step, 4, covariance_trace=1.0))
     writer.close()
     found = texts(tmp_path)
     assert "Outlying samples" not in found and "No quantity was far above its running median." in found
+
+
+@pytest.mark.parametrize(("count", "are_judged"), [(2, False), (10, False), (11, True)])
+def test_flags_that_were_not_looked_for_are_no_good_news(tmp_path, count, are_judged):
+    folder = tmp_path / "run"
+    writer = JSONLWriter(folder / "monitor.jsonl")
+    for step in range(count):
+        writer.write(Observation(step, 4, covariance_trace=1.0))
+    writer.close()
+    page = Page(report(folder))
+    kind, text = (
+        ("finding none", "No quantity was far above its running median.")
+        if are_judged
+        else (
+            "finding unjudged",
+            f"Nothing is compared with its running median before 10 observations; here are {count}.",
+        )
+    )
+    assert text in page.texts and [d["class"] for d in page.all("div") if "finding " in d.get("class", "")] == [kind]
+    beside = "nothing far above its median" if are_judged else "compared after 10 observations"
+    assert page.texts[page.texts.index("Steps with flags") + 2] == beside
+
+
+def test_steps_with_flags_in_a_table_are_no_good_news(tmp_path):
+    page = Page(report(monitor_folder(tmp_path / "run", kind="csv")))
+    assert [d["class"] for d in page.all("div") if d.get("class", "").split()[:1] == ["finding"]] == ["finding"]
+
+
+def test_layers_are_by_their_share(tmp_path):
+    writer = JSONLWriter(tmp_path / "monitor.jsonl")
+    traces = {"a": 1.0, "b": None, "c": 6.0, "d": 3.0}
+    layers = {name: LayerObservation(trace, 1.0) for name, trace in traces.items()}
+    for step in range(3):
+        writer.write(Observation(step, 4, covariance_trace=10.0, layers=layers))
+    writer.close()
+    page = Page(report(tmp_path))
+    k = page.texts.index("What each layer's parameters have of Γ, the largest share first")
+    rows = page.texts[k + 7 :]
+    assert [text for text in rows if text in traces] == ["c", "d", "a", "b"]
+    assert [text for text in rows if text.endswith(" %")] == ["60.0 %", "30.0 %", "10.0 %"]
 
 
 def test_files_of_somebody_elses_are_left_out(tmp_path):
@@ -258,6 +272,32 @@ def test_a_page_is_written_where_it_is_asked_for(tmp_path):
         write_report(folder, tmp_path / "no" / "page.html")
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_file_of_observations_has_a_page(tmp_path, kind):
+    folder = monitor_folder(train_folder(tmp_path / "run"), kind=kind)
+    page = write_report(folder / f"monitor.{kind}")
+    assert page == folder / "monitor.html" and not (folder / "report.html").exists()
+    found = Page(page.read_text()).texts
+    assert f"monitor.{kind}" in found and "40 observations of steps 0 to 1950." in found and "Epochs" not in found
+    other = (folder / f"monitor.{kind}").rename(folder / "other")  # whatever it is called
+    assert write_report(other, tmp_path / "page.html").read_text().count("40 observations of steps 0 to 1950.") == 1
+
+
+def test_other_files_have_none(tmp_path):
+    folder = train_folder(tmp_path / "run")
+    (folder / "empty.jsonl").write_text("")
+    (folder / "begun.jsonl").write_text('{"step": 0, "batch_size": 4, "lo')
+    for name in ("run.csv", "run.json", "empty.jsonl", "begun.jsonl"):
+        with pytest.raises(
+            DataError, match=f"{name} has no observations .* JSONL or CSV file .* or a folder; of a run"
+        ):
+            write_report(folder / name)
+    assert not list(folder.glob("*.html"))
+    (folder / "broken.csv").write_text("step,bootgrad/loss\n1,2,3\n")
+    with pytest.raises(DataError, match="broken.csv is no table of observations"):
+        write_report(folder / "broken.csv")
+
+
 def test_a_run_that_goes_on_has_a_page(tmp_path):
     folder = train_folder(tmp_path / "run")
     record = json.loads((folder / "run.json").read_text())
@@ -268,7 +308,9 @@ def test_a_run_that_goes_on_has_a_page(tmp_path):
 
 
 def test_folders_without_a_run(tmp_path):
-    with pytest.raises(DataError, match="there is no folder"):
+    with pytest.raises(
+        DataError, match="there is no folder or file .*nothing: give the --out of a run, or a JSONL or CSV file"
+    ):
         report(tmp_path / "nothing")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     (tmp_path / "empty.jsonl").write_text("")
@@ -327,38 +369,6 @@ def test_columns_of_numbers_are_to_the_right():
     assert [cell.get("class") for cell in page.all("td")] == ["n", None, "n", None]
     assert [cell.get("class") for cell in page.all("th")] == [None, "n", None, None, None]
     assert page.texts == ["c", "name", "number", "word", "a", "1.5", "x", "b", "–", "3"]
-
-
-def paths(text, kind):
-    return [attrs["d"] for attrs in Page(text).all("path") if attrs.get("class", "").startswith(kind)]
-
-
-def test_a_line_is_where_its_values_are():
-    text = chart("c", "title", "unit", [Line("a", [(0, 1.0), (5, math.nan), (10, 3.0), (20, 2.0)])])
-    (line, swatch) = paths(text, "line")
-    # 5 % room above and below of 1 … 3, so that 1 is at 400 (1 − 0.1/2.2), and 2 in the middle
-    assert line == "M0.0 381.8M500.0 18.2L1000.0 200.0"
-    ticks = re.findall(r'<span style="top:([\d.]+)%">([^<]+)</span>', text)
-    assert {label: float(at) for at, label in ticks}["2"] == 50.0
-
-
-def test_wide_ranges_are_logarithmic():
-    text = chart("c", "title", "unit", [Line("a", [(0, 1.0), (1, 10.0), (2, 100.0)])])
-    line = paths(text, "line")[0]
-    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", line)]
-    assert "unit, logarithmic" in text and heights[1] == 200.0 and heights[0] + heights[2] == 400.0
-    assert chart("c", "title", "unit", [Line("a", [(0, math.nan)])]) is None
-    assert chart("c", "title", "unit", [Line("a", [(3, 0.0)])]) is not None
-    assert sparkline([(0, 1.0)], "label") == "" and "M0.0 " in sparkline([(0, 1.0), (1, 2.0)], "label")
-
-
-def test_thinned_lines_keep_their_extremes():
-    points = [(float(k), float(k % 7)) for k in range(10_000)]
-    points[4321] = (4321.0, 99.0)
-    points[5000] = (5000.0, math.nan)
-    few = thinned(points)
-    assert len(few) <= 600 and (4321.0, 99.0) in few and few == sorted(few)
-    assert min(y for _, y in few) == 0 and thinned(points[:100]) == points[:100]
 
 
 def test_markdown_of_a_summary():

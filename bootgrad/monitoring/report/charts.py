@@ -7,6 +7,7 @@ percentages of the box. A logarithmic axis is taken where values span more than 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from .markup import Content, Markup, element, joined, number, table
 
@@ -59,26 +60,41 @@ def chart(name: str, title: str, unit: str, lines: Sequence[Line], note: str = "
         role="img",
         aria_label=f"{title}. {' '.join(map(_described, (line for line in lines if not line.faint)))}",
     )
-    ys = (element("span", number(tick, 3), style=f"top:{100 * axes.y(tick) / HEIGHT:.2f}%") for tick in axes.y_ticks)
-    xs = (element("span", number(tick, 6), style=f"left:{100 * axes.x(tick) / WIDTH:.2f}%") for tick in axes.x_ticks)
+    y_labels, x_labels = labels(axes.y_ticks, 3), labels(axes.x_ticks, 6)
+    ys = (
+        element("span", label, style=f"top:{100 * axes.y(tick) / HEIGHT:.2f}%")
+        for tick, label in zip(axes.y_ticks, y_labels, strict=True)
+    )
+    xs = (
+        element("span", label, style=f"left:{100 * axes.x(tick) / WIDTH:.2f}%")
+        for tick, label in zip(axes.x_ticks, x_labels, strict=True)
+    )
     plot = element(
         "div",
         element("div", ys, class_="ys", aria_hidden="true"),
         element("div", drawing, class_="box"),
         element("div", xs, class_="xs", aria_hidden="true"),
         class_="plot",
+        style=f"--ys:{max(map(len, y_labels)) + 1}ch",
     )
     legend = element(
         "ul",
         (element("li", _swatch(line, dash), line.name) for line, dash in zip(lines, dashes, strict=True)),
         class_="legend",
     )
-    scale = f"{unit}, logarithmic" if axes.is_log else unit
+    scale = ", ".join(filter(None, (unit, "logarithmic" if axes.is_log else "")))
     heading = element("h3", title, " ", element("span", scale, class_="unit"), id=name)
     return element(
         "figure", heading, plot, legend, element("p", note, class_="note") if note else None, _numbers(name, title, lines),
         class_="chart", aria_labelledby=name,
     )  # fmt: skip
+
+
+def undrawn(name: str, title: str, why: str) -> Markup:
+    """What stands in the place of a figure that has nothing to draw."""
+    return element(
+        "figure", element("h3", title, id=name), element("p", why, class_="note"), class_="chart", aria_labelledby=name
+    )
 
 
 def sparkline(points: Sequence[tuple[float, float]], label: str) -> Markup:
@@ -89,7 +105,7 @@ def sparkline(points: Sequence[tuple[float, float]], label: str) -> Markup:
     line = Line(label, known)
     return element(
         "svg",
-        element("path", d=_path(line.points, _Axes([line], bare=True)), class_="line c0"),
+        element("path", d=_path([thinned(known)], _Axes([line], bare=True)), class_="line c0"),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         preserveAspectRatio="none",
         role="img",
@@ -107,7 +123,8 @@ class _Axes:
         positive = [y for y in ys if y > 0]
         self.is_log = len(positive) == len(ys) and (bare or max(ys) > 5 * min(ys))
         low, high = (math.log10(min(ys)), math.log10(max(ys))) if self.is_log else (min(ys), max(ys))
-        room = 0.05 * (high - low) or 0.1 * abs(high) or 0.5
+        is_flat = high - low <= 1e-6 * max(abs(low), abs(high))  # what float32 does not tell apart
+        room = (0.1 * abs(high) or 0.5) if is_flat else 0.05 * (high - low)
         self._y = low - room, high + room
         self._x = (min(xs), max(xs)) if min(xs) < max(xs) else (min(xs) - 1, max(xs) + 1)
         self.y_ticks = self._log_ticks() if self.is_log else _ticks(*self._y, 5)
@@ -139,6 +156,18 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
     return [step * k for k in range(first, math.floor(high / step) + 1)]
 
 
+def labels(ticks: Sequence[float], least: int) -> list[str]:
+    """Ticks in so many digits, or as many more as it takes for each to be where it says, to a hundredth of a gap."""
+    gaps = [b - a for a, b in zip(ticks, ticks[1:], strict=False)]
+    nearest = [min(pair) for pair in zip([math.inf, *gaps], [*gaps, math.inf], strict=True)]
+
+    def are_exact(digits: int) -> bool:
+        return all(abs(float(f"{t:.{digits}g}") - t) <= gap / 100 for t, gap in zip(ticks, nearest, strict=True))
+
+    digits = next(filter(are_exact, range(least, 17)), 17)
+    return [number(tick, digits) for tick in ticks]
+
+
 def _dashes(lines: Sequence[Line]) -> list[str | None]:
     """How each is broken: the first not at all, others for who does not see its colour."""
     named = [line for line in lines if not (line.faint or line.dots or line.band)]
@@ -148,22 +177,32 @@ def _dashes(lines: Sequence[Line]) -> list[str | None]:
 def _drawn(line: Line, axes: _Axes, dash: str | None) -> Markup:
     kind = f"c{line.colour}{' faint' if line.faint else ''}"
     if line.dots:
-        at = "".join(f"M{axes.x(x):.1f} {axes.y(y):.1f}h0" for x, y in line.points if math.isfinite(y))
-        return element("path", d=at, class_=f"dots {kind}")
+        return element("path", d=_dots(line.points, axes), class_=f"dots {kind}")
     if line.band:
         upper = [f"{axes.x(x):.1f} {axes.y(y):.1f}" for x, y in line.points]
         lower = [f"{axes.x(x):.1f} {axes.y(y):.1f}" for (x, _), y in zip(line.points, line.band, strict=True)]
         return element("path", d=f"M{'L'.join([*upper, *reversed(lower)])}Z", class_=f"band {kind}")
-    return element("path", d=_path(line.points, axes), class_=f"line {kind}", stroke_dasharray=dash)
+    pieces = _pieces(thinned(line.points))
+    alone = [piece[0] for piece in pieces if len(piece) == 1]  # of which a line shows nothing
+    drawn = element("path", d=_path(pieces, axes), class_=f"line {kind}", stroke_dasharray=dash)
+    dots = element("path", d=_dots(alone, axes), class_=f"dots {kind}")
+    return joined([drawn if len(alone) < len(pieces) else None, dots if alone else None])
 
 
-def _path(points: Sequence[tuple[float, float]], axes: _Axes) -> str:
-    parts, is_open = [], False
-    for x, y in thinned(points):
-        if math.isfinite(y):
-            parts.append(f"{'L' if is_open else 'M'}{axes.x(x):.1f} {axes.y(y):.1f}")
-        is_open = math.isfinite(y)
-    return "".join(parts)
+def _dots(points: Sequence[tuple[float, float]], axes: _Axes) -> str:
+    return "".join(f"M{axes.x(x):.1f} {axes.y(y):.1f}h0" for x, y in points if math.isfinite(y))
+
+
+def _pieces(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """What is finite, in parts between gaps."""
+    groups = groupby(points, key=lambda point: math.isfinite(point[1]))
+    return [list(piece) for is_known, piece in groups if is_known]
+
+
+def _path(pieces: Sequence[Sequence[tuple[float, float]]], axes: _Axes) -> str:
+    return "".join(
+        "M" + "L".join(f"{axes.x(x):.1f} {axes.y(y):.1f}" for x, y in piece) for piece in pieces if len(piece) > 1
+    )
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,4 +1,7 @@
-"""What a folder holds of runs: tables of steps, records, observations, the results of an experiment."""
+"""What a folder holds of runs: tables of steps, records, observations, the results of an experiment.
+
+A file of observations is read as a folder that has nothing else.
+"""
 
 import csv
 import json
@@ -36,8 +39,11 @@ class Run:
 
     def points(self, name: str, places: str = "step") -> list[tuple[float, float]]:
         """Steps and values of a column, where it has a value."""
-        pairs = zip(self.columns[places], self.columns.get(name, []), strict=False)
-        return [(step, value) for step, value in pairs if not math.isnan(value)]
+        return [(step, value) for step, value in self.all_points(name, places) if not math.isnan(value)]
+
+    def all_points(self, name: str, places: str = "step") -> list[tuple[float, float]]:
+        """Steps and values of a column, nan where it has none."""
+        return list(zip(self.columns[places], self.columns.get(name, []), strict=False))
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,10 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Folder:
-    """What a folder holds.
+    """What a folder holds, or a file of observations alone.
 
     Attributes:
-        path: of it.
+        path: of it, or of the file.
         runs: of ``train``, or the variants of ``compare``.
         experiment: of ``experiment``, or None.
         observations: of each file that a `Monitor` has written, by its name, as `Observation.as_dict` has them; those of a
@@ -80,13 +86,17 @@ class Folder:
 
 
 def read(path: Path) -> Folder:
-    """All that there is in a folder.
+    """All that there is in a folder, or in a file of observations.
 
     Raises:
         DataError: nothing is, or what is there cannot be read.
     """
+    if path.is_file():
+        return _file(path)
     if not path.is_dir():
-        raise DataError(f"there is no folder {path}: give the --out of a run, or the folder that a Monitor writes to")
+        raise DataError(
+            f"there is no folder or file {path}: give the --out of a run, or a JSONL or CSV file of a Monitor or its folder"
+        )
     experiment = _experiment(path) if (path / RESULTS).is_file() else None
     places = [] if experiment else [p.parent for p in (path / RUN, *sorted(path.glob(f"*/{RUN}"))) if p.is_file()]
     found = Folder(path, [_run(place) for place in places], experiment, _observations(path))
@@ -96,6 +106,17 @@ def read(path: Path) -> Folder:
             "bootgrad experiment, or a JSONL or CSV file of a Monitor; none is there"
         )
     return found
+
+
+def _file(path: Path) -> Folder:
+    first = first_line(path)
+    rows = read_jsonl(path) if begins_jsonl(first) else list(map(_nested, read_csv(path))) if begins_csv(first) else []
+    if not rows:
+        raise DataError(
+            f"{path} has no observations of a Monitor: give a JSONL or CSV file that one has written, or a folder; of a run of "
+            "bootgrad train, compare or experiment that is its --out"
+        )
+    return Folder(path, observations={path.name: rows})
 
 
 def _run(folder: Path) -> Run:
@@ -155,7 +176,7 @@ def _nested(row: dict[str, Any]) -> dict[str, Any]:
 def count_of(row: dict[str, Any], kind: str) -> int | None:
     """How many outliers or flags an observation has; None where it was not looked for them."""
     if "counts" not in row:
-        return len(row.get(kind, ()))
+        return None if kind == "outliers" and not row.get("norms") else len(row.get(kind, ()))
     count = row["counts"].get(kind)
     return None if count is None else int(count)
 

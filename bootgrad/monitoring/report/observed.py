@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..spikes import LEAST
 from .charts import Line, chart, sparkline
+from .courses import at_the_end, course, noise_chart, tile, tiles
 from .folder import count_of, number_of
 from .markup import Content, Markup, element, number, table
-from .trained import since_the_beginning, tile, tiles
 
 Row = dict[str, Any]
 _UNIT = "loss² / parameter²"
@@ -56,14 +57,18 @@ def _tiles(rows: Sequence[Row]) -> Markup:
     far = [count for row in rows if (count := count_of(row, "outliers")) is not None]
     return tiles(
         [
-            since_the_beginning("Loss", _column(rows, "loss")),
-            since_the_beginning("Γ", _column(rows, "covariance_trace")),
-            since_the_beginning("Noise scale", _column(rows, "noise_scale"), "averaged"),
+            at_the_end("Loss", _column(rows, "loss")),
+            at_the_end("Γ", _column(rows, "covariance_trace")),
+            at_the_end("Noise scale", _column(rows, "noise_scale"), "averaged over observations"),
             tile("Observations", str(len(rows)), f"steps {rows[0]['step']} to {rows[-1]['step']}"),
             tile(
                 "Steps with flags",
                 str(len(flagged)),
-                f"the last at {flagged[-1]}" if flagged else "nothing far above its median",
+                f"the last at {flagged[-1]}"
+                if flagged
+                else "nothing far above its median"
+                if _are_judged(rows)
+                else f"compared after {LEAST} observations",
             ),
             tile("Outlying samples", str(sum(far)), "gradients far longer than others") if far else None,
         ]
@@ -72,29 +77,33 @@ def _tiles(rows: Sequence[Row]) -> Markup:
 
 def _charts(rows: Sequence[Row], name: str, place: str) -> Iterator[Markup | None]:
     loss, trace = _column(rows, "loss"), _column(rows, "covariance_trace")
-    yield chart(f"{name}-loss", f"Loss{place}", "", [Line("loss of the watched batches", loss), _marks(rows, "loss")])
-    yield chart(
-        f"{name}-trace", f"Covariance trace Γ{place}", _UNIT, [Line("Γ", trace, 2), _marks(rows, "covariance_trace")]
-    )
-    noise = [Line("averaged over observations", _column(rows, "noise_scale"), 3)]
-    yield chart(f"{name}-noise", f"Gradient noise scale{place}", "samples", noise)
-    mean = [Line("‖ḡ‖²", _column(rows, "sq_mean_norm"), 0), _marks(rows, "sq_mean_norm")]
+    yield chart(f"{name}-loss", f"Loss{place}", "", [*course("loss", loss, 0), _marks(rows, "loss")])
+    lines = [*course("Γ", trace, 2), _marks(rows, "covariance_trace")]
+    yield chart(f"{name}-trace", f"Covariance trace Γ{place}", _UNIT, lines)
+    noise = [(float(row["step"]), number_of(row.get("noise_scale"))) for row in rows]
+    averaged = Line("averaged over observations", noise, 3)
+    yield noise_chart(f"{name}-noise", f"Gradient noise scale{place}", [averaged], "observations")
+    mean = [*course("‖ḡ‖²", _column(rows, "sq_mean_norm"), 0), _marks(rows, "sq_mean_norm")]
     yield chart(f"{name}-mean", f"Squared norm of the gradient, ‖ḡ‖²{place}", _UNIT, mean)
     yield chart(f"{name}-norms", f"Norms of the samples' gradients{place}", "loss / parameter", list(_quantiles(rows)))
-    penalties = [Line(penalty, _column(rows, penalty), k) for k, penalty in enumerate(("reg1", "reg2"))]
-    yield chart(f"{name}-penalties", f"Penalties, without λ{place}", _UNIT, penalties)
-    strengths = [
-        Line(f"λ of {penalty}", _column(rows, "strengths", penalty), k) for k, penalty in enumerate(("reg1", "reg2"))
-    ]
-    changing = [line for line in strengths if len({value for _, value in line.points}) > 1]
-    yield chart(f"{name}-strengths", f"Strengths of the penalties{place}", "λ", changing)
-    largest = sorted(_layer_names(rows), key=lambda layer: -_last(_column(rows, "layers", layer, "covariance_trace")))
-    lines = [
-        Line(layer, _column(rows, "layers", layer, "covariance_trace"), k)
-        for k, layer in enumerate(largest[:_MOST_LAYERS])
-    ]
-    note = "" if len(largest) <= _MOST_LAYERS else f"The {_MOST_LAYERS} largest at the end; the table below has all."
+    yield from _penalties(rows, name, place)
+    courses = _by_size(rows)
+    lines = [Line(layer, points, k) for k, (layer, points) in enumerate(list(courses.items())[:_MOST_LAYERS])]
+    note = "" if len(courses) <= _MOST_LAYERS else f"The {_MOST_LAYERS} largest at the end; the table below has all."
     yield chart(f"{name}-of-layers", f"Γ by layer{place}", _UNIT, lines, note)
+
+
+def _penalties(rows: Sequence[Row], name: str, place: str) -> Iterator[Markup | None]:
+    """Penalties but those whose λ was 0 all along, and strengths that change; the others are told in words."""
+    values = {penalty: _column(rows, penalty) for penalty in ("reg1", "reg2")}
+    strengths = {penalty: _column(rows, "strengths", penalty) for penalty in values}
+    distinct = {penalty: {value for _, value in points} for penalty, points in strengths.items()}
+    lines = [Line(penalty, values[penalty], k) for k, penalty in enumerate(values) if distinct[penalty] != {0.0}]
+    fixed = {penalty: min(found) for penalty, found in distinct.items() if len(found) == 1 and found != {0.0}}
+    note = " ".join(f"λ of {penalty} is {number(value)}." for penalty, value in fixed.items())
+    yield chart(f"{name}-penalties", f"Penalties, without λ{place}", _UNIT, lines, note)
+    changing = [Line(f"λ of {p}", strengths[p], k) for k, p in enumerate(values) if len(distinct[p]) > 1]
+    yield chart(f"{name}-strengths", f"Strengths of the penalties{place}", "λ", changing)
 
 
 def _marks(rows: Sequence[Row], quantity: str) -> Line:
@@ -118,8 +127,13 @@ def _quantiles(rows: Sequence[Row]) -> Iterator[Line]:
     yield Line("median", _column(rows, "norms", "0.5"), 0)
 
 
-def _layer_names(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(layer for row in rows for layer in row.get("layers", {})))
+def _by_size(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+    """Γ over steps by layer, of the largest at the end first; those of which it is not known come last."""
+    names = dict.fromkeys(layer for row in rows for layer in row.get("layers", {}))
+    courses = [(layer, _column(rows, "layers", layer, "covariance_trace")) for layer in names]
+    return dict(
+        sorted(courses, key=lambda item: -math.inf if math.isnan(_last(item[1])) else _last(item[1]), reverse=True)
+    )
 
 
 def _last(points: Sequence[tuple[float, float]]) -> float:
@@ -127,14 +141,13 @@ def _last(points: Sequence[tuple[float, float]]) -> float:
 
 
 def _layers(rows: Sequence[Row], name: str, place: str) -> Markup | None:
-    names = _layer_names(rows)
-    if not names:
+    courses = _by_size(rows)
+    if not courses:
         return None
-    courses = {layer: _column(rows, "layers", layer, "covariance_trace") for layer in names}
-    total = sum(_last(points) for points in courses.values())
+    total = sum(_last(points) for points in courses.values() if points)
     cells: list[list[Content]] = []
     for layer, points in courses.items():
-        share = f"{100 * _last(points) / total:.1f} %" if total > 0 else "–"
+        share = f"{100 * _last(points) / total:.1f} %" if points and 0 < total < math.inf else "–"
         noise = _last(_column(rows, "layers", layer, "noise_scale"))
         course = (
             sparkline(points, f"Γ of {layer} from {number(points[0][1], 3)} to {number(points[-1][1], 3)}")
@@ -143,8 +156,9 @@ def _layers(rows: Sequence[Row], name: str, place: str) -> Markup | None:
         )
         first = points[0][1] if points else math.nan
         cells.append([layer, first, _last(points), share, noise, Markup(course)])
-    header = ("layer", "Γ, first", "Γ, last", "share", "noise scale", "Γ over steps")
-    return table(f"{name}-layers-table", f"What each layer's parameters have of it{place}", header, cells)
+    header = ("layer", "Γ, first", "Γ, last", "share, last", "noise scale", "Γ over steps")
+    caption = f"What each layer's parameters have of Γ, the largest share first{place}"
+    return table(f"{name}-layers-table", caption, header, cells)
 
 
 def _flags(rows: Sequence[Row], name: str, place: str) -> Markup:
@@ -153,13 +167,17 @@ def _flags(rows: Sequence[Row], name: str, place: str) -> Markup:
     if not found:
         steps = [str(row["step"]) for row in rows if count_of(row, "flags")]
         some = "" if len(steps) <= _MOST_FLAGS else f", the last {_MOST_FLAGS} of {len(steps)}"
-        text = (
-            f"Steps at which something was far above its running median{some}: {', '.join(steps[-_MOST_FLAGS:])}. What it was "
-            "is not in a CSV file; a JSONL file has it."
-            if steps
-            else "No quantity was far above its running median."
-        )
-        return element("div", element("div", element("p", text), class_="finding none"), class_="findings")
+        if steps:
+            text = (
+                f"Steps at which something was far above its running median{some}: {', '.join(steps[-_MOST_FLAGS:])}. What it "
+                "was is not in a CSV file; a JSONL file has it."
+            )
+        elif _are_judged(rows):
+            text = "No quantity was far above its running median."
+        else:
+            text = f"Nothing is compared with its running median before {LEAST} observations; here are {len(rows)}."
+        kind = "finding" if steps else "finding none" if _are_judged(rows) else "finding unjudged"
+        return element("div", element("div", element("p", text), class_=kind), class_="findings")
     cells: list[list[Content]] = []
     for row in reversed(found):
         whole = [flag for flag in row["flags"] if flag.get("layer") is None]
@@ -177,6 +195,11 @@ def _flags(rows: Sequence[Row], name: str, place: str) -> Markup:
     caption = f"Steps at which something was far above its running median, the latest first{some}{place}"
     header = ("step", "whole model", "layers whose Γ was", "furthest, times the usual")
     return table(f"{name}-flags-table", caption, header, cells[:_MOST_FLAGS], words=True)
+
+
+def _are_judged(rows: Sequence[Row]) -> bool:
+    """Whether there is a past that the last observation can be compared with."""
+    return len(rows) > LEAST
 
 
 def _worded(value: float) -> str:

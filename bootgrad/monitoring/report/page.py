@@ -38,17 +38,20 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write the page of a run.
 
     Args:
-        folder: as ``bootgrad train``, ``compare`` or ``experiment`` has left it, or with a JSONL or CSV file of a `Monitor`.
-        out: the page's file; ``report.html`` in the folder when None.
+        folder: as ``bootgrad train``, ``compare`` or ``experiment`` has left it, or with a JSONL or CSV file of a `Monitor`; or
+            such a file.
+        out: the page's file; when None ``report.html`` in the folder, or beside a file one of its name that ends in ``.html``.
 
     Returns:
         The file.
 
     Raises:
-        DataError: the folder holds no run, or one that cannot be read; the page cannot be written.
+        DataError: the folder or file holds no run, or one that cannot be read; the page cannot be written.
     """
-    path = Path(out) if out is not None else Path(folder) / REPORT
-    text = report(folder)
+    source = Path(folder)
+    text = report(source)
+    beside = source.with_suffix(".html") if source.is_file() else source / REPORT
+    path = Path(out) if out is not None else beside
     with replacing(path) as file:
         file.write(text.encode())
     return path
@@ -110,6 +113,8 @@ def _lead(found: Folder) -> tuple[str, str]:
         )
     rows = [row for file in found.observations.values() for row in file]
     numbers = [row["step"] for row in rows]
+    if len(rows) == 1:
+        return "bootgrad monitor", f"1 observation, of step {numbers[0]}."
     return "bootgrad monitor", f"{len(rows)} observations of steps {min(numbers)} to {max(numbers)}."
 
 
@@ -150,12 +155,14 @@ def _findings(folder: Path) -> Markup:
         text = "No signature of failure was found by bootgrad diagnose."
         return element("div", element("div", element("p", text), class_="finding none"), class_="findings")
     cards = []
+    *_, not_judged = SIGNATURES  # the last one is of what was not looked for
     for finding in found:
         meaning, advice = SIGNATURES[finding.signature]
+        kind = "finding unjudged" if finding.signature == not_judged else "finding"
         title = f"{finding.where}: {finding.signature}" if finding.where else finding.signature
         words = (("Seen", finding.seen), ("Meaning", meaning), ("Try", advice))
         lines = (element("p", element("strong", f"{name}: "), text) for name, text in words)
-        cards.append(element("div", element("h3", title), lines, class_="finding"))
+        cards.append(element("div", element("h3", title), lines, class_=kind))
     return element("div", cards, class_="findings")
 
 

@@ -6,10 +6,10 @@ Colours of lines are after Okabe and Ito's, darker on white and lighter on black
 STYLE = """
 :root { color-scheme: light dark; --ground: #f6f7f9; --card: #fff; --ink: #1b2430; --soft: #4d5a6b; --rule: #d9dee6;
   --link: #0b5cad; --focus: #0b5cad; --c0: #0072b2; --c1: #c24a00; --c2: #007f5c; --c3: #9c4a83; --c4: #5b5fc7;
-  --bad: #a4290f; --bad-ground: #fdeeea; --good: #0f6b3c; --grid: #e4e8ee; }
+  --bad: #a4290f; --bad-ground: #fdeeea; --good: #0f6b3c; --grid: #e4e8ee; --shade: #0003; }
 @media (prefers-color-scheme: dark) { :root { --ground: #10151c; --card: #19212b; --ink: #e6ebf2; --soft: #a9b6c6;
   --rule: #303c4b; --link: #7fbcff; --focus: #9accff; --c0: #56b4e9; --c1: #f0a04b; --c2: #35c79b; --c3: #e29bc8;
-  --c4: #a5a8ff; --bad: #ffa48f; --bad-ground: #37211d; --good: #6fd8a0; --grid: #2a3441; } }
+  --c4: #a5a8ff; --bad: #ffa48f; --bad-ground: #37211d; --good: #6fd8a0; --grid: #2a3441; --shade: #000a; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
@@ -47,8 +47,8 @@ nav a:hover { border-color: var(--link); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 29rem), 1fr)); gap: 1rem; }
 .chart { margin: 0; padding: 1rem 1rem 0.7rem; min-width: 0; }
 .unit { color: var(--soft); font-weight: 400; font-size: 0.85rem; margin-left: 0.35rem; }
-.plot { display: grid; grid-template-columns: 4.6rem 1fr; grid-template-rows: 13.5rem 1.5rem; font-size: 0.75rem;
-  color: var(--soft);
+.plot { display: grid; grid-template-columns: max(4.6rem, var(--ys)) 1fr; grid-template-rows: 13.5rem 1.5rem;
+  font-size: 0.75rem; color: var(--soft);
   font-variant-numeric: tabular-nums; }
 .box svg { display: block; width: 100%; height: 100%; overflow: visible; }
 .ys, .xs { position: relative; }
@@ -58,6 +58,7 @@ nav a:hover { border-color: var(--link); }
 .grid { stroke: var(--grid); stroke-width: 1; vector-effect: non-scaling-stroke; fill: none; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
 .line.faint { stroke-width: 1; opacity: 0.4; }
+.dots.faint { opacity: 0.4; }
 .dots { fill: none; stroke-width: 7; stroke-linecap: round; vector-effect: non-scaling-stroke; }
 .band { stroke: none; opacity: 0.28; }
 .band.faint { opacity: 0.14; }
@@ -75,7 +76,12 @@ nav a:hover { border-color: var(--link); }
 .finding { padding: 0.9rem 1.1rem; border-left: 0.35rem solid var(--bad); }
 .finding p { margin: 0 0 0.4rem; }
 .finding.none { border-left-color: var(--good); }
-.scroll { overflow-x: auto; margin: 0 0 1rem; max-width: 100%; }
+.finding.unjudged { border-left-color: var(--soft); }
+.scroll { overflow-x: auto; margin: 0 0 1rem; max-width: 100%; background:
+  linear-gradient(90deg, var(--card) 1.2rem, transparent) left / 3rem 100% no-repeat local,
+  linear-gradient(-90deg, var(--card) 1.2rem, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(90deg, var(--shade), transparent) left / 1.2rem 100% no-repeat scroll,
+  linear-gradient(-90deg, var(--shade), transparent) right / 1.2rem 100% no-repeat scroll, var(--card); }
 table { border-collapse: collapse; width: 100%; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
 caption span { display: block; max-width: calc(100vw - 4rem); }
 caption { text-align: left; padding: 0.8rem 1rem 0.4rem; font-weight: 600; }
@@ -94,7 +100,8 @@ details .scroll { margin: 0.5rem 0; border-radius: 0.4rem; }
 img { max-width: 100%; height: auto; border-radius: 0.7rem; border: 1px solid var(--rule); background: #fff; }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 footer { color: var(--soft); font-size: 0.88rem; padding-top: 2.5rem; padding-bottom: 2.5rem; }
-@media (max-width: 30rem) { .plot { grid-template-columns: 3.9rem 1fr; grid-template-rows: 11.5rem 1.5rem; }
-  th, td { padding: 0.35rem 0.6rem; } caption { padding: 0.6rem 0.6rem 0.3rem; } .chart { padding: 0.8rem 0.7rem 0.5rem; } }
+@media (max-width: 30rem) { .plot { grid-template-columns: max(3.9rem, var(--ys)) 1fr; grid-template-rows: 11.5rem 1.5rem; }
+  th, td { padding: 0.35rem 0.6rem; } thead th, thead .n { white-space: normal; }
+  caption { padding: 0.6rem 0.6rem 0.3rem; } .chart { padding: 0.8rem 0.7rem 0.5rem; } }
 @media print { body { background: #fff; } .skip, nav, details { display: none; } .chart, .finding { break-inside: avoid; } }
 """

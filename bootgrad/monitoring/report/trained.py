@@ -2,17 +2,17 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...training.figures import smooth
 from .charts import Line, chart
+from .courses import Points, at_the_end, course, noise_chart, smoothed, tile, tiles
 from .folder import Experiment, Run
 from .markup import Content, Markup, element, number, table
 
 _GAMMA = ("Covariance trace Γ", "loss² / parameter²")
-_NOISE = ("Gradient noise scale", "samples")
+_NOISE = "Gradient noise scale"
 _NAMES = {"reg1": "Reg1, without λ₁", "reg2": "Reg2, without λ₂"}
 
 
@@ -38,73 +38,42 @@ def trained(runs: Sequence[Run]) -> Parts:
     return Parts(_tiles_of_many(runs), _charts_of_many(runs), [_ends(runs)])
 
 
-def tile(name: str, value: Content, since: str = "") -> Markup:
-    """A number at a glance: its name, itself, and what is to be said beside."""
-    parts = element("span", value, class_="value"), Markup("<br>"), element("span", since, class_="since")
-    return element("div", element("dt", name), element("dd", parts), class_="tile")
-
-
-def tiles(found: Iterable[Markup | None]) -> Markup:
-    """Several of them."""
-    return element("dl", (one for one in found if one is not None), class_="tiles")
-
-
-def since_the_beginning(name: str, points: Sequence[tuple[float, float]], unit: str = "") -> Markup | None:
-    """A tile of a quantity at the end, and at the beginning; None where it is not known."""
-    known = [value for _, value in points if not math.isnan(value)]
-    if not known:
-        return None
-    first, last = _ends_of(known)
-    return tile(name, number(last, 3), f"{unit}{', ' if unit else ''}at the beginning {number(first, 3)}")
-
-
-def _ends_of(values: Sequence[float]) -> tuple[float, float]:
-    """The first value, and the last ones' smoothed."""
-    return values[0], smooth(list(values))[-1] if all(map(math.isfinite, values)) else values[-1]
-
-
 def _tiles_of_one(run: Run) -> Markup:
     tests = run.points("test_loss")
     accuracy = run.points("test_accuracy")
     cost = run.record.get("seconds_per_step", {})
     return tiles(
         [
-            since_the_beginning("Training loss", run.points("loss"), "smoothed"),
+            at_the_end("Training loss", run.points("loss")),
             tile("Test loss", number(tests[-1][1], 3), f"lowest {number(min(v for _, v in tests), 3)}")
             if tests
             else None,
             tile("Test accuracy", f"{100 * accuracy[-1][1]:.2f} %") if accuracy else None,
-            since_the_beginning("Γ", run.points("covariance_trace"), "smoothed"),
-            since_the_beginning("Noise scale", run.points("noise_scale"), "averaged"),
+            at_the_end("Γ", run.points("covariance_trace")),
+            at_the_end("Noise scale", run.points("noise_scale"), "averaged over steps"),
             tile("Time of a step", f"{number(cost['ratio'], 3)}×", "of a plain step") if cost.get("ratio") else None,
         ]
     )
 
 
 def _charts_of_one(run: Run) -> list[Markup | None]:
-    strengths = {name: float(run.settings.get(name) or 0) for name in _NAMES}
     return [
-        chart("loss", "Loss", "", [*_batches(run, "loss", 0, "training"), _tests(run)]),
-        chart("trace", *_GAMMA, _batches(run, "covariance_trace", 2, "Γ")),
-        chart("noise", *_NOISE, [Line("averaged over steps", run.points("noise_scale"), 3)]),
-        chart("sq-mean", "Squared norm of the gradient, ‖ḡ‖²", _GAMMA[1], _batches(run, "sq_mean_norm", 0, "‖ḡ‖²")),
+        chart("loss", "Loss", "", [*course("training", run.points("loss"), 0), _tests(run)]),
+        chart("trace", *_GAMMA, course("Γ", run.points("covariance_trace"), 2)),
+        noise_chart("noise", _NOISE, [Line("averaged over steps", run.all_points("noise_scale"), 3)], "steps"),
+        chart(
+            "sq-mean", "Squared norm of the gradient, ‖ḡ‖²", _GAMMA[1], course("‖ḡ‖²", run.points("sq_mean_norm"), 0)
+        ),
         *(
-            chart(name, title, _GAMMA[1], _batches(run, name, k, name), f"λ is {number(strengths[name])}.")
+            chart(name, title, _GAMMA[1], course(name, run.points(name), k), f"λ is {number(_strength(run, name))}.")
             for k, (name, title) in enumerate(_NAMES.items())
-            if strengths[name]
+            if _strength(run, name)
         ),
     ]
 
 
-def _batches(run: Run, column: str, colour: int, name: str) -> list[Line]:
-    """A column at each step, and smoothed."""
-    points = run.points(column)
-    values = [value for _, value in points]
-    lines = [Line(f"{name}, each batch", points, colour, faint=True)]
-    if all(map(math.isfinite, values)):
-        smoothed = list(zip((step for step, _ in points), smooth(values), strict=True))
-        lines.append(Line(f"{name}, smoothed", smoothed, colour))
-    return lines
+def _strength(run: Run, penalty: str) -> float:
+    return float(run.settings.get(penalty) or 0)
 
 
 def _tests(run: Run) -> Line:
@@ -139,33 +108,37 @@ def _tiles_of_many(runs: Sequence[Run]) -> Markup:
 
 
 def _charts_of_many(runs: Sequence[Run]) -> list[Markup | None]:
-    def lines(column: str, smoothed: bool = True) -> list[Line]:
-        found = []
-        for k, run in enumerate(runs):
-            points = run.points(column)
-            values = [value for _, value in points]
-            if smoothed and all(map(math.isfinite, values)):
-                points = list(zip((step for step, _ in points), smooth(values), strict=True))
-            found.append(Line(run.name, points, k % 5))
-        return found
+    def of_batches(name: str, title: str, unit: str, column: str) -> Markup | None:
+        points, are_smooth = _alike(runs, column)
+        lines = [Line(runs[k].name, found, k % 5) for k, found in points.items()]
+        return chart(name, f"{title}, {'smoothed' if are_smooth else 'each batch'}", unit, lines)
 
+    tests = [Line(run.name, run.points("test_loss"), k % 5) for k, run in enumerate(runs)]
+    noise = [Line(run.name, run.all_points("noise_scale"), k % 5) for k, run in enumerate(runs)]
     return [
-        chart("loss", "Training loss, smoothed", "", lines("loss")),
-        chart("test-loss", "Test loss", "", lines("test_loss", smoothed=False)),
-        chart("trace", f"{_GAMMA[0]}, smoothed", _GAMMA[1], lines("covariance_trace")),
-        chart("noise", *_NOISE, lines("noise_scale", smoothed=False)),
-        *(chart(name, f"{title}, smoothed", _GAMMA[1], lines(name)) for name, title in _NAMES.items()),
+        of_batches("loss", "Training loss", "", "loss"),
+        chart("test-loss", "Test loss", "", tests),
+        of_batches("trace", *_GAMMA, "covariance_trace"),
+        noise_chart("noise", _NOISE, noise, "steps"),
+        *(of_batches(name, title, _GAMMA[1], name) for name, title in _NAMES.items()),
     ]
+
+
+def _alike(runs: Sequence[Run], column: str) -> tuple[dict[int, Points], bool]:
+    """A column by the numbers of the runs that have it, smoothed where all can be, and whether it is."""
+    asked = [k for k, run in enumerate(runs) if column not in _NAMES or _strength(run, column)]
+    each: dict[int, Points] = {k: points for k in asked if (points := runs[k].points(column))}
+    means: dict[int, Points] = {k: mean for k, points in each.items() if (mean := smoothed(points))}
+    return (means, True) if len(means) == len(each) else (each, False)
 
 
 def _ends(runs: Sequence[Run]) -> Markup:
     rows: list[list[Content]] = []
-    for run in runs:
+    losses, are_losses_smooth = _alike(runs, "loss")
+    traces, are_traces_smooth = _alike(runs, "covariance_trace")
+    for k, run in enumerate(runs):
         tests, accuracy = run.points("test_loss"), run.points("test_accuracy")
-        ends = [
-            _ends_of([v for _, v in points])[1] if (points := run.points(name)) else math.nan
-            for name in ("loss", "covariance_trace")
-        ]
+        loss, trace = (found[k][-1][1] if k in found else math.nan for found in (losses, traces))
         noise = run.points("noise_scale")
         rows.append(
             [
@@ -173,15 +146,17 @@ def _ends(runs: Sequence[Run]) -> Markup:
                 f"{run.settings.get('reg1', 0):g}",
                 f"{run.settings.get('reg2', 0):g}",
                 len(run.columns["step"]),
-                ends[0],
+                loss,
                 tests[-1][1] if tests else math.nan,
                 f"{100 * accuracy[-1][1]:.2f} %" if accuracy else "–",
-                ends[1],
+                trace,
                 noise[-1][1] if noise else math.nan,
             ]
         )
     header = ("run", "λ₁", "λ₂", "steps", "training loss", "test loss", "test accuracy", "Γ", "noise scale")
-    return table("runs-table", "The runs at their end; training loss and Γ are smoothed", header, rows)
+    smooth = [name for name, is_so in (("training loss", are_losses_smooth), ("Γ", are_traces_smooth)) if is_so]
+    some = f"; smoothed: {' and '.join(smooth)}" if smooth else ""
+    return table("runs-table", f"The runs at their end{some}", header, rows)
 
 
 def settings_table(runs: Sequence[Run], experiment: Experiment | None) -> Markup:
