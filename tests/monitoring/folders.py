@@ -125,6 +125,18 @@ def monitor_folder(folder, layer="block.conv", sample="image 7", kind="jsonl", c
     return folder
 
 
+def narrow_folder(folder):
+    """What a monitor has written late in a long run, of a loss that hardly moves."""
+    writer = JSONLWriter(folder / "monitor.jsonl")
+    for k in range(12):
+        loss = 1234.5 + 0.01 * math.sin(k)
+        writer.write(
+            Observation(1_200_000 + 1000 * k, 32, loss=loss, covariance_trace=1 + 1e-5 * k, sq_mean_norm=1e-7 * k)
+        )
+    writer.close()
+    return folder
+
+
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360606060000000050001a5f645400000"
     "000049454e44ae426082"

@@ -13,6 +13,7 @@ from .markup import Content, Markup, element, joined, number, table
 
 WIDTH, HEIGHT = 1000, 400
 MOST_POINTS = 300  # of a line, two for each
+_LETTERS, _MARGIN = 27, 2.5  # of labels, that a phone has room for below a drawing, and to its right
 _DASHES = (None, "7 4", "2 4", "10 4 2 4")
 
 
@@ -128,7 +129,7 @@ class _Axes:
         self._y = low - room, high + room
         self._x = (min(xs), max(xs)) if min(xs) < max(xs) else (min(xs) - 1, max(xs) + 1)
         self.y_ticks = self._log_ticks() if self.is_log else _ticks(*self._y, 5)
-        self.x_ticks = [tick for tick in _ticks(*self._x, 5) if tick == int(tick)] or [xs[0]]
+        self.x_ticks = self._steps(xs[0])
 
     def x(self, value: float) -> float:
         return WIDTH * (value - self._x[0]) / (self._x[1] - self._x[0])
@@ -136,6 +137,16 @@ class _Axes:
     def y(self, value: float) -> float:
         at = math.log10(value) if self.is_log else value
         return HEIGHT * (1 - (at - self._y[0]) / (self._y[1] - self._y[0]))
+
+    def _steps(self, first: float) -> list[float]:
+        """Whole numbers whose labels lie beside each other on a phone, the last one's within the figure."""
+        for most in (5, 4, 3, 2):
+            found = [tick for tick in _ticks(*self._x, most) if tick == int(tick)] or [first]
+            texts = labels(found, 6)
+            if sum(len(text) + 1 for text in texts) <= _LETTERS:
+                break
+        beyond = len(texts[-1]) / 2 - _MARGIN - _LETTERS * (1 - self.x(found[-1]) / WIDTH)
+        return found[:-1] if beyond > 0 and len(found) > 1 else found
 
     def _log_ticks(self) -> list[float]:
         low, high = self._y

@@ -48,7 +48,7 @@ nav a:hover { border-color: var(--link); }
 .chart { margin: 0; padding: 1rem 1rem 0.7rem; min-width: 0; }
 .unit { color: var(--soft); font-weight: 400; font-size: 0.85rem; margin-left: 0.35rem; }
 .plot { display: grid; grid-template-columns: max(4.6rem, var(--ys)) 1fr; grid-template-rows: 13.5rem 1.5rem;
-  font-size: 0.75rem; color: var(--soft);
+  font-size: 0.75rem; margin-right: 0.6rem; color: var(--soft);
   font-variant-numeric: tabular-nums; }
 .box svg { display: block; width: 100%; height: 100%; overflow: visible; }
 .ys, .xs { position: relative; }
