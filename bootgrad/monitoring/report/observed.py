@@ -63,7 +63,7 @@ def _tiles(rows: Sequence[Row]) -> Markup:
             tile("Observations", str(len(rows)), f"steps {rows[0]['step']} to {rows[-1]['step']}"),
             tile(
                 "Steps with flags",
-                str(len(flagged)),
+                str(len(flagged)) if flagged or _are_judged(rows) else "–",
                 f"the last at {flagged[-1]}"
                 if flagged
                 else "nothing far above its median"
