@@ -11,6 +11,7 @@ from bootgrad.monitoring import CSVWriter, Flag, JSONLWriter, LayerObservation, 
 from bootgrad.monitoring.report import report, write_report
 from bootgrad.monitoring.report.markdown import html
 from bootgrad.monitoring.report.markup import Markup, element, number, table
+from bootgrad.monitoring.spikes import Spikes
 from bootgrad.training import checkpoint
 
 from .folders import HOSTILE, compare_folder, experiment_folder, monitor_folder, train_folder
@@ -128,13 +129,11 @@ def test_what_a_monitor_has_written(tmp_path, kind):
     if kind == "jsonl":  # which alone has names
         k = found.index("Samples whose gradient was far longer than those of their batch")
         assert found[k + 5 : k + 9] == ["image 7", "40", "89", "1950"]
-        k = found.index("Steps at which something was far above its running median, the latest first")
+        k = found.index("Steps at which something was far above its last values, the latest first")
         assert found[k + 5 : k + 9] == ["1900", f"Γ {number(900 * math.exp(-3.8), 3)}", "block.conv", "6.71×"]
     else:
-        assert any(
-            text.startswith("Steps at which something was far above its running median: 1900. ") for text in found
-        )
-        assert "No quantity was far above its running median." not in found
+        assert any(text.startswith("Steps at which something was far above its last values: 1900. ") for text in found)
+        assert "No quantity was far above its last values." not in found
     for name, value in (("Steps with flags", "1"), ("Outlying samples", "60")):
         assert found[found.index(name) + 1] == value
 
@@ -147,11 +146,14 @@ def test_reports_say_nothing_of_outliers(tmp_path, writer_of, kind):
         writer.write(Observation(step, 4, covariance_trace=1.0))
     writer.close()
     found = texts(tmp_path)
-    assert "Outlying samples" not in found and "No quantity was far above its running median." in found
+    assert "Outlying samples" not in found and "No quantity was far above its last values." in found
 
 
 @pytest.mark.parametrize(("count", "are_judged"), [(2, False), (10, False), (11, True)])
 def test_flags_that_were_not_looked_for_are_no_good_news(tmp_path, count, are_judged):
+    spikes = Spikes(6.0)
+    flags = [spikes.take({("covariance_trace", None): 1e6 if k == count - 1 else 1.0}) for k in range(count)]
+    assert bool(flags[-1]) == are_judged  # a jump of the last one would have been seen
     folder = tmp_path / "run"
     writer = JSONLWriter(folder / "monitor.jsonl")
     for step in range(count):
@@ -159,15 +161,15 @@ def test_flags_that_were_not_looked_for_are_no_good_news(tmp_path, count, are_ju
     writer.close()
     page = Page(report(folder))
     kind, text = (
-        ("finding none", "No quantity was far above its running median.")
+        ("finding none", "No quantity was far above its last values.")
         if are_judged
         else (
             "finding unjudged",
-            f"Nothing is compared with its running median before 10 observations; here are {count}.",
+            f"Nothing is compared with its last values before 10 observations; here are {count}.",
         )
     )
     assert text in page.texts and [d["class"] for d in page.all("div") if "finding " in d.get("class", "")] == [kind]
-    beside = "nothing far above its median" if are_judged else "compared after 10 observations"
+    beside = "nothing far above its last values" if are_judged else "compared after 10 observations"
     k = page.texts.index("Steps with flags")
     assert page.texts[k + 1 : k + 3] == ["0" if are_judged else "–", beside]
 

@@ -123,17 +123,23 @@ def test_runs_side_by_side_say_whose_noise_scale_is_left_out(tmp_path):
     assert f"plain: Not drawn, of 120 steps: 1 at which it is infinite, {LOST}." in Page(report(folder)).texts
 
 
-def test_penalties_that_were_not_asked_for_are_left_out(tmp_path):
-    page = written(
-        tmp_path / "one", [observation(k, reg2=0.5, strengths={"reg1": 0.1, "reg2": 0.0}) for k in range(12)]
-    )
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("other", [{}, {"reg2": 0.0}])
+def test_a_penalty_that_was_not_asked_for_is_left_out(tmp_path, other, kind):
+    """Though a report measures it."""
+    seen = [observation(k, reg2=0.5, strengths={"reg1": 0.1, **other}) for k in range(12)]
+    page = written(tmp_path, seen, kind)
     assert "Penalties, without λ" in page.texts and "reg1" in page.texts and "λ of reg1 is 0.1." in page.texts
     assert "reg2" not in page.texts and "Strengths of the penalties" not in page.texts
+
+
+def test_penalties_that_were_asked_for_are_there(tmp_path):
     none = written(tmp_path / "none", [observation(k, strengths={"reg1": 0.0, "reg2": 0.0}) for k in range(12)])
     assert "Penalties, without λ" not in none.texts
-    rising = [observation(k, reg2=0.5, strengths={"reg1": 0.1, "reg2": k / 10}) for k in range(12)]
-    page = written(tmp_path / "rising", rising)  # from 0
+    rising = [observation(k, reg2=0.5, strengths={"reg1": 0.1} | ({"reg2": k / 10} if k else {})) for k in range(12)]
+    page = written(tmp_path / "rising", rising)
     assert {"reg1", "reg2", "λ of reg2", "λ of reg1 is 0.1."} <= set(page.texts) and "λ of reg1" not in page.texts
+    assert line(page, "Strengths of the penalties", "λ of reg2") == ("0", "1.1")
     center = written(tmp_path / "center", [observation(k, reg2=0.5, strengths={}) for k in range(12)])
     assert {"reg1", "reg2"} <= set(center.texts)  # of a center that was given to record.backward
 

@@ -14,6 +14,7 @@ from .markup import Content, Markup, element, number, table
 Row = dict[str, Any]
 _UNIT = "loss² / parameter²"
 _QUANTITIES = {"covariance_trace": "Γ", "sq_mean_norm": "‖ḡ‖²", "largest_norm": "largest norm of a sample"}
+_BEFORE = LEAST + 1  # observations that one is compared with: the first of them has none before it
 _MOST_FLAGS, _MOST_LAYERS, _MOST_OUTLIERS = 50, 4, 50
 
 
@@ -66,9 +67,9 @@ def _tiles(rows: Sequence[Row]) -> Markup:
                 str(len(flagged)) if flagged or _are_judged(rows) else "–",
                 f"the last at {flagged[-1]}"
                 if flagged
-                else "nothing far above its median"
+                else "nothing far above its last values"
                 if _are_judged(rows)
-                else f"compared after {LEAST} observations",
+                else f"compared after {_BEFORE} observations",
             ),
             tile("Outlying samples", str(sum(far)), "gradients far longer than others") if far else None,
         ]
@@ -96,7 +97,13 @@ def _charts(rows: Sequence[Row], name: str, place: str) -> Iterator[Markup | Non
 def _penalties(rows: Sequence[Row], name: str, place: str) -> Iterator[Markup | None]:
     """Penalties but those whose λ was 0 all along, and strengths that change; the others are told in words."""
     values = {penalty: _column(rows, penalty) for penalty in ("reg1", "reg2")}
-    strengths = {penalty: _column(rows, "strengths", penalty) for penalty in values}
+    strengths: dict[str, list[tuple[float, float]]] = {penalty: [] for penalty in values}
+    if any(row.get("strengths") for row in rows):  # those that are not there are 0
+        for penalty in values:
+            found = [row.get("strengths", {}).get(penalty, 0.0) for row in rows]
+            strengths[penalty] = [
+                (float(row["step"]), number_of(value)) for row, value in zip(rows, found, strict=True)
+            ]
     distinct = {penalty: {value for _, value in points} for penalty, points in strengths.items()}
     lines = [Line(penalty, values[penalty], k) for k, penalty in enumerate(values) if distinct[penalty] != {0.0}]
     fixed = {penalty: min(found) for penalty, found in distinct.items() if len(found) == 1 and found != {0.0}}
@@ -169,13 +176,13 @@ def _flags(rows: Sequence[Row], name: str, place: str) -> Markup:
         some = "" if len(steps) <= _MOST_FLAGS else f", the last {_MOST_FLAGS} of {len(steps)}"
         if steps:
             text = (
-                f"Steps at which something was far above its running median{some}: {', '.join(steps[-_MOST_FLAGS:])}. What it "
+                f"Steps at which something was far above its last values{some}: {', '.join(steps[-_MOST_FLAGS:])}. What it "
                 "was is not in a CSV file; a JSONL file has it."
             )
         elif _are_judged(rows):
-            text = "No quantity was far above its running median."
+            text = "No quantity was far above its last values."
         else:
-            text = f"Nothing is compared with its running median before {LEAST} observations; here are {len(rows)}."
+            text = f"Nothing is compared with its last values before {_BEFORE} observations; here are {len(rows)}."
         kind = "finding" if steps else "finding none" if _are_judged(rows) else "finding unjudged"
         return element("div", element("div", element("p", text), class_=kind), class_="findings")
     cells: list[list[Content]] = []
@@ -192,14 +199,14 @@ def _flags(rows: Sequence[Row], name: str, place: str) -> Markup:
             [str(row["step"]), quantities or "–", ", ".join(layers[:_MOST_LAYERS]) + more or "–", f"{number(most, 3)}×"]
         )
     some = "" if len(cells) <= _MOST_FLAGS else f", the last {_MOST_FLAGS} of {len(cells)} steps"
-    caption = f"Steps at which something was far above its running median, the latest first{some}{place}"
+    caption = f"Steps at which something was far above its last values, the latest first{some}{place}"
     header = ("step", "whole model", "layers whose Γ was", "furthest, times the usual")
     return table(f"{name}-flags-table", caption, header, cells[:_MOST_FLAGS], words=True)
 
 
 def _are_judged(rows: Sequence[Row]) -> bool:
     """Whether there is a past that the last observation can be compared with."""
-    return len(rows) > LEAST
+    return len(rows) > _BEFORE
 
 
 def _worded(value: float) -> str:
