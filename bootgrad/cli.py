@@ -116,9 +116,13 @@ def _parser() -> argparse.ArgumentParser:
         commands, "report", _report, "write what a run has left as one page for a browser, without a network"
     )
     page.add_argument(
-        "folder", metavar="RUN_DIR", help="the --out of train, compare or experiment, or a Monitor's folder"
+        "folder",
+        metavar="RUN_DIR",
+        help="the --out of train, compare or experiment, a Monitor's folder, or a JSONL or CSV file of one",
     )
-    page.add_argument("--out", metavar="FILE", help="the page; default: report.html in the folder")
+    page.add_argument(
+        "--out", metavar="FILE", help="the page; default: report.html in the folder, or beside a file FILE.html"
+    )
 
     plan = _command(commands, "plan", _plan, "predict what each layer's norms and each kind of step cost, and why")
     plan.add_argument("model", metavar="FILE.py:FUNCTION", help="a function without arguments that returns the model")

@@ -39,7 +39,7 @@ class Monitor:
         decay: weight of the past in the averages of noise scales, as of `bootgrad.NoiseScale`, by observations.
         outliers: how many outlying samples are told at most.
         outlier_deviations: how many robust standard deviations of log ‖g_i‖ above its median a sample is one.
-        spike_deviations: how many above the running median a quantity is flagged.
+        spike_deviations: how many a quantity has to be above its last values to be flagged.
         check: as of `bootgrad.record`.
         batchnorm: as of `bootgrad.record`.
         compiled: as of `bootgrad.record`.

@@ -48,7 +48,7 @@ class Flag:
     Attributes:
         quantity: its name: loss, covariance_trace, sq_mean_norm or largest_norm.
         value: what it is now.
-        usual: the median of the observations before, or of the last few, where it is higher; None before there are any.
+        usual: the median of the last five observations before; None where there are none.
         layer: whose it is; None for the whole model.
     """
 
@@ -81,7 +81,7 @@ class Observation:
         layers: by the path of the module that has the parameters; those of the model itself are ``(root)``.
         norms: quantiles of the ‖g_i‖, by their probability.
         outliers: samples beyond all others, the largest first.
-        flags: what is far above its running median.
+        flags: what is far above what it has been lately.
         sample_norms: ‖g_i‖ of the batch in its order, for histograms; files do not have them.
     """
 
