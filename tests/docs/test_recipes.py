@@ -4,7 +4,9 @@ import contextlib
 import copy
 import functools
 import io
+import os
 import re
+import tempfile
 from itertools import zip_longest
 
 import pytest
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bootgrad
+from bootgrad.monitoring.writers import read_jsonl
 
 from .test_blocks import ROOT, blocks, run
 
@@ -23,10 +26,14 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?")
 
 @functools.cache
 def ran(page: str) -> tuple[dict, str]:
-    """What a recipe defines, and what it prints."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        names = run(RECIPES / f"{page}.md")
+    """What a recipe defines, and what it prints; it runs in an empty folder."""
+    printed, before = io.StringIO(), os.getcwd()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(printed):
+        os.chdir(folder)
+        try:
+            names = run(RECIPES / f"{page}.md")
+        finally:
+            os.chdir(before)
     return names, printed.getvalue()
 
 
@@ -323,3 +330,89 @@ def test_a_training_that_is_watched_is_the_same():
     assert largest == pytest.approx(float(rows.square().sum(1).max()), rel=1e-3)
     traces = [row[2] for row in names["log"]]
     assert traces[0] < max(traces) > traces[-1]
+
+
+def test_pixels_and_tokens_have_the_gradients_of_each_sample_by_itself(monkeypatch):
+    names, _ = ran("dense-and-sequences")
+    unet, plain = copy.deepcopy(names["unet"]).double(), names["Reader"]().double()
+    plain.load_state_dict(names["reader"].state_dict())
+    reader = bootgrad.replace_rnn(copy.deepcopy(plain))
+    x, masks = names["x"][:6].double(), names["masks"][:6].clone()
+    masks[0, :3] = names["IGNORED"]
+    counted = (masks != names["IGNORED"]).flatten(1).sum(1)
+    assert len(counted.unique()) > 3 and counted.max() < 64
+    parameters = dict(plain.named_parameters())
+    _, _, lengths = sequences = names["batch_of"](range(6))
+    assert len(lengths.unique()) > 3
+
+    def loss_of_sequence(parameters, places):
+        """Of torch's own kernel, on a sequence as it is, without padding."""
+        logits = torch.func.functional_call(plain, parameters, (places[None, :-1],))
+        return F.cross_entropy(logits[0], places[1:])
+
+    rows = [torch.func.grad(loss_of_sequence)(parameters, places) for places in names["places"][:6]]
+    of_sequences = torch.stack([flat(row) for row in rows])
+    unpacked = (*sequences[:2], None)
+    monkeypatch.setitem(names, "unet", unet)
+    monkeypatch.setitem(names, "reader", reader)
+    for model, losses_of, batch, expected in (
+        (unet, names["losses_of_images"], (x, masks), cross_entropy_rows(unet, x, masks)),
+        (reader, names["losses_of_sequences"], sequences, of_sequences),
+        (reader, names["losses_of_sequences"], unpacked, of_sequences),
+    ):
+        with bootgrad.record(model) as rec:
+            losses = losses_of(*batch)
+        G = rec.per_sample_gradients(losses, create_graph=True)
+        found = torch.cat([g.flatten(1) for g in G.materialize().values()], dim=1)
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(G.sq_norms(), expected.square().sum(1), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(G.covariance_trace(), trace_of(expected), rtol=1e-9, atol=1e-12)
+        if model is unet:  # of these torch.func has second derivatives, too
+            ours = torch.autograd.grad(bootgrad.reg1(G), list(unet.parameters()))
+            reference = torch.autograd.grad(trace_of(expected), list(unet.parameters()))
+            for g, e in zip(ours, reference, strict=True):
+                torch.testing.assert_close(g, e, rtol=1e-8, atol=1e-12)
+
+    correlations = {}
+    for name, statistics in names["found"].items():
+        norms = statistics.sq_norms.sqrt()
+        correlations[name] = float(torch.corrcoef(torch.stack([norms, names["lengths"].float()]))[0, 1])
+    own, padded, total = correlations.values()
+    assert own < -0.5 and padded == pytest.approx(total, abs=1e-3) and padded > 0.2
+
+
+def test_an_interrupted_script_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    names, shown = ran("training-script")
+    evaluate, epochs = names["evaluate"], []
+
+    def interrupted(model, loader):
+        epochs.append(model)
+        if len(epochs) == 3:  # the third epoch's steps are taken, and it is not saved
+            raise KeyboardInterrupt
+        return evaluate(model, loader)
+
+    with contextlib.redirect_stdout(io.StringIO()), monkeypatch.context() as patched:
+        patched.setitem(names, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            names["train"](tmp_path / "run")
+    kept = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert kept["epoch"] == 2 and not torch.equal(kept["model"]["0.weight"], epochs[-1].state_dict()["0.weight"])
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        resumed = names["train"](tmp_path / "run")
+    assert printed.getvalue().splitlines() == shown.splitlines()[2:]
+    for name, p in names["model"].state_dict().items():
+        assert torch.equal(p, resumed.state_dict()[name]), name
+    steps = names["EPOCHS"] * (1437 // names["BATCH"])
+    seen = read_jsonl(tmp_path / "run/monitor.jsonl")
+    assert [row["step"] for row in seen] == list(range(0, steps, 5))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    names, _ = ran("training-script")
+    path = tmp_path / "checkpoint.pt"
+    names["save"](path, {"epoch": 1})
+    with pytest.raises(Exception, match="pickle"):
+        names["save"](path, {"epoch": lambda: 2})
+    assert torch.load(path, weights_only=True) == {"epoch": 1}
