@@ -101,7 +101,10 @@ class EmaMean(Center):
 
     def value(self, parameters: Parameters) -> dict[str, Tensor] | None:
         """The corrected average itself."""
-        return as_parameter_dict(self._average, parameters, "the stored center") if self.steps else None
+        if self._weight is None:
+            return None
+        self._average, self._weight = _beside(parameters, self._average), self._weight.to(_device(parameters))
+        return as_parameter_dict(self._average, parameters, "the stored center")
 
     @torch.no_grad()
     def update(self, mean: Parameters) -> None:
@@ -109,7 +112,7 @@ class EmaMean(Center):
         averages, weight = self._average, self._weight
         if weight is None:
             averages = {name: _zeros(g) for name, g in mean.items()}
-            weight = torch.zeros((), dtype=torch.float64, device=next(iter(mean.values())).device)
+            weight = torch.zeros((), dtype=torch.float64, device=_device(mean))
         new = [mean[name].detach().to(average.dtype) for name, average in averages.items()]
         moved = weight.lerp(torch.ones_like(weight), 1 - self.decay)
         share = moved.reciprocal() * (1 - self.decay)
@@ -169,6 +172,9 @@ class WindowMean(Center):
         """The mean over the window."""
         if self._steps is None:
             return None
+        self._sum, self._steps = _beside(parameters, self._sum), self._steps.to(_device(parameters))
+        if self.storage != "cpu":
+            self._window = _beside(parameters, self._window)
         sums = as_parameter_dict(self._sum, parameters, "the stored center")
         count = self._steps.clamp(max=self.k)
         return {n: (t / count.to(t.device)).to(_sum_dtype(parameters[n])) for n, t in sums.items()}
@@ -180,7 +186,7 @@ class WindowMean(Center):
         if steps is None:
             window = {name: self._rows(g) for name, g in mean.items()}
             sums = {name: torch.zeros_like(g, dtype=torch.float64, requires_grad=False) for name, g in mean.items()}
-            steps = torch.zeros((), dtype=torch.int64, device=next(iter(mean.values())).device)
+            steps = torch.zeros((), dtype=torch.int64, device=_device(mean))
         oldest = steps.remainder(self.k).reshape(1)
         self._window, self._sum, self._steps = window, sums, steps
         for name, rows in window.items():
@@ -201,7 +207,7 @@ class WindowMean(Center):
         return {"k": self.k, "steps": steps, "window": window, "sum": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, with the window where and as it is there."""
+        """Go on from a `state_dict`, with the window in the dtype that it has there."""
         window, sums = ({n: t.clone() for n, t in by_names_as_written(state[key]).items()} for key in ("window", "sum"))
         k, steps = WindowMean(state["k"]).k, None if state["steps"] is None else state["steps"].clone()
         if steps is not None:
@@ -213,6 +219,8 @@ class WindowMean(Center):
             t.is_floating_point() for t in window.values()
         ):
             raise ValueError("sums are float64, and windows floating point")
+        if self.storage == "cpu":
+            window = {n: t.cpu() for n, t in window.items()}
         self.k, self._window, self._sum, self._steps = k, window, sums, steps
 
 
@@ -255,6 +263,7 @@ class FullBatchMean(Center):
         if self._value is None or self.steps % self.refresh_every == 0:
             known = self._sweep(parameters, None)
             self._value = {n: known[n] if n in known else _zeros(p) for n, p in parameters.items()}
+        self._value = _beside(parameters, self._value)
         return dict(self._value)
 
     def update(self, mean: Parameters) -> None:
@@ -312,6 +321,16 @@ def _number(t: Tensor, dtype: torch.dtype) -> Tensor:
     if t.shape != () or t.dtype != dtype:
         raise ValueError(f"a tensor of {t.dtype} and shape {tuple(t.shape)} is no number of {dtype}")
     return t
+
+
+def _device(tensors: Parameters) -> torch.device:
+    """Where what there is one of lies: beside the first."""
+    return next(iter(tensors.values())).device
+
+
+def _beside(parameters: Parameters, held: Parameters) -> dict[str, Tensor]:
+    """What is held by name, on the devices of the parameters: a state may be read elsewhere, and a model be moved."""
+    return {name: t.to(parameters[name].device) if name in parameters else t for name, t in held.items()}
 
 
 def _sum_dtype(t: Tensor) -> torch.dtype:

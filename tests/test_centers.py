@@ -1,6 +1,7 @@
 """Centers by themselves: how a window is kept, and that no center keeps what changes in numbers of Python's."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -55,3 +56,31 @@ def test_a_center_goes_on_in_a_replayed_graph(make):
     for g in past[2:]:
         torch.testing.assert_close(graph(g), expected.value(parameters)["w"])
         expected.update({"w": g})
+
+
+MAKERS = {
+    "ema": centers.EmaMean,
+    **{storage: partial(centers.WindowMean, 3, storage) for storage in centers.WindowMean.STORAGES},
+    "full": partial(centers.FullBatchMean, [], torch.sum, refresh_every=5),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_state_that_was_read_elsewhere_goes_to_the_parameters(name):
+    """A checkpoint is read on the CPU; parameters on another device, here one without numbers, are gone on with."""
+    center, there = MAKERS[name](), {"w": torch.zeros(4, device="meta"), "b": torch.zeros((), device="meta")}
+    if name == "full":
+        center.load_state_dict({"steps": 1, "value": {n: torch.ones(p.shape) for n, p in there.items()}})
+    else:
+        center.update({n: torch.ones(p.shape) for n, p in there.items()})
+    moved = MAKERS[name]()
+    moved.load_state_dict(center.state_dict())
+    for _ in range(2):
+        assert all(t.is_meta and t.shape == there[n].shape for n, t in moved.value(there).items())
+        if name != "cpu":  # where gradients would have to come from there
+            moved.update(there)
+    state = moved.state_dict()
+    window = state.pop("window", {"w": torch.zeros((), device="meta")})
+    assert window["w"].is_meta == (name != "cpu")
+    held = [part["w"] if isinstance(part, dict) else part for part in state.values()]
+    assert all(t.is_meta for t in held if isinstance(t, torch.Tensor))

@@ -329,7 +329,7 @@ def _state_in(checkpoint: str | bool, output_dir: str) -> dict[str, Any] | None:
         warn(f"the checkpoint {folder} has no {STATE}: penalties and statistics start anew")
         return None
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return state
     except Exception as error:
         raise DataError(
