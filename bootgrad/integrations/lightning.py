@@ -234,10 +234,11 @@ class Statistics(_Callback):
         told: Mapping[str, Any] = {}
         if penalties is not None and penalties.log_steps and penalties.report is not None:
             told = numbers_of(penalties.report)
-        numbers = {name: value for name, value in finite(seen).items() if name not in told}
+        numbers = {name: value for name, value in seen.scalars().items() if name not in told}
         pl_module.log_dict(numbers, batch_size=seen.batch_size, logger=False)
+        logged = {name: value for name, value in finite(seen).items() if name in numbers}
         for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=trainer.global_step - 1)
+            logger.log_metrics({**logged, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
             logger.save()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -307,7 +307,7 @@ class _Arrival(torch.autograd.Function):
 
 
 def numbers_of(report: Report) -> dict[str, Tensor]:
-    """What a step saw, under the names to log it by; what it did not see, and a λ that is 0, are left out."""
+    """What a step saw, under the names to log it by; what it did not see is left out."""
     found = {
         "loss": report.loss,
         "reg1": report.reg1,
@@ -315,5 +315,5 @@ def numbers_of(report: Report) -> dict[str, Tensor]:
         "covariance_trace": report.covariance_trace,
         "sq_mean_norm": report.sq_mean_norm,
     }
-    found |= {f"strength/{name}": torch.as_tensor(value) for name, value in report.strengths.items() if value}
+    found |= {f"strength/{name}": torch.as_tensor(value) for name, value in report.strengths.items()}
     return {f"bootgrad/{name}": value for name, value in found.items() if value is not None}

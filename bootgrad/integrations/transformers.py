@@ -306,12 +306,15 @@ class _Steps(transformers.TrainerCallback):
         self._trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log what was seen, unless it will be with the loss of this step, or nothing is to be logged."""
+        """Log what was seen, unless it will be with the loss of this step, or nothing is to be logged.
+
+        By the trainer's own method: those of derived ones add what they have averaged since a log of the loss.
+        """
         if control.should_log or args.logging_strategy == "no":
             return
         seen = self._trainer._take_seen()
         if seen:
-            self._trainer.log(seen)
+            transformers.Trainer.log(self._trainer, seen)  # type: ignore[arg-type]  # a mixin of one
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write it, once for all ranks."""

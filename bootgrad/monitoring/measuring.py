@@ -37,7 +37,7 @@ class Measured:
         whole: of all parameters.
         layers: of those of each layer.
         totals: reg1 and reg2, where they are known, and the loss, nan too.
-        strengths: λ by penalty, of those that are not 0.
+        strengths: λ by penalty.
         norms: ‖g_i‖, (B,), float64 on the CPU; empty where they are not known.
     """
 
@@ -68,8 +68,7 @@ def measure(told: Statistics | Report, losses: Tensor | None) -> Measured:
     loss = told.loss if isinstance(told, Report) else None if losses is None else losses.detach().double().mean()
     totals = {"loss": None if loss is None else float(loss), "reg1": known(told.reg1), "reg2": known(told.reg2)}
     if isinstance(told, Report):
-        strengths = {name: value for name, value in told.strengths.items() if value}
-        return Measured(whole, totals=totals, strengths=strengths)
+        return Measured(whole, totals=totals, strengths=dict(told.strengths))
     norms = told.sq_norms.detach().double().sqrt().cpu()
     return Measured(whole, by_layer(told.per_parameter or {}), totals, norms=norms)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -100,7 +101,7 @@ class Monitor:
             self._forgotten = False
             warn(
                 "the losses that were recorded before were not given to monitor.backward(losses), so that nothing was seen of "
-                "them and no step was counted: call it in place of losses.mean().backward()"
+                "them and no step was counted: where losses.mean().backward() was called, call it in its place"
             )
         self._recording = None
         if not self.due:
@@ -171,7 +172,7 @@ class Monitor:
             ArgumentError, ArgumentTypeError: no statistics, or ids of another kind or number; the step is not counted.
             Of writers: as `backward`.
         """
-        self._forgotten = False
+        self._recording, self._forgotten = None, False
         if not self.due:
             self.step += 1
             return None
@@ -233,7 +234,7 @@ class Monitor:
         """Within a forward pass; losses are forgotten that no `backward` follows, but for those that an error ended."""
         with recording:
             yield recording
-        self._forgotten = True
+        self._forgotten = self._recording is recording and torch.is_grad_enabled()
 
     def _names(self, ids: Any, losses: Tensor, recording: recording_of, reduction: str | Tensor) -> list[Any] | None:
         """What samples are called; ranks, which wait in their backward pass, are told where that is an error."""

@@ -77,7 +77,7 @@ class Observation:
         noise_scale: Γ/‖ḡ‖² by its unbiased parts, averaged over observations; inf where the gradient is lost in the noise.
         reg1: Reg1 without λ₁, where it was taken.
         reg2: Reg2 without λ₂, where it was taken.
-        strengths: λ by penalty, of those that are not 0.
+        strengths: λ by penalty, where there are any.
         layers: by the path of the module that has the parameters; those of the model itself are ``(root)``.
         norms: quantiles of the ‖g_i‖, by their probability.
         outliers: samples beyond all others, the largest first.

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol
 from ..errors import DataError
 from .observation import PREFIX, Observation
 
-_PARTS = {"layers": dict, "norms": dict, "strengths": dict, "outliers": list, "flags": list}
+_PARTS = {"layers": dict, "norms": dict, "strengths": dict, "counts": dict, "outliers": list, "flags": list}
 
 
 class Writer(Protocol):

@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -196,6 +197,24 @@ def test_what_was_seen_is_logged_at_its_own_step_whatever_the_loggers_interval(t
     }
     assert traces == pytest.approx({o.step: o.covariance_trace for o in seen}) and list(traces) == [0, 3, 6]
     assert float(trainer.callback_metrics["bootgrad/covariance_trace"]) == pytest.approx(seen[-1].covariance_trace)
+
+
+def test_what_changes_to_zero_or_infinity_does_not_stay_what_it_was(tmp_path, monkeypatch):
+    from lightning.pytorch.loggers import CSVLogger
+
+    scales = iter([8.0, math.inf, math.inf, math.inf])
+    monkeypatch.setattr("bootgrad.monitoring.monitor._averaged", lambda scale, part: next(scales))
+    callbacks, logger = (
+        [Penalties(reg1=lambda step: 0.1 if step < 2 else 0.0), Statistics(every=1)],
+        CSVLogger(tmp_path),
+    )
+    trainer = fit(Network(), loader(batches([4] * 4)), callbacks, logger=logger)
+    rows = list(csv.DictReader(Path(logger.log_dir, "metrics.csv").read_text().splitlines()))
+    names = ("bootgrad/strength/reg1", "bootgrad/noise_scale")
+    strengths, noise = ([float(row[name]) for row in rows if row[name]] for name in names)
+    assert strengths == pytest.approx([0.1, 0.1, 0.0, 0.0]) and noise == [8.0]
+    metrics = trainer.callback_metrics
+    assert metrics["bootgrad/strength/reg1"] == 0 and metrics["bootgrad/noise_scale"] == math.inf
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -298,6 +298,23 @@ def test_what_was_seen_is_logged_at_its_own_step_whatever_the_trainers_interval(
     assert [row["step"] for row in rows if "loss" in row] == [step for step in steps if step == 3]
 
 
+def test_a_trainer_that_averages_between_its_logs_logs_what_it_would(tmp_path):
+    class Averages(Ours):
+        steps = 0
+
+        def training_step(self, *args, **kwargs):
+            self.steps += 1
+            return super().training_step(*args, **kwargs)
+
+        def log(self, logs, *args, **kwargs):
+            super().log({**logs, "steps": self.steps}, *args, **kwargs)
+            self.steps = 0
+
+    trainer = Averages(gpt2(), options(tmp_path, logging_steps=3, max_steps=6), train_dataset=texts(24), statistics=2)
+    trainer.train()
+    assert [(row["step"], row["steps"]) for row in trainer.state.log_history if "loss" in row] == [(3, 3), (6, 3)]
+
+
 def test_autocast_to_bfloat16_is_that_of_the_trainer(tmp_path):
     """Against the regularizer in a loop of one's own; the first step has the same numbers in both."""
     import bootgrad

@@ -5,8 +5,9 @@ import re
 
 import pytest
 
+from bootgrad.errors import ArgumentError
 from bootgrad.monitoring import CSVWriter, JSONLWriter
-from bootgrad.monitoring.report import report
+from bootgrad.monitoring.report import report, write_report
 from bootgrad.monitoring.report.courses import left_out, smoothed
 from bootgrad.monitoring.report.markup import number
 from bootgrad.training.figures import smooth
@@ -131,6 +132,33 @@ def test_a_penalty_that_was_not_asked_for_is_left_out(tmp_path, other, kind):
     page = written(tmp_path, seen, kind)
     assert "Penalties, without λ" in page.texts and "reg1" in page.texts and "λ of reg1 is 0.1." in page.texts
     assert "reg2" not in page.texts and "Strengths of the penalties" not in page.texts
+
+
+def test_a_page_does_not_take_the_place_of_what_it_is_made_of(tmp_path):
+    path = tmp_path / "monitor.html"
+    writer = JSONLWriter(path)
+    writer.write(observation(0))
+    writer.close()
+    before = path.read_bytes()
+    for out in (None, path):
+        with pytest.raises(ArgumentError, match="choose another file"):
+            write_report(path, out)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (1.0, 1e300),
+        (-1.7e308, 1.7e308),
+        (5e-324, 1e-323, 1.5e-323),
+        (1e-300, 1.0),
+        (0.0, 1e-320),
+        (1.0, math.inf, math.nan),
+    ],
+)
+def test_numbers_at_the_ends_of_float64_make_a_page(values, tmp_path):
+    assert "Loss" in written(tmp_path, [observation(k, loss=value) for k, value in enumerate(values)]).texts
 
 
 def test_penalties_that_were_asked_for_are_there(tmp_path):

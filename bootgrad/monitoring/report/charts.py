@@ -14,6 +14,7 @@ from .markup import Content, Markup, element, joined, number, table
 WIDTH, HEIGHT = 1000, 400
 MOST_POINTS = 300  # of a line, two for each
 _LETTERS, _MARGIN = 27, 2.5  # of labels, that a phone has room for below a drawing, and to its right
+_LEAST, _MOST = 1e-280, 1e280  # beyond them ticks and spans would be
 _DASHES = (None, "7 4", "2 4", "10 4 2 4")
 
 
@@ -23,7 +24,7 @@ class Line:
 
     Attributes:
         name: in the legend.
-        points: x and y; those whose y is not finite are gaps.
+        points: x and y; those whose y is not finite, or beyond 1e±280, are gaps.
         colour: number of the page's colour; lines of one colour are one thing.
         faint: whether it is behind, as single batches are behind their mean.
         dots: whether its points are marked and not joined, as of epochs.
@@ -48,7 +49,7 @@ def chart(name: str, title: str, unit: str, lines: Sequence[Line], note: str = "
         lines: of it, those behind first.
         note: what else is to be said.
     """
-    lines = [line for line in lines if any(math.isfinite(y) for _, y in line.points)]
+    lines = [line for line in lines if any(_is_drawn(y) for _, y in line.points)]
     if not lines:
         return None
     axes, dashes = _Axes(lines), _dashes(lines)
@@ -91,6 +92,10 @@ def chart(name: str, title: str, unit: str, lines: Sequence[Line], note: str = "
     )  # fmt: skip
 
 
+def _is_drawn(y: float) -> bool:
+    return y == 0 or _LEAST < abs(y) < _MOST
+
+
 def undrawn(name: str, title: str, why: str) -> Markup:
     """What stands in the place of a figure that has nothing to draw."""
     return element(
@@ -100,7 +105,7 @@ def undrawn(name: str, title: str, why: str) -> Markup:
 
 def sparkline(points: Sequence[tuple[float, float]], label: str) -> Markup:
     """A line without axes, for a cell of a table; logarithmic where its values are positive."""
-    known = [(x, y) for x, y in points if math.isfinite(y) and y > 0]
+    known = [(x, y) for x, y in points if _is_drawn(y) and y > 0]
     if len(known) < 2:
         return Markup("")
     line = Line(label, known)
@@ -119,8 +124,8 @@ class _Axes:
     """Where a value is in the drawing, and where ticks are."""
 
     def __init__(self, lines: Sequence[Line], bare: bool = False):
-        xs = [x for line in lines for x, y in line.points if math.isfinite(y)]
-        ys = [y for line in lines for y in (*(y for _, y in line.points), *line.band) if math.isfinite(y)]
+        xs = [x for line in lines for x, y in line.points if _is_drawn(y)]
+        ys = [y for line in lines for y in (*(y for _, y in line.points), *line.band) if _is_drawn(y)]
         positive = [y for y in ys if y > 0]
         self.is_log = len(positive) == len(ys) and (bare or max(ys) > 5 * min(ys))
         low, high = (math.log10(min(ys)), math.log10(max(ys))) if self.is_log else (min(ys), max(ys))
@@ -201,12 +206,12 @@ def _drawn(line: Line, axes: _Axes, dash: str | None) -> Markup:
 
 
 def _dots(points: Sequence[tuple[float, float]], axes: _Axes) -> str:
-    return "".join(f"M{axes.x(x):.1f} {axes.y(y):.1f}h0" for x, y in points if math.isfinite(y))
+    return "".join(f"M{axes.x(x):.1f} {axes.y(y):.1f}h0" for x, y in points if _is_drawn(y))
 
 
 def _pieces(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
     """What is finite, in parts between gaps."""
-    groups = groupby(points, key=lambda point: math.isfinite(point[1]))
+    groups = groupby(points, key=lambda point: _is_drawn(point[1]))
     return [list(piece) for is_known, piece in groups if is_known]
 
 
@@ -223,7 +228,7 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         return list(points)
     out = []
     for k in range(0, len(points), size):
-        part = [point for point in points[k : k + size] if math.isfinite(point[1])]
+        part = [point for point in points[k : k + size] if _is_drawn(point[1])]
         ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])} if part else {points[k]}
         out += sorted(ends)
     return out
@@ -238,7 +243,7 @@ def _swatch(line: Line, dash: str | None) -> Markup:
 
 
 def _described(line: Line) -> str:
-    known = [point for point in line.points if math.isfinite(point[1])]
+    known = [point for point in line.points if _is_drawn(point[1])]
     values = [y for _, y in known]
     return (
         f"{line.name}: {number(values[0], 3)} at {number(known[0][0], 6)}, "
@@ -251,7 +256,7 @@ def _numbers(name: str, title: str, lines: Sequence[Line]) -> Markup:
     """A table of ends and extremes of each line, which a picture only shows."""
     rows: list[list[Content]] = []
     for line in lines:
-        values = [y for _, y in line.points if math.isfinite(y)]
+        values = [y for _, y in line.points if _is_drawn(y)]
         lost = len(line.points) - len(values)
         rows.append([line.name, values[0], values[-1], min(values), max(values), len(values), lost])
     header = ("line", "first", "last", "lowest", "highest", "points", "not finite")

@@ -46,7 +46,7 @@ def at_the_end(name: str, points: Points, how: str = "") -> Markup | None:
     known = [point for point in points if not math.isnan(point[1])]
     if not known:
         return None
-    mean = None if how else smoothed(known)
+    mean = None if how else smoothed(points)
     how = how or ("of the last batch" if mean is None else "smoothed")
     first = f", at the beginning {number(known[0][1], 3)}" if len(known) > 1 else ""
     return tile(name, number((mean or known)[-1][1], 3), how + first)

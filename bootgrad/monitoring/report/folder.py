@@ -177,8 +177,8 @@ def count_of(row: dict[str, Any], kind: str) -> int | None:
     """How many outliers or flags an observation has; None where it was not looked for them."""
     if "counts" not in row:
         return None if kind == "outliers" and not row.get("norms") else len(row.get(kind, ()))
-    count = row["counts"].get(kind)
-    return None if count is None else int(count)
+    count = number_of(row["counts"].get(kind))
+    return int(count) if math.isfinite(count) else None
 
 
 def _table(path: Path) -> list[list[str]]:

@@ -206,7 +206,7 @@ def _flags(rows: Sequence[Row], name: str, place: str) -> Markup:
 
 def _are_judged(rows: Sequence[Row]) -> bool:
     """Whether there is a past that the last observation can be compared with."""
-    return len(rows) > _BEFORE
+    return max(len(_column(rows, quantity)) for quantity in ("loss", "covariance_trace")) > _BEFORE
 
 
 def _worded(value: float) -> str:

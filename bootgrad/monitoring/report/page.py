@@ -47,11 +47,14 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
 
     Raises:
         DataError: the folder or file holds no run, or one that cannot be read; the page cannot be written.
+        ArgumentError: the page would take the place of what it is made of.
     """
     source = Path(folder)
     text = report(source)
     beside = source.with_suffix(".html") if source.is_file() else source / REPORT
     path = Path(out) if out is not None else beside
+    if path.resolve() == source.resolve():
+        raise ArgumentError(f"{path} is what the page is made of: choose another file for it, by --out")
     with replacing(path) as file:
         file.write(text.encode())
     return path

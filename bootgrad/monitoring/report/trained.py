@@ -129,7 +129,7 @@ def _alike(runs: Sequence[Run], column: str) -> tuple[dict[int, Points], bool]:
     asked = [k for k, run in enumerate(runs) if column not in _NAMES or _strength(run, column)]
     each: dict[int, Points] = {k: points for k in asked if (points := runs[k].points(column))}
     means: dict[int, Points] = {k: mean for k, points in each.items() if (mean := smoothed(points))}
-    return (means, True) if len(means) == len(each) else (each, False)
+    return (means, True) if each and len(means) == len(each) else (each, False)
 
 
 def _ends(runs: Sequence[Run]) -> Markup:
