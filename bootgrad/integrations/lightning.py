@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import GradientRegularizer, Report
-from ..errors import ArgumentError, RecordingError, UnsupportedError
+from ..errors import ArgumentError, ArgumentTypeError, RecordingError, UnsupportedError
 from ..monitoring import Monitor, Observation
 from ..monitoring.trackers import finite
 from .loops import Loop, Losses, check_options, loop_of, numbers_of, warn_of_unused
@@ -44,8 +44,13 @@ def loss(module: Any, losses: Losses, *batch: Any) -> Tensor:
 
     Raises:
         ArgumentError: two callbacks of one kind in one run.
+        ArgumentTypeError: something else than a LightningModule.
         Others: as `bootgrad.GradientRegularizer.backward`.
     """
+    if not isinstance(module, L.LightningModule):
+        raise ArgumentTypeError(
+            f"loss takes the module first, as in loss(self, losses, *batch); got {type(module).__name__}"
+        )
     trainer = None if module._trainer is None else module.trainer
     if trainer is None or not trainer.training or not torch.is_grad_enabled():
         return losses(*batch).mean()
@@ -226,7 +231,7 @@ class Statistics(_Callback):
             warn_of_unused(self._options)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what this batch has told, but for what `Penalties` log; loggers are told now, whatever `log_every_n_steps`."""
+        """Log what this batch has told: to loggers now, whatever `log_every_n_steps`; as metrics what `Penalties` do not."""
         seen = self.last
         if seen is None or seen is self._logged:
             return
@@ -236,7 +241,9 @@ class Statistics(_Callback):
             told = numbers_of(penalties.report)
         numbers = {name: value for name, value in seen.scalars().items() if name not in told}
         pl_module.log_dict(numbers, batch_size=seen.batch_size, logger=False)
-        logged = {name: value for name, value in finite(seen).items() if name in numbers}
+        every = trainer.log_every_n_steps
+        are_logged = every and trainer.global_step % every == 0  # what `Penalties` log, with this step
+        logged = {name: value for name, value in finite(seen).items() if name in numbers or not are_logged}
         for logger in trainer.loggers:
             logger.log_metrics({**logged, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
             logger.save()

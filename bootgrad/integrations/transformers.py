@@ -92,11 +92,14 @@ class PerSample:
         if losses is not None and not callable(losses):
             raise ArgumentTypeError(f"losses must be a function of outputs and inputs; got {type(losses).__name__}")
         if statistics is not None:
-            statistics = {"every": statistics} if isinstance(statistics, int) else dict(statistics)
+            statistics = {"every": statistics} if isinstance(statistics, int) else statistics
+        for name, options in (("penalties", penalties), ("statistics", statistics)):
+            if options is not None and not isinstance(options, Mapping):
+                raise ArgumentTypeError(f"{name} must be options by name, as {name}={{...}}; got {options!r}")
         check_options(penalties, statistics)
         super().__init__(*args, **kwargs)
         self._penalties = None if penalties is None else dict(penalties)
-        self._statistics, self._losses = statistics, losses
+        self._statistics, self._losses = None if statistics is None else dict(statistics), losses
         self._loop: Loop | None = None
         self._state: dict[str, Any] | None = None  # of a checkpoint, until there is a model
         self._samples = self._losses_checked = 0
@@ -137,7 +140,8 @@ class PerSample:
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """As of the trainer, and count the samples of the step that comes."""
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        if self._is_ours:
+        monitor = self.monitor
+        if self._is_ours or (self._takes_part and (monitor is None or monitor.due)):
             count = torch.tensor(sum(_rows(batch) for batch in batches), device=self.args.device)  # type: ignore[attr-defined]
             self._samples = int(self.accelerator.gather(count).sum())  # type: ignore[attr-defined]
         return batches, items
@@ -229,9 +233,9 @@ class PerSample:
         if outputs.loss is None:
             raise ArgumentError(f"the inputs hold no labels that {type(_inner(model)).__name__} makes a loss of")
         mean = per_sample_losses(model, outputs, inputs).detach().mean()
-        ratio = _ratio(model, outputs.loss.detach(), mean, inputs, items, 1)
+        part, _ = _ratio(model, outputs.loss.detach(), mean, inputs, items, 1)
         n = self.current_gradient_accumulation_steps * self.accelerator.num_processes  # type: ignore[attr-defined]
-        is_added_up = n > 1 and bool(self._items_for_model(items)) and mean != 0 and ratio == 1
+        is_added_up = n > 1 and bool(self._items_for_model(items)) and mean != 0 and part == 1
         if is_added_up and _of_step(model, inputs, items) != 1 and not self._is_warned:
             self._is_warned = True
             warn(
@@ -246,25 +250,29 @@ class PerSample:
     def _watched(
         self, theirs: Callable[..., Any], model: nn.Module, inputs: dict[str, Any], items: Any, last: bool, scaler: Any
     ) -> Any:
-        """The model's own loss, and where it is watched the same with the samples' losses behind it."""
+        """The model's own loss, and where it is watched the same with the samples' losses behind it.
+
+        They are ℓ_i = (B/N) Σ_t ℓ_it where the model divides by the N labels that the trainer has counted in the B samples of a
+        step, those that nothing is predicted for among them; and (b/n) Σ_t ℓ_it of these b samples and n labels where not.
+        """
         loop = self._loop
         assert loop is not None
         if not loop.records(last):
             loop.pass_by(last)
             return theirs(model, inputs, num_items_in_batch=items)
-        own: list[Tensor] = []
+        shares: list[float] = []
         ranks = self.accelerator.num_processes  # type: ignore[attr-defined]
 
         def losses() -> Tensor:
             loss, outputs = theirs(model, inputs, return_outputs=True, num_items_in_batch=items)
             _check_parts(model, outputs)
             found = per_sample_losses(model, outputs, inputs)
-            own[:] = [loss.detach(), found.detach().mean()]
-            return found
+            part, factor = _ratio(model, loss.detach(), found.detach().mean(), inputs, items, ranks)
+            weight = 1.0 if part == 1 else part * self._samples / len(found)
+            shares[:] = [part * factor / weight]
+            return found * weight
 
-        return loop.loss(
-            losses, last=last, scaler=scaler, share=lambda b: _ratio(model, own[0], own[1], inputs, items, ranks)
-        )
+        return loop.loss(losses, last=last, scaler=scaler, share=lambda b: shares[0])
 
     def _check(self, trainer: Any) -> None:
         args, accelerator = trainer.args, trainer.accelerator
@@ -387,21 +395,25 @@ def _unlike(model: nn.Module, own: Tensor, mean: Tensor) -> UnsupportedError:
     )
 
 
-def _ratio(model: nn.Module, own: Tensor, mean: Tensor, inputs: Mapping[str, Any], items: Any, ranks: int) -> float:
-    """What the loss that the trainer makes is of the mean of the samples' losses.
+def _ratio(
+    model: nn.Module, own: Tensor, mean: Tensor, inputs: Mapping[str, Any], items: Any, ranks: int
+) -> tuple[float, int]:
+    """What the loss that the trainer makes is of the mean of the samples' losses, in two factors.
 
     The trainer's is divided by the number of labels in a whole step, if the model does so, and multiplied by that of ranks. Of
     no labels it is 0 or nan, and any multiple of the samples' losses, which are 0.
     """
     if mean == 0 and not own > 0:
-        return 1.0
+        return 1.0, 1
     of_step = _of_step(model, inputs, items)
     by_labels = [1.0] if of_step is None else [1.0, of_step]
     ratio, tolerance = float(own / mean), 2e-2 if own.dtype in (torch.float16, torch.bfloat16) else 1e-5
-    nearest = min((part * factor for part in by_labels for factor in (1, ranks)), key=lambda known: abs(ratio - known))
+    known = [(part, factor) for part in by_labels for factor in (1, ranks)]
+    part, factor = min(known, key=lambda pair: abs(ratio - pair[0] * pair[1]))
+    nearest = part * factor
     if not abs(float(own) - nearest * float(mean)) <= tolerance * nearest * abs(float(mean)) + 1e-6:
         raise _unlike(model, own, mean)
-    return nearest
+    return part, factor
 
 
 def _of_step(model: nn.Module, inputs: Mapping[str, Any], items: Any) -> float | None:

@@ -128,7 +128,7 @@ def outliers(norms: Tensor, ids: Sequence[Any] | None, most: int, deviations: fl
 
     Args:
         norms: ‖g_i‖, (B,).
-        ids: what samples are called, B of them; their numbers when None.
+        ids: what samples are called, B of them, or None.
         most: how many are told.
         deviations: d.
     """
@@ -140,7 +140,7 @@ def outliers(norms: Tensor, ids: Sequence[Any] | None, most: int, deviations: fl
     spread = max(1.4826 * float((positive - middle).abs().median()), LEAST_SPREAD)
     (far,) = torch.where(logs > middle + deviations * spread)
     order = far[norms[far].argsort(descending=True)][:most].tolist()
-    return tuple(Outlier(k if ids is None else ids[k], float(norms[k])) for k in order)
+    return tuple(Outlier(None if ids is None else ids[k], float(norms[k]), k) for k in order)
 
 
 def listed(ids: Any, batch_size: int | None) -> list[Any] | None:

@@ -47,7 +47,7 @@ class Monitor:
 
     Attributes:
         step: number of the coming step, from 0.
-        last: the last observation, or None.
+        last: the last observation; None before the first, also of a run that goes on.
 
     Raises:
         ArgumentError, ArgumentTypeError: numbers out of range, layers that there are not, something else than writers.
@@ -75,8 +75,11 @@ class Monitor:
         for name, number in (("outlier_deviations", outlier_deviations), ("spike_deviations", spike_deviations)):
             if not number > 0:
                 raise ArgumentError(f"{name} must be above 0; got {number!r}")
+        if not isinstance(model, nn.Module):
+            raise ArgumentTypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
         watched(model, layers)
         self.model, self.every, self.layers, self.writers = model, every, layers, _tuple_of(writers)
+        self._watched_alone = () if layers == "all" else (layers,) if isinstance(layers, str) else tuple(layers)
         self.step = 0
         self.last: Observation | None = None
         self._decay, self._outliers, self._deviations = decay, outliers, outlier_deviations
@@ -97,12 +100,7 @@ class Monitor:
         Args:
             samples: as of `bootgrad.record`.
         """
-        if self._forgotten:
-            self._forgotten = False
-            warn(
-                "the losses that were recorded before were not given to monitor.backward(losses), so that nothing was seen of "
-                "them and no step was counted: where losses.mean().backward() was called, call it in its place"
-            )
+        self._warn_of_forgotten()
         self._recording = None
         if not self.due:
             return nullcontext()
@@ -186,6 +184,7 @@ class Monitor:
 
     def close(self) -> None:
         """Close all writers."""
+        self._warn_of_forgotten()
         self._call_writers(lambda writer: writer.close())
 
     def __enter__(self) -> "Monitor":
@@ -236,6 +235,14 @@ class Monitor:
             yield recording
         self._forgotten = self._recording is recording and torch.is_grad_enabled()
 
+    def _warn_of_forgotten(self) -> None:
+        if self._forgotten:
+            self._forgotten = False
+            warn(
+                "the losses that were recorded before were not given to monitor.backward(losses), so that nothing was seen of "
+                "them and no step was counted: where losses.mean().backward() was called, call it in its place"
+            )
+
     def _names(self, ids: Any, losses: Tensor, recording: recording_of, reduction: str | Tensor) -> list[Any] | None:
         """What samples are called; ranks, which wait in their backward pass, are told where that is an error."""
         try:
@@ -277,6 +284,7 @@ class Monitor:
             norms=norms,
             outliers=outliers(measured.norms, ids, self._outliers, self._deviations),
             flags=self._spikes.take(quantities),
+            watched=self._watched_alone if measured.layers else (),
             sample_norms=tuple(measured.norms.tolist()),
             **{name: known(value) for name, value in measured.totals.items()},
             **traces,
@@ -306,12 +314,16 @@ class Monitor:
 
 def _tuple_of(writers: Any) -> tuple[Writer, ...]:
     found = tuple(writers) if isinstance(writers, Iterable) else None
-    if found is None or not all(hasattr(writer, "write") and hasattr(writer, "close") for writer in found):
+    if found is None or not all(_is_writer(writer) for writer in found):
         raise ArgumentTypeError(
             "writers must be a list of what has write and close, such as [bootgrad.monitoring.JSONLWriter(path)]; got "
             f"{writers!r}"
         )
     return found
+
+
+def _is_writer(writer: Any) -> bool:
+    return hasattr(writer, "write") and hasattr(writer, "close") and not isinstance(writer, type)
 
 
 def _averaged(scale: NoiseScale, part: Part) -> float | None:

@@ -33,12 +33,14 @@ class Outlier:
     """A sample whose gradient is far longer than those of the others in its batch.
 
     Attributes:
-        id: what ``ids`` call it, or its number in the batch.
+        id: what ``ids`` call it; None without them.
         norm: ‖g_i‖.
+        index: its number in the batch.
     """
 
     id: Any
     norm: float
+    index: int
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Observation:
         norms: quantiles of the ‖g_i‖, by their probability.
         outliers: samples beyond all others, the largest first.
         flags: what is far above what it has been lately.
+        watched: the ``layers`` of a monitor of a part of the model, which all but the loss is about then.
         sample_norms: ‖g_i‖ of the batch in its order, for histograms; files do not have them.
     """
 
@@ -98,6 +101,7 @@ class Observation:
     norms: Mapping[float, float] = field(default_factory=dict)
     outliers: tuple[Outlier, ...] = ()
     flags: tuple[Flag, ...] = ()
+    watched: tuple[str, ...] = ()
     sample_norms: tuple[float, ...] = field(default=(), repr=False)
 
     def scalars(self) -> dict[str, float]:
@@ -127,7 +131,9 @@ class Observation:
             for name, layer in self.layers.items()
         }
         found["norms"] = {f"{probability:g}": plain(norm) for probability, norm in self.norms.items()}
-        found["outliers"] = [{"id": plain(o.id), "norm": plain(o.norm)} for o in self.outliers]
+        found["outliers"] = [{"id": plain(o.id), "norm": plain(o.norm), "index": o.index} for o in self.outliers]
+        if self.watched:
+            found["watched"] = list(self.watched)
         found["flags"] = [{f.name: plain(getattr(flag, f.name)) for f in fields(flag)} for flag in self.flags]
         return found
 

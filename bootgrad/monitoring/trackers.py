@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, DataError
 from .observation import PREFIX, Observation
 
 _NAMES = {"torch.utils.tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
@@ -38,7 +38,10 @@ class TensorBoardWriter:
     def write(self, observation: Observation) -> None:
         """Add the events of a step."""
         if self._writer is None:
-            self._writer = self._open(self._dir)
+            try:
+                self._writer = self._open(self._dir)
+            except OSError as error:
+                raise DataError(f"{self._dir} cannot be written ({error.strerror}): choose another folder") from error
         step = observation.step
         for name, value in finite(observation).items():
             self._writer.add_scalar(name, value, step)

@@ -16,7 +16,17 @@ from typing import Any, BinaryIO, Protocol
 from ..errors import DataError
 from .observation import PREFIX, Observation
 
-_PARTS = {"layers": dict, "norms": dict, "strengths": dict, "counts": dict, "outliers": list, "flags": list}
+_PARTS = {
+    "layers": dict,
+    "norms": dict,
+    "strengths": dict,
+    "counts": dict,
+    "outliers": list,
+    "flags": list,
+    "watched": list,
+}
+
+_OF_OBJECTS = ("outliers", "flags")
 
 
 class Writer(Protocol):
@@ -223,7 +233,7 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
 def _check_parts(row: dict[str, Any]) -> None:
     for name, kind in _PARTS.items():
         part = row.get(name, kind())
-        entries = part.values() if isinstance(part, dict) and name == "layers" else part if kind is list else ()
+        entries = part.values() if isinstance(part, dict) and name == "layers" else part if name in _OF_OBJECTS else ()
         if not isinstance(part, kind) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f"{name} are {part!r}")
 

@@ -217,6 +217,18 @@ def test_what_changes_to_zero_or_infinity_does_not_stay_what_it_was(tmp_path, mo
     assert metrics["bootgrad/strength/reg1"] == 0 and metrics["bootgrad/noise_scale"] == math.inf
 
 
+def test_beside_penalties_a_watched_step_is_logged_whole_and_once(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    callbacks, logger = [Penalties(reg1=0.1), Statistics(every=2)], CSVLogger(tmp_path)
+    fit(Network(), loader(batches([4] * 8)), callbacks, logger=logger, log_every_n_steps=5)
+    rows = list(csv.DictReader(Path(logger.log_dir, "metrics.csv").read_text().splitlines()))
+    steps = {
+        name: [int(row["step"]) for row in rows if row[f"bootgrad/{name}"]] for name in ("covariance_trace", "flags")
+    }
+    assert steps == {"covariance_trace": [0, 2, 4, 6], "flags": [0, 2, 4, 6]}  # 4 is Lightning's own, too
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_statistics_leave_the_training_as_it_is(n):
     parts, module, plain = batches([5, 7, 4, 6, 3, 5]), Network(momentum=0.9), Network(momentum=0.9)

@@ -288,6 +288,36 @@ def test_statistics_leave_the_training_as_it_is(tmp_path, make, accumulated):
     assert all(math.isfinite(row["bootgrad/norm/1"]) for row in seen)
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_what_is_seen_is_of_the_losses_that_are_trained(tmp_path, accumulated):
+    """By the labels that the trainer has counted, the first of each text among them; of several micro-batches the last."""
+    model = gpt2()
+    start = copy.deepcopy(model).train()
+    args = options(tmp_path, gradient_accumulation_steps=accumulated, max_steps=1)
+    trainer = Ours(model, args, train_dataset=texts(8), statistics=1)
+    trainer.train()
+    (batches,) = trainer.seen
+    labels = torch.cat([batch["labels"] for batch in batches])
+    each = float((labels != -100).sum() / len(labels))
+
+    def losses():
+        inputs = batches[-1]
+        logits = start(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        return F.cross_entropy(logits[:, :-1].mT, inputs["labels"][:, 1:], reduction="none").sum(1) / each
+
+    seen, expected = trainer.monitor.last, Oracle(start, losses)
+    assert seen.loss == pytest.approx(float(expected.losses.detach().mean()), rel=1e-6)
+    assert seen.covariance_trace == pytest.approx(float(expected.reg1().detach()), rel=1e-5)
+    if accumulated == 1:
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(seen.loss, abs=1e-4)
+
+
+@pytest.mark.parametrize("options_of", [{"statistics": 2.5}, {"penalties": 0.1}])
+def test_options_are_by_name(tmp_path, options_of):
+    with pytest.raises(ArgumentTypeError, match="must be options by name"):
+        Trainer(gpt2(), options(tmp_path), train_dataset=texts(4), **options_of)
+
+
 @pytest.mark.parametrize(("strategy", "steps"), [("steps", [1, 3, 5]), ("no", [])])
 def test_what_was_seen_is_logged_at_its_own_step_whatever_the_trainers_interval(tmp_path, strategy, steps):
     args = options(tmp_path, logging_steps=3, logging_strategy=strategy)
@@ -422,9 +452,11 @@ def test_of_what_a_loss_may_be_divided_by_the_nearest_is_taken():
     mean = torch.tensor(4.0)
     labels = {"labels": torch.zeros(1, 4001, dtype=torch.long)}  # 4000 are next ones
     half = (mean * 0.985).bfloat16()
-    assert _ratio(gpt2(), half, mean, labels, torch.tensor(4061), 1) == pytest.approx(4000 / 4061)
+    part, factor = _ratio(gpt2(), half, mean, labels, torch.tensor(4061), 1)
+    assert part == pytest.approx(4000 / 4061) and factor == 1
     own = mean * 2 * 4000 / 8000.04
-    assert _ratio(gpt2(), own, mean, labels, torch.tensor(8000.04), 2) == pytest.approx(2 * 4000 / 8000.04, abs=1e-7)
+    part, factor = _ratio(gpt2(), own, mean, labels, torch.tensor(8000.04), 2)
+    assert part == pytest.approx(4000 / 8000.04, abs=1e-7) and factor == 2
     with pytest.raises(UnsupportedError, match="there is more in it"):
         _ratio(gpt2(), mean * (1 + 5e-4), mean, labels, None, 1)
 

@@ -117,7 +117,7 @@ def monitor_folder(folder, layer="block.conv", sample="image 7", kind="jsonl", c
                     "head": LayerObservation(0.25 * trace, 0.5, None),
                 },
                 norms={0.0: 1.0, 0.25: 2.0, 0.5: 3.0, 0.75: 4.0, 0.95: 5.0, 1.0: 50.0 + k},
-                outliers=(Outlier(sample, 50.0 + k),) if k % 2 else (Outlier(k, 7.0), Outlier(sample, 5.0)),
+                outliers=(Outlier(sample, 50.0 + k, 3),) if k % 2 else (Outlier(k, 7.0, 0), Outlier(sample, 5.0, 1)),
                 flags=flags,
             )
         )

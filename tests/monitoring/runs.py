@@ -46,7 +46,7 @@ def observation(step=0, trace=2.5, **changes):
         "strengths": {"reg1": 0.1},
         "layers": {"conv": LayerObservation(1.5, 0.25, 6.0), "head.out": LayerObservation(1.0, 0.25, float("inf"))},
         "norms": {0.0: 0.5, 0.5: 1.0, 1.0: 9.0},
-        "outliers": (Outlier("image 7", 9.0),),
+        "outliers": (Outlier("image 7", 9.0, 2),),
         "flags": (Flag("covariance_trace", trace, 0.1, "conv"),),
         "sample_norms": (0.5, 1.0, 1.0, 9.0),
     }

@@ -126,7 +126,7 @@ def test_normalization_layers_alone():
     rows = rows_of(model, *batch())
     seen = step(Monitor(model, layers="normalization"))
     own = torch.cat([rows["norm.weight"], rows["norm.bias"]], 1)
-    assert list(seen.layers) == ["norm"]
+    assert list(seen.layers) == ["norm"] and seen.as_dict()["watched"] == ["normalization"]
     assert seen.covariance_trace == pytest.approx(float((own - own.mean(0)).square().sum(1).mean()))
     close(torch.tensor(seen.sample_norms, dtype=torch.float64), own.norm(dim=1))
     losses_of(plain, *batch()).mean().backward()
@@ -189,7 +189,7 @@ def test_outliers_are_told_by_their_ids():
     names = [f"image {k}" for k in range(BATCH)]
     numbers = 100 + torch.arange(BATCH)
     for ids, expected in (
-        (None, [3, 11]),
+        (None, [None, None]),
         (names, ["image 3", "image 11"]),
         (numbers, [103, 111]),
         (numbers.numpy(), [103, 111]),
@@ -203,6 +203,7 @@ def test_outliers_are_told_by_their_ids():
             seen = monitor.backward(losses, ids=ids)
             assert [o.id for o in seen.outliers] == expected[:most]
             assert [o["id"] for o in seen.as_dict()["outliers"]] == expected[:most]
+            assert [o.index for o in seen.outliers] == [3, 11][:most]
             assert seen.outliers[0].norm == pytest.approx(seen.norms[1.0])
 
 
@@ -214,7 +215,7 @@ def test_samples_that_are_alike_are_no_outliers():
         monitor = Monitor(model)
         with monitor.record():
             losses = model(x).squeeze(1)
-        assert [o.id for o in monitor.backward(losses).outliers] == found
+        assert [o.index for o in monitor.backward(losses).outliers] == found
 
 
 def test_wrong_ids_touch_no_gradient():
@@ -255,6 +256,9 @@ def test_losses_that_are_not_given_back_are_warned_of():
     monitor.observe(recording.backward(losses))  # another way to the same
     with torch.no_grad():
         recorded()
+    recorded()
+    with pytest.warns(BootgradWarning, match="were not given"):
+        monitor.close()
     with monitor.record():
         monitor.backward(F.cross_entropy(model(x), y, reduction="none"))
     monitor.backward(recorded())
@@ -475,12 +479,18 @@ def test_a_writer_that_fails_leaves_the_others_their_step():
         ({"outlier_deviations": math.nan}, "outlier_deviations must be above 0"),
         ({"decay": 2}, "decay must be in"),
         ({"writers": "run.jsonl"}, "writers must be a list of .*; got 'run.jsonl'"),
+        ({"writers": [JSONLWriter]}, "writers must be a list of .*; got .<class"),
         ({"writers": JSONLWriter("run.jsonl")}, "writers must be a list of .*; got <.*JSONLWriter"),
     ],
 )
 def test_options_are_checked(options, message):
     with pytest.raises((ArgumentError, ArgumentTypeError), match=message):
         Monitor(network(), **options)
+
+
+def test_parameters_are_no_model():
+    with pytest.raises(ArgumentTypeError, match="model must be a torch.nn.Module; got generator"):
+        Monitor(network().parameters())
 
 
 def test_scalars_are_flat():

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from bootgrad.errors import ArgumentError
-from bootgrad.monitoring import CSVWriter, JSONLWriter
+from bootgrad.monitoring import CSVWriter, JSONLWriter, Outlier
 from bootgrad.monitoring.report import report, write_report
 from bootgrad.monitoring.report.courses import left_out, smoothed
 from bootgrad.monitoring.report.markup import number
@@ -132,6 +132,22 @@ def test_a_penalty_that_was_not_asked_for_is_left_out(tmp_path, other, kind):
     page = written(tmp_path, seen, kind)
     assert "Penalties, without λ" in page.texts and "reg1" in page.texts and "λ of reg1 is 0.1." in page.texts
     assert "reg2" not in page.texts and "Strengths of the penalties" not in page.texts
+
+
+def test_samples_without_names_are_no_others_of_the_same_number(tmp_path):
+    seen = [observation(k, outliers=(Outlier(None, 5.0 + k, 3), Outlier("a", 2.0, 4))) for k in range(3)]
+    page = written(tmp_path, seen)
+    k = page.texts.index("a")
+    assert page.texts[k : k + 4] == ["a", "3", "2", "2"]
+    for step in range(3):
+        k = page.texts.index(f"number 3 in the batch of step {step}")
+        assert page.texts[k + 1 : k + 4] == ["1", str(5 + step), str(step)]
+
+
+def test_a_part_of_the_model_is_told_of_as_such(tmp_path):
+    words = "Watched: normalization. All but the loss is of these parameters alone."
+    assert words in written(tmp_path / "part", [observation(0, watched=("normalization",))]).texts
+    assert not any("Watched" in text for text in written(tmp_path / "whole", [observation(0)]).texts)
 
 
 def test_a_page_does_not_take_the_place_of_what_it_is_made_of(tmp_path):

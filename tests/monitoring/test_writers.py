@@ -40,7 +40,11 @@ def test_jsonl_has_all_of_an_observation(tmp_path):
     assert row == json.loads(path.read_text()) == observation(3).as_dict()
     assert row["step"] == 3 and row["batch_size"] == 4 and row["strengths"] == {"reg1": 0.1} and "reg2" not in row
     assert row["layers"]["head.out"] == {"covariance_trace": 1.0, "sq_mean_norm": 0.25, "noise_scale": "inf"}
-    assert row["outliers"] == [{"id": "image 7", "norm": 9.0}] and row["norms"] == {"0": 0.5, "0.5": 1.0, "1": 9.0}
+    assert row["outliers"] == [{"id": "image 7", "norm": 9.0, "index": 2}] and row["norms"] == {
+        "0": 0.5,
+        "0.5": 1.0,
+        "1": 9.0,
+    }
     assert row["flags"] == [{"quantity": "covariance_trace", "value": 2.5, "usual": 0.1, "layer": "conv"}]
 
 
@@ -143,7 +147,7 @@ def test_files_are_opened_by_what_is_written(kind, tmp_path):
 def test_ids_that_have_ends_of_lines(tmp_path):
     names = ("a\u2028b\u2029c\x85d\ne\r\x1ef", "\ud800", "é")
     path = tmp_path / "monitor.jsonl"
-    write(KINDS["jsonl"], path, observation(0, outliers=tuple(Outlier(name, 1.0) for name in names)), observation(1))
+    write(KINDS["jsonl"], path, observation(0, outliers=tuple(Outlier(name, 1.0, 0) for name in names)), observation(1))
     rows = read_jsonl(path)
     assert [row["id"] for row in rows[0]["outliers"]] == list(names) and len(rows) == 2
     path.write_text('{"step": 0, "batch_size": 4, "id": "\u2028"}\n', encoding="utf-8")  # as older ones have them

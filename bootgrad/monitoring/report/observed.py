@@ -9,7 +9,7 @@ from ..spikes import LEAST
 from .charts import Line, chart, sparkline
 from .courses import at_the_end, course, noise_chart, tile, tiles
 from .folder import count_of, number_of
-from .markup import Content, Markup, element, number, table
+from .markup import Content, Markup, element, joined, number, table
 
 Row = dict[str, Any]
 _UNIT = "loss² / parameter²"
@@ -38,7 +38,9 @@ def observed(rows: Sequence[Row], name: str, place: str = "") -> Seen:
         place: what titles end with, where the page has others of the same kind.
     """
     charts, flags = list(_charts(rows, name, place)), _flags(rows, name, place)
-    return Seen(_tiles(rows), flags, charts, _layers(rows, name, place), _outliers(rows, name, place))
+    return Seen(
+        joined([_watched(rows), _tiles(rows)]), flags, charts, _layers(rows, name, place), _outliers(rows, name, place)
+    )
 
 
 def _column(rows: Sequence[Row], *path: str) -> list[tuple[float, float]]:
@@ -51,6 +53,13 @@ def _column(rows: Sequence[Row], *path: str) -> list[tuple[float, float]]:
         if value is not None:
             found.append((float(row["step"]), number_of(value)))
     return found
+
+
+def _watched(rows: Sequence[Row]) -> Markup | None:
+    """What the numbers are about, where it is a part of the model."""
+    names = rows[-1].get("watched")
+    text = f"Watched: {', '.join(map(str, names or ()))}. All but the loss is of these parameters alone."
+    return element("p", text) if names else None
 
 
 def _tiles(rows: Sequence[Row]) -> Markup:
@@ -180,7 +189,7 @@ def _flags(rows: Sequence[Row], name: str, place: str) -> Markup:
                 "was is not in a CSV file; a JSONL file has it."
             )
         elif _are_judged(rows):
-            text = "No quantity was far above its last values."
+            text = f"No quantity was far above its last values, from the {_BEFORE + 1}th observation on."
         else:
             text = f"Nothing is compared with its last values before {_BEFORE} observations; here are {len(rows)}."
         kind = "finding" if steps else "finding none" if _are_judged(rows) else "finding unjudged"
@@ -223,7 +232,10 @@ def _outliers(rows: Sequence[Row], name: str, place: str) -> Markup | None:
     by_id: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for sample in row.get("outliers", ()):
-            by_id.setdefault(str(sample.get("id")), []).append((row["step"], number_of(sample.get("norm"))))
+            name_of_it = sample.get("id")
+            if name_of_it is None:  # of each batch another one has this number
+                name_of_it = f"number {sample.get('index')} in the batch of step {row['step']}"
+            by_id.setdefault(str(name_of_it), []).append((row["step"], number_of(sample.get("norm"))))
     if not by_id:
         return None
     order = sorted(by_id.items(), key=lambda item: (-len(item[1]), -max(norm for _, norm in item[1])))
