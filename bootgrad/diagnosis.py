@@ -117,7 +117,8 @@ def diagnose(folder: str | Path) -> list[Finding]:
     if not runs:
         raise DataError(
             f"{folder} must hold {RECORD} and {RUN} of bootgrad train, folders of them as of bootgrad compare, or "
-            f"{RESULTS} of bootgrad experiment; none is there: give the folder that was their --out"
+            f"{RESULTS} of bootgrad experiment; none is there: give the folder that was their --out; what a "
+            "Monitor has written is told of by bootgrad report"
         )
     found = [finding for run in runs for finding in _of_run(run, run.name if len(runs) > 1 else "")]
     return [*found, *_of_variants({run.name: _steps_of(run)[0]["test_loss"] for run in runs})]

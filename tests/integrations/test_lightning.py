@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import bootgrad
-from bootgrad.errors import ArgumentError, BootgradWarning, RecordingError, UnsupportedError
+from bootgrad.errors import ArgumentError, ArgumentTypeError, BootgradWarning, RecordingError, UnsupportedError
 from bootgrad.monitoring import JSONLWriter
 
 from .plain import assert_same_parameters, batches, classifier, losses_of, trained
@@ -182,6 +182,11 @@ def test_numbers_reach_the_logger(tmp_path):
     rows = list(csv.DictReader(text.splitlines()))
     seen = [float(row["bootgrad/covariance_trace"]) for row in rows if row.get("bootgrad/covariance_trace")]
     assert seen == pytest.approx(traces, rel=1e-5)
+
+
+def test_the_module_comes_first():
+    with pytest.raises(ArgumentTypeError, match=r"as in loss\(self, losses, \*batch\); got function"):
+        loss(lambda x: x, torch.zeros(3))
 
 
 def test_what_was_seen_is_logged_at_its_own_step_whatever_the_loggers_interval(tmp_path):

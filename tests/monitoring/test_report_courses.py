@@ -1,11 +1,12 @@
 """What a tile says is the end of its curve, what is smoothed is called so, and what has no place in a chart is told of."""
 
+import json
 import math
 import re
 
 import pytest
 
-from bootgrad.errors import ArgumentError
+from bootgrad.errors import ArgumentError, DataError
 from bootgrad.monitoring import CSVWriter, JSONLWriter, Outlier
 from bootgrad.monitoring.report import report, write_report
 from bootgrad.monitoring.report.courses import left_out, smoothed
@@ -148,6 +149,26 @@ def test_a_part_of_the_model_is_told_of_as_such(tmp_path):
     words = "Watched: normalization. All but the loss is of these parameters alone."
     assert words in written(tmp_path / "part", [observation(0, watched=("normalization",))]).texts
     assert not any("Watched" in text for text in written(tmp_path / "whole", [observation(0)]).texts)
+
+
+def test_what_runs_were_run_on_is_told_once_where_it_is_the_same(tmp_path):
+    folder = compare_folder(tmp_path / "runs")
+
+    def header():
+        page = Page(report(folder))
+        return page.texts[page.texts.index("What it was run on") + 1 :]
+
+    assert header()[:2] == ["what", "value"]
+    path = folder / "reg1" / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"versions": {"torch": "2.11.0"}}))
+    assert header()[:4] == ["what", "plain", "reg1", "reg1_reg2"]
+
+
+def test_a_folder_above_a_monitors_says_where_it_is(tmp_path):
+    written(tmp_path / "run", [observation(0)])
+    with pytest.raises(DataError, match="none is there: give .*run, which has one"):
+        report(tmp_path)
 
 
 def test_a_page_does_not_take_the_place_of_what_it_is_made_of(tmp_path):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from bootgrad.errors import ArgumentError
+from bootgrad.errors import ArgumentError, DataError
 from bootgrad.monitoring import MLflowWriter, TensorBoardWriter, WandbWriter, trackers
 
 from .runs import observation
@@ -153,3 +153,10 @@ def test_a_package_that_is_not_there_is_named(writer, module, package, monkeypat
     monkeypatch.setattr(trackers, "import_module", missing)
     with pytest.raises(ArgumentError, match=f"this writer needs {package} .*{module}.*: pip install {package}"):
         writer()
+
+
+def test_a_file_is_no_folder_of_events(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("")
+    with pytest.raises(DataError, match="file cannot be written .*: choose another folder"):
+        TensorBoardWriter(path).write(observation(0))

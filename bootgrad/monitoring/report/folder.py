@@ -101,9 +101,11 @@ def read(path: Path) -> Folder:
     places = [] if experiment else [p.parent for p in (path / RUN, *sorted(path.glob(f"*/{RUN}"))) if p.is_file()]
     found = Folder(path, [_run(place) for place in places], experiment, _observations(path))
     if not (found.runs or found.experiment or found.observations):
+        below = next((place for place in sorted(path.iterdir()) if place.is_dir() and _observations(place)), None)
         raise DataError(
             f"{path} must hold {RECORD} and {RUN} of bootgrad train, folders of them as of bootgrad compare, {RESULTS} of "
             "bootgrad experiment, or a JSONL or CSV file of a Monitor; none is there"
+            + ("" if below is None else f": give {below}, which has one")
         )
     return found
 
