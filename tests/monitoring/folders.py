@@ -55,11 +55,16 @@ def compare_folder(folder):
     return folder
 
 
+PLACES = [
+    {"date": date, "versions": {"torch": torch}} for date, torch in (("2026-01-01", "2.11.0"), ("2026-01-02", "2.13.0"))
+]
+
+
 def experiment_folder(folder, name="idealized", text="both are **alike**, as `sgd` is"):
     """An experiment that has come to its end."""
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(
-        json.dumps({"experiment": {"name": name, "full": False, "seeds": 3, "data": None}})
+        json.dumps({"experiment": {"name": name, "full": False, "seeds": 3, "data": None}, "places": PLACES})
     )
     zeros = dict.fromkeys(idealized.COLUMNS, 0.0)
     rows = [

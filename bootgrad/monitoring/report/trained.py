@@ -164,11 +164,9 @@ def settings_table(runs: Sequence[Run], experiment: Experiment | None) -> Markup
     if experiment is not None:
         options = experiment.record.get("experiment", {})
         rows = [[str(name), _text(value)] for name, value in options.items()]
-        places = {str(place.get("date", k)): place for k, place in enumerate(experiment.record.get("places", []), 1)}
+        places = {str(found.get("date", k)): found for k, found in enumerate(experiment.record.get("places", []), 1)}
         options_table = table("settings-table", "Options of the experiment", ("option", "value"), rows, words=True)
-        return element(
-            "div", options_table, _places({str(p.get("date", k)): p for k, p in enumerate(places, 1)}), class_="pair"
-        )
+        return element("div", options_table, _places(places), class_="pair")
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     header = ("setting", *(["value"] if len(runs) == 1 else [run.name for run in runs]))
     rows = [[name, *(_text(run.settings.get(name)) for run in runs)] for name in names]
