@@ -56,7 +56,7 @@ def compare_folder(folder):
 
 
 PLACES = [
-    {"date": date, "versions": {"torch": torch}} for date, torch in (("2026-01-01", "2.11.0"), ("2026-01-02", "2.13.0"))
+    {"date": date, "versions": {"torch": torch}} for date, torch in (("2026-01-01", "2.11.0"), ("2026-01-01", "2.13.0"))
 ]
 
 

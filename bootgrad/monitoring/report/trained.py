@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,27 +164,27 @@ def settings_table(runs: Sequence[Run], experiment: Experiment | None) -> Markup
     if experiment is not None:
         options = experiment.record.get("experiment", {})
         rows = [[str(name), _text(value)] for name, value in options.items()]
-        places = {str(found.get("date", k)): found for k, found in enumerate(experiment.record.get("places", []), 1)}
+        places = [(str(found.get("date", k)), found) for k, found in enumerate(experiment.record.get("places", []), 1)]
         options_table = table("settings-table", "Options of the experiment", ("option", "value"), rows, words=True)
         return element("div", options_table, _places(places), class_="pair")
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     header = ("setting", *(["value"] if len(runs) == 1 else [run.name for run in runs]))
     rows = [[name, *(_text(run.settings.get(name)) for run in runs)] for name in names]
     found = table("settings-table", "How it was run", header, rows, words=True)
-    return element("div", found, _places({run.name: run.record for run in runs if run.record}), class_="pair")
+    return element("div", found, _places([(run.name, run.record) for run in runs if run.record]), class_="pair")
 
 
-def _places(records: Mapping[str, dict[str, Any]]) -> Markup | None:
+def _places(records: Sequence[tuple[str, dict[str, Any]]]) -> Markup | None:
     """What runs of these names were run on: in one column where that is the same."""
     if not records:
         return None
-    places = {name: _environment(record) for name, record in records.items()}
-    first = next(iter(places.values()))
-    if all(place == first for place in places.values()):
-        places = {"value": first}
-    names = list(dict.fromkeys(name for place in places.values() for name in place))
-    rows = [[name, *(place.get(name, "–") for place in places.values())] for name in names]
-    return table("places-table", "What it was run on", ("what", *places), rows, words=True)
+    places = [_environment(record) for _, record in records]
+    names = [name for name, _ in records]
+    if all(place == places[0] for place in places):
+        places, names = places[:1], ["value"]
+    parts = list(dict.fromkeys(part for place in places for part in place))
+    rows = [[part, *(place.get(part, "–") for place in places)] for part in parts]
+    return table("places-table", "What it was run on", ("what", *names), rows, words=True)
 
 
 def _environment(place: dict[str, Any]) -> dict[str, str]:
