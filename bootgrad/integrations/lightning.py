@@ -47,9 +47,9 @@ def loss(module: Any, losses: Losses, *batch: Any) -> Tensor:
         ArgumentTypeError: something else than a LightningModule.
         Others: as `bootgrad.GradientRegularizer.backward`.
     """
-    if not isinstance(module, L.LightningModule):
+    if not hasattr(module, "_trainer"):  # nor of pytorch_lightning
         raise ArgumentTypeError(
-            f"loss takes the module first, as in loss(self, losses, *batch); got {type(module).__name__}"
+            f"loss takes the LightningModule first, as in loss(self, losses, *batch); got {type(module).__name__}"
         )
     trainer = None if module._trainer is None else module.trainer
     if trainer is None or not trainer.training or not torch.is_grad_enabled():

@@ -233,7 +233,7 @@ class PerSample:
         if outputs.loss is None:
             raise ArgumentError(f"the inputs hold no labels that {type(_inner(model)).__name__} makes a loss of")
         mean = per_sample_losses(model, outputs, inputs).detach().mean()
-        part, _ = _ratio(model, outputs.loss.detach(), mean, inputs, items, 1)
+        part, _ = _ratio(model, outputs.loss.detach(), mean, inputs, items)
         n = self.current_gradient_accumulation_steps * self.accelerator.num_processes  # type: ignore[attr-defined]
         is_added_up = n > 1 and bool(self._items_for_model(items)) and mean != 0 and part == 1
         if is_added_up and _of_step(model, inputs, items) != 1 and not self._is_warned:
@@ -261,15 +261,16 @@ class PerSample:
             loop.pass_by(last)
             return theirs(model, inputs, num_items_in_batch=items)
         shares: list[float] = []
-        ranks = self.accelerator.num_processes  # type: ignore[attr-defined]
+        # Where a model divides by the labels of all ranks, the trainer multiplies by their number.
+        ranks = self.accelerator.num_processes if self._items_for_model(items) else 1  # type: ignore[attr-defined]
 
         def losses() -> Tensor:
             loss, outputs = theirs(model, inputs, return_outputs=True, num_items_in_batch=items)
             _check_parts(model, outputs)
             found = per_sample_losses(model, outputs, inputs)
-            part, factor = _ratio(model, loss.detach(), found.detach().mean(), inputs, items, ranks)
-            weight = 1.0 if part == 1 else part * self._samples / len(found)
-            shares[:] = [part * factor / weight]
+            part, divides = _ratio(model, loss.detach() / ranks, found.detach().mean(), inputs, items)
+            weight = part * self._samples / len(found) if divides else 1.0
+            shares[:] = [part * ranks / weight]
             return found * weight
 
         return loop.loss(losses, last=last, scaler=scaler, share=lambda b: shares[0])
@@ -395,25 +396,20 @@ def _unlike(model: nn.Module, own: Tensor, mean: Tensor) -> UnsupportedError:
     )
 
 
-def _ratio(
-    model: nn.Module, own: Tensor, mean: Tensor, inputs: Mapping[str, Any], items: Any, ranks: int
-) -> tuple[float, int]:
-    """What the loss that the trainer makes is of the mean of the samples' losses, in two factors.
+def _ratio(model: nn.Module, own: Tensor, mean: Tensor, inputs: Mapping[str, Any], items: Any) -> tuple[float, bool]:
+    """What a model's loss is of the mean of the samples' losses, and whether it is divided by the labels of a whole step.
 
-    The trainer's is divided by the number of labels in a whole step, if the model does so, and multiplied by that of ranks. Of
-    no labels it is 0 or nan, and any multiple of the samples' losses, which are 0.
+    Of no labels it is 0 or nan, and any multiple of the samples' losses, which are 0.
     """
-    if mean == 0 and not own > 0:
-        return 1.0, 1
+    if (mean == 0 and not own > 0) or not (own.isfinite() or mean.isfinite()):
+        return 1.0, False
     of_step = _of_step(model, inputs, items)
-    by_labels = [1.0] if of_step is None else [1.0, of_step]
+    known = [1.0] if of_step is None else [of_step, 1.0]
     ratio, tolerance = float(own / mean), 2e-2 if own.dtype in (torch.float16, torch.bfloat16) else 1e-5
-    known = [(part, factor) for part in by_labels for factor in (1, ranks)]
-    part, factor = min(known, key=lambda pair: abs(ratio - pair[0] * pair[1]))
-    nearest = part * factor
-    if not abs(float(own) - nearest * float(mean)) <= tolerance * nearest * abs(float(mean)) + 1e-6:
+    part = min(known, key=lambda one: abs(ratio - one))
+    if not abs(float(own) - part * float(mean)) <= tolerance * part * abs(float(mean)) + 1e-6:
         raise _unlike(model, own, mean)
-    return part, factor
+    return part, part == of_step
 
 
 def _of_step(model: nn.Module, inputs: Mapping[str, Any], items: Any) -> float | None:

@@ -14,7 +14,7 @@ from ..distributed import guarded
 from ..errors import ArgumentError, ArgumentTypeError, RecordingError, warn
 from ..rank_statistics import Exchange
 from ..wrappers import ranks_of
-from .measuring import Measured, Part, known, listed, measure, outliers, quantiles
+from .measuring import Measured, Part, known, layer_of, listed, measure, outliers, quantiles
 from .observation import LayerObservation, Observation
 from .spikes import Key, Spikes
 from .watched import watched
@@ -184,8 +184,8 @@ class Monitor:
 
     def close(self) -> None:
         """Close all writers."""
-        self._warn_of_forgotten()
         self._call_writers(lambda writer: writer.close())
+        self._warn_of_forgotten()
 
     def __enter__(self) -> "Monitor":
         """The monitor, whose writers are closed at the end."""
@@ -193,6 +193,8 @@ class Monitor:
 
     def __exit__(self, *exc: object) -> None:
         """As `close`."""
+        if exc[0] is not None:  # which has kept losses from `backward`
+            self._forgotten = False
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -284,11 +286,16 @@ class Monitor:
             norms=norms,
             outliers=outliers(measured.norms, ids, self._outliers, self._deviations),
             flags=self._spikes.take(quantities),
-            watched=self._watched_alone if measured.layers else (),
+            watched=self._watched_alone if self._is_part(measured) else (),
             sample_norms=tuple(measured.norms.tolist()),
             **{name: known(value) for name, value in measured.totals.items()},
             **traces,
         )
+
+    def _is_part(self, measured: Measured) -> bool:
+        """Whether it is of what is watched, and not of all, as what was measured elsewhere may be."""
+        names = watched(self.model, self.layers)
+        return names is not None and measured.layers.keys() == set(map(layer_of, names))
 
     def _of_layer(self, name: str, part: Part) -> LayerObservation:
         scale = self._of_layers.setdefault(name, NoiseScale(self._decay))

@@ -288,17 +288,22 @@ def test_statistics_leave_the_training_as_it_is(tmp_path, make, accumulated):
     assert all(math.isfinite(row["bootgrad/norm/1"]) for row in seen)
 
 
+@pytest.mark.parametrize("are_labelled", [True, False])
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_what_is_seen_is_of_the_losses_that_are_trained(tmp_path, accumulated):
+@pytest.mark.parametrize("make", [gpt2, llama], ids=["gpt2", "llama"])
+def test_what_is_seen_is_of_the_losses_that_are_trained(tmp_path, make, accumulated, are_labelled):
     """By the labels that the trainer has counted, the first of each text among them; of several micro-batches the last."""
-    model = gpt2()
+    model, samples = make(), texts(8)
+    if not are_labelled:  # in the first micro-batch of two, and then all labels are the second's
+        samples[:4] = [{**sample, "labels": torch.full_like(sample["labels"], -100)} for sample in samples[:4]]
+        samples = samples[:4] * (accumulated - 1) + samples[4:]
     start = copy.deepcopy(model).train()
-    args = options(tmp_path, gradient_accumulation_steps=accumulated, max_steps=1)
-    trainer = Ours(model, args, train_dataset=texts(8), statistics=1)
+    args = options(tmp_path, gradient_accumulation_steps=accumulated, max_steps=1, train_sampling_strategy="sequential")
+    trainer = Ours(model, args, train_dataset=samples, statistics=1)
     trainer.train()
     (batches,) = trainer.seen
-    labels = torch.cat([batch["labels"] for batch in batches])
-    each = float((labels != -100).sum() / len(labels))
+    labels = torch.cat([batch["labels"] for batch in batches])[:, 0 if make is gpt2 else 1 :]
+    each = (labels != -100).sum() / len(labels)
 
     def losses():
         inputs = batches[-1]
@@ -452,13 +457,16 @@ def test_of_what_a_loss_may_be_divided_by_the_nearest_is_taken():
     mean = torch.tensor(4.0)
     labels = {"labels": torch.zeros(1, 4001, dtype=torch.long)}  # 4000 are next ones
     half = (mean * 0.985).bfloat16()
-    part, factor = _ratio(gpt2(), half, mean, labels, torch.tensor(4061), 1)
-    assert part == pytest.approx(4000 / 4061) and factor == 1
-    own = mean * 2 * 4000 / 8000.04
-    part, factor = _ratio(gpt2(), own, mean, labels, torch.tensor(8000.04), 2)
-    assert part == pytest.approx(4000 / 8000.04, abs=1e-7) and factor == 2
+    part, divides = _ratio(gpt2(), half, mean, labels, torch.tensor(4061))
+    assert part == pytest.approx(4000 / 4061) and divides
+    own = mean * 4000 / 8000.04
+    part, divides = _ratio(gpt2(), own, mean, labels, torch.tensor(8000.04))
+    assert part == pytest.approx(4000 / 8000.04, abs=1e-7) and divides
+    assert _ratio(gpt2(), mean, mean, labels, torch.tensor(8000.04)) == (1.0, False)
+    nothing = torch.tensor(float("nan"))
+    assert _ratio(gpt2(), nothing, nothing, labels, torch.tensor(4000)) == (1.0, False)  # of which others tell
     with pytest.raises(UnsupportedError, match="there is more in it"):
-        _ratio(gpt2(), mean * (1 + 5e-4), mean, labels, None, 1)
+        _ratio(gpt2(), mean * (1 + 5e-4), mean, labels, None)
 
 
 def test_what_is_not_followed_is_refused(tmp_path):

@@ -127,6 +127,11 @@ def test_normalization_layers_alone():
     seen = step(Monitor(model, layers="normalization"))
     own = torch.cat([rows["norm.weight"], rows["norm.bias"]], 1)
     assert list(seen.layers) == ["norm"] and seen.as_dict()["watched"] == ["normalization"]
+    with bootgrad.record(model) as whole:
+        losses = losses_of(model, *batch())
+    assert Monitor(model, layers="normalization").observe(whole.backward(losses)).watched == ()
+    model.zero_grad()
+    step(Monitor(model, layers="normalization"))
     assert seen.covariance_trace == pytest.approx(float((own - own.mean(0)).square().sum(1).mean()))
     close(torch.tensor(seen.sample_norms, dtype=torch.float64), own.norm(dim=1))
     losses_of(plain, *batch()).mean().backward()
@@ -259,6 +264,8 @@ def test_losses_that_are_not_given_back_are_warned_of():
     recorded()
     with pytest.warns(BootgradWarning, match="were not given"):
         monitor.close()
+    with pytest.raises(ZeroDivisionError), monitor:
+        recorded().mean() / (1 // 0)
     with monitor.record():
         monitor.backward(F.cross_entropy(model(x), y, reduction="none"))
     monitor.backward(recorded())

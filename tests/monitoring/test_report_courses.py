@@ -180,7 +180,7 @@ def test_a_page_does_not_take_the_place_of_what_it_is_made_of(tmp_path):
     writer.close()
     before = path.read_bytes()
     for out in (None, path):
-        with pytest.raises(ArgumentError, match="choose another file"):
+        with pytest.raises(ArgumentError, match="is no page: choose another file"):
             write_report(path, out)
     assert path.read_bytes() == before
 

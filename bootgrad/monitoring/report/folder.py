@@ -101,7 +101,7 @@ def read(path: Path) -> Folder:
     places = [] if experiment else [p.parent for p in (path / RUN, *sorted(path.glob(f"*/{RUN}"))) if p.is_file()]
     found = Folder(path, [_run(place) for place in places], experiment, _observations(path))
     if not (found.runs or found.experiment or found.observations):
-        below = next((place for place in sorted(path.iterdir()) if place.is_dir() and _observations(place)), None)
+        below = next(filter(_has_observations, sorted(path.iterdir())), None)
         raise DataError(
             f"{path} must hold {RECORD} and {RUN} of bootgrad train, folders of them as of bootgrad compare, {RESULTS} of "
             "bootgrad experiment, or a JSONL or CSV file of a Monitor; none is there"
@@ -156,6 +156,13 @@ def _observations(folder: Path) -> dict[str, list[dict[str, Any]]]:
         if not twin or (rows and twin[-1]["step"] < rows[-1]["step"]):  # else that has all of it, and more
             found[path.name] = list(map(_nested, rows))
     return {name: rows for name, rows in found.items() if rows}
+
+
+def _has_observations(folder: Path) -> bool:
+    """Whether a folder seems to have some, by first lines."""
+    kinds = ((begins_jsonl, "*.jsonl"), (begins_csv, "*.csv"))
+    files = ((begins, path) for begins, pattern in kinds for path in folder.glob(pattern) if path.is_file())
+    return any(begins(first_line(path)) for begins, path in files)
 
 
 def _nested(row: dict[str, Any]) -> dict[str, Any]:

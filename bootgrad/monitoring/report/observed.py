@@ -191,7 +191,9 @@ def _flags(rows: Sequence[Row], name: str, place: str) -> Markup:
         elif _are_judged(rows):
             text = f"No quantity was far above its last values, from the {_BEFORE + 1}th observation on."
         else:
-            text = f"Nothing is compared with its last values before {_BEFORE} observations; here are {len(rows)}."
+            text = (
+                f"Nothing is compared with its last values before {_BEFORE} observations; here are {_compared(rows)}."
+            )
         kind = "finding" if steps else "finding none" if _are_judged(rows) else "finding unjudged"
         return element("div", element("div", element("p", text), class_=kind), class_="findings")
     cells: list[list[Content]] = []
@@ -215,7 +217,12 @@ def _flags(rows: Sequence[Row], name: str, place: str) -> Markup:
 
 def _are_judged(rows: Sequence[Row]) -> bool:
     """Whether there is a past that the last observation can be compared with."""
-    return max(len(_column(rows, quantity)) for quantity in ("loss", "covariance_trace")) > _BEFORE
+    return _compared(rows) > _BEFORE
+
+
+def _compared(rows: Sequence[Row]) -> int:
+    """Observations that have something to be compared."""
+    return max(len(_column(rows, quantity)) for quantity in ("loss", "covariance_trace"))
 
 
 def _worded(value: float) -> str:

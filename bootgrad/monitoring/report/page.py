@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...errors import ArgumentError
 from ...training.checkpoint import replacing
+from ..writers import first_line
 from .charts import gallery
 from .folder import FIGURE, Experiment, Folder, read
 from .markdown import html
@@ -19,6 +20,7 @@ from .style import STYLE
 from .trained import settings_table, trained
 
 REPORT = "report.html"
+_DOCTYPE = "<!DOCTYPE html>"
 _FOOTER = (
     "Made by bootgrad report. Γ is the trace of the covariance of the per-sample gradients; the noise scale is Γ by "
     "the squared norm of the gradient, from unbiased parts averaged over steps."
@@ -47,14 +49,14 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
 
     Raises:
         DataError: the folder or file holds no run, or one that cannot be read; the page cannot be written.
-        ArgumentError: the page would take the place of what it is made of.
+        ArgumentError: the page would take the place of a file that is none.
     """
     source = Path(folder)
     text = report(source)
     beside = source.with_suffix(".html") if source.is_file() else source / REPORT
     path = Path(out) if out is not None else beside
-    if path.resolve() == source.resolve():
-        raise ArgumentError(f"{path} is what the page is made of: choose another file for it, by --out")
+    if path.is_file() and not first_line(path).startswith(_DOCTYPE):
+        raise ArgumentError(f"{path} is there, and is no page: choose another file, by --out")
     with replacing(path) as file:
         file.write(text.encode())
     return path
@@ -86,7 +88,7 @@ def report(folder: str | Path) -> str:
         element("title", f"{title}: bootgrad report"),
         element("style", Markup(STYLE)),
     )
-    return "<!DOCTYPE html>\n" + element("html", element("head", head), element("body", body), lang="en") + "\n"
+    return f"{_DOCTYPE}\n" + element("html", element("head", head), element("body", body), lang="en") + "\n"
 
 
 def _section(section: Section) -> Markup:
