@@ -234,8 +234,9 @@ class PerSample:
             raise ArgumentError(f"the inputs hold no labels that {type(_inner(model)).__name__} makes a loss of")
         mean = per_sample_losses(model, outputs, inputs).detach().mean()
         part, _ = _ratio(model, outputs.loss.detach(), mean, inputs, items)
+        is_known = mean != 0 and bool(mean.isfinite())  # of others the ratio says nothing
         n = self.current_gradient_accumulation_steps * self.accelerator.num_processes  # type: ignore[attr-defined]
-        is_added_up = n > 1 and bool(self._items_for_model(items)) and mean != 0 and part == 1
+        is_added_up = n > 1 and bool(self._items_for_model(items)) and is_known and part == 1
         if is_added_up and _of_step(model, inputs, items) != 1 and not self._is_warned:
             self._is_warned = True
             warn(

@@ -79,7 +79,6 @@ class Monitor:
             raise ArgumentTypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
         watched(model, layers)
         self.model, self.every, self.layers, self.writers = model, every, layers, _tuple_of(writers)
-        self._watched_alone = () if layers == "all" else (layers,) if isinstance(layers, str) else tuple(layers)
         self.step = 0
         self.last: Observation | None = None
         self._decay, self._outliers, self._deviations = decay, outliers, outlier_deviations
@@ -286,16 +285,18 @@ class Monitor:
             norms=norms,
             outliers=outliers(measured.norms, ids, self._outliers, self._deviations),
             flags=self._spikes.take(quantities),
-            watched=self._watched_alone if self._is_part(measured) else (),
+            watched=self._watched_alone(measured),
             sample_norms=tuple(measured.norms.tolist()),
             **{name: known(value) for name, value in measured.totals.items()},
             **traces,
         )
 
-    def _is_part(self, measured: Measured) -> bool:
-        """Whether it is of what is watched, and not of all, as what was measured elsewhere may be."""
+    def _watched_alone(self, measured: Measured) -> tuple[str, ...]:
+        """The ``layers``, where it is of these; none where it is of all, as what was measured elsewhere may be."""
         names = watched(self.model, self.layers)
-        return names is not None and measured.layers.keys() == set(map(layer_of, names))
+        if names is None or measured.layers.keys() != set(map(layer_of, names)):
+            return ()
+        return (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
 
     def _of_layer(self, name: str, part: Part) -> LayerObservation:
         scale = self._of_layers.setdefault(name, NoiseScale(self._decay))

@@ -469,6 +469,16 @@ def test_of_what_a_loss_may_be_divided_by_the_nearest_is_taken():
         _ratio(gpt2(), mean * (1 + 5e-4), mean, labels, None)
 
 
+def test_a_loss_that_is_nan_is_not_called_another_kind_of_loss(tmp_path):
+    """Nor the mean over a micro-batch, of which there would be a warning."""
+    for what in (dict(penalties={"reg1": 0.1}), dict(statistics=1)):
+        model = llama()
+        model.lm_head.weight.data.fill_(math.nan)
+        args = options(tmp_path, gradient_accumulation_steps=2, max_steps=1)
+        with pytest.raises(ArgumentError, match="losses are NaN or infinite at"):
+            Ours(model, args, train_dataset=texts(8), **what).train()
+
+
 def test_what_is_not_followed_is_refused(tmp_path):
     def trainer(args=None, **others):
         return Trainer(gpt2(), args or options(tmp_path), train_dataset=texts(4), **({"statistics": 1} | others))
